@@ -1,0 +1,42 @@
+"""Every error a user can cause, and the exit code the command line gives it.
+
+    RowtuneError            1
+    ├── UsageError          2   a flag, a file name, a budget
+    ├── ModelError          3   a model that cannot be imported or trained
+    ├── InfeasibleError     4   no plan fits the budget
+    └── PlanError           5   a plan that is unreadable, or made for something else
+
+A message states the rule, the actual value and the way out, in one line.
+"""
+
+from __future__ import annotations
+
+
+class RowtuneError(Exception):
+    """Base of all errors that are the input's fault and not rowtune's."""
+
+    exit_code = 1
+
+
+class UsageError(RowtuneError):
+    """A flag, path or size that makes no sense."""
+
+    exit_code = 2
+
+
+class ModelError(RowtuneError):
+    """A model that cannot be imported, or cannot be trained."""
+
+    exit_code = 3
+
+
+class InfeasibleError(RowtuneError):
+    """No plan fits the budget; the message names the smallest budget that would do."""
+
+    exit_code = 4
+
+
+class PlanError(RowtuneError):
+    """A plan that is unreadable, of another schema, or made for another model or device."""
+
+    exit_code = 5
