@@ -1,0 +1,1 @@
+"""WHAT is computed: the graph, the row rule of each operator, the cuts between segments."""

@@ -1,0 +1,173 @@
+"""The graph: one list of operators in topological order, whatever the model came from.
+
+Values are named; a node makes exactly one value of its own name (split and chunk are rewritten as slices
+when imported; an operator that really returns several tensors makes a tuple value, taken apart by
+`getitem` nodes, and no cut may separate the two).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a value in a node's arguments."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of the graph. `kind`: input, target, parameter, buffer, constant or node.
+
+    `path` is where a parameter or buffer lives in the module. A tuple value has `parts` instead of a shape.
+    `dense` is False for a view that owns no memory of its own (its bytes are counted at its base).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: str = ""
+    requires_grad: bool = False
+    parts: tuple[Value, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        if self.parts:
+            return sum(p.bytes for p in self.parts)
+        return numel(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator. `target` is called with the arguments, each Ref replaced by its tensor.
+
+    `op` is the name the row rules know it by ("conv2d", "add"). `effect` names the buffer that an in-place
+    node changes; `random` marks one that draws numbers.
+    """
+
+    name: str
+    op: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+    effect: str = ""
+    random: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values read, in order of appearance, each once."""
+        return tuple(dict.fromkeys(ref.name for ref in refs((self.args, self.kwargs))))
+
+
+def refs(tree: Any) -> Iterator[Ref]:
+    """Every Ref in nested tuples, lists and dicts."""
+    if isinstance(tree, Ref):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from refs(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from refs(item)
+
+
+def replace(tree: Any, lookup: Callable[[str], Any]) -> Any:
+    """The same tree with every Ref replaced by lookup(name)."""
+    if isinstance(tree, Ref):
+        return lookup(tree.name)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(replace(item, lookup) for item in tree)
+    if isinstance(tree, dict):
+        return {key: replace(item, lookup) for key, item in tree.items()}
+    return tree
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced model: `inputs` and `targets` are what a call supplies, `outputs` what it returns (flattened;
+    `output_spec` puts the structure back)."""
+
+    nodes: tuple[Node, ...]
+    values: dict[str, Value]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    input_spec: pytree.TreeSpec | None = None
+    output_spec: pytree.TreeSpec | None = None
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    training: bool = True
+    targets: tuple[str, ...] = ()
+    loss: Any = None
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Position of each node."""
+        return {node.name: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[int, ...]]:
+        """Positions of the nodes that read each value; a graph output is read at position len(nodes)."""
+        readers: dict[str, list[int]] = {name: [] for name in self.values}
+        for i, node in enumerate(self.nodes):
+            for name in node.inputs:
+                readers[name].append(i)
+        for name in self.outputs:
+            readers[name].append(len(self.nodes))
+        return {name: tuple(found) for name, found in readers.items()}
+
+    @cached_property
+    def needs_grad(self) -> frozenset[str]:
+        """Values through which a gradient flows in training."""
+        found = {v.name for v in self.values.values() if v.requires_grad}
+        for node in self.nodes:
+            if self.values[node.name].dtype.is_floating_point and any(i in found for i in node.inputs):
+                found.add(node.name)
+        return frozenset(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the structure: operators, wiring, parameter names and shapes; not the input's size."""
+        number = {name: i for i, name in enumerate(self.values)}
+        rows: list[Any] = [
+            (v.kind, v.path, v.shape if v.kind in ("parameter", "buffer") else len(v.shape))
+            for v in self.values.values()
+            if v.kind not in ("node", "target") and v.path != "@"
+        ]
+        rows += [
+            (node.op, [number[i] for i in node.inputs]) for node in self.nodes if not node.op.startswith("loss")
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    def parameters(self) -> list[Value]:
+        return [v for v in self.values.values() if v.kind == "parameter"]
+
+
+def check(graph: Graph) -> Graph:
+    """Assert what every graph must satisfy: names unique, defined before use, outputs known."""
+    known = {v.name for v in graph.values.values() if v.kind != "node"}
+    for node in graph.nodes:
+        for name in node.inputs:
+            assert name in known, f"{node.name} reads {name} before it is made"
+        assert node.name not in known, f"{node.name} is made twice"
+        assert node.name in graph.values
+        known.add(node.name)
+    assert all(name in known for name in graph.outputs)
+    return graph

@@ -1,0 +1,276 @@
+"""A torch module and example inputs -> Graph, through torch.export's training IR.
+
+The training IR keeps high-level operators (conv2d, batch_norm, ...) and in-place ones. Here in-place
+operators on activations become their functional twins, split and chunk become slices, and what changes a
+buffer (running statistics, num_batches_tracked) is marked as an effect, to run once per forward call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rowtune.errors import ModelError
+from rowtune.graph.graph import Graph, Node, Ref, Value, check
+
+_ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
+_ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
+_ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
+_SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
+
+
+def trace(model: nn.Module, inputs: tuple[Any, ...], *, training: bool = True) -> Graph:
+    """Export `model` (which may be a submodule of a larger one) for these example inputs.
+
+    `inputs` may be nested tuples and dicts of tensors; only sizes and types are read. The model's own
+    training flags are put back afterwards.
+
+    Raises:
+        ModelError: the model cannot be exported, or changes an activation through a view.
+    """
+    was_training = [(m, m.training) for m in model.modules()]
+    if training != model.training:
+        model.train(training)
+    try:
+        with _quiet():
+            exported = torch.export.export(model, inputs, strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"torch.export could not trace {type(model).__name__} for inputs "
+            f"{_shapes(inputs)}: {reason[0][:300]}"
+        ) from error
+    finally:
+        for module, flag in was_training:
+            module.training = flag
+    return _Reader(exported, model, training).graph()
+
+
+def _shapes(inputs: Any) -> str:
+    leaves = pytree.tree_leaves(inputs)
+    return ", ".join("x".join(map(str, t.shape)) if isinstance(t, Tensor) else repr(t) for t in leaves)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs the traceback of a failing operator before raising it; the error says enough."""
+    loggers = [logging.getLogger(n) for n in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+class _Reader:
+    """Walks one exported graph, once."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, model: nn.Module, training: bool) -> None:
+        self.exported = exported
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.training = training
+        self.values: dict[str, Value] = {}
+        self.nodes: list[Node] = []
+        self.constants: dict[str, Tensor] = {}
+        self.now: dict[str, Any] = {}  # exported name -> Ref (or the slice nodes of a split)
+        self.alias: dict[str, str] = {}  # value -> the value whose memory it may share
+        self.stale: set[str] = set()  # views of a value that was since changed in place
+        self.inputs: list[str] = []
+
+    def graph(self) -> Graph:
+        outputs: tuple[str, ...] = ()
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "get_attr":
+                raise ModelError(f"the model has control flow ({node.target}); rowtune needs a static graph")
+            elif node.op == "output":
+                outputs = self._outputs(node)
+        spec = self.exported.call_spec
+        return check(
+            Graph(
+                nodes=_live(self.nodes, outputs),
+                values=self.values,
+                inputs=tuple(self.inputs),
+                outputs=outputs,
+                input_spec=spec.in_spec,
+                output_spec=spec.out_spec,
+                constants=self.constants,
+                training=self.training,
+            )
+        )
+
+    def _placeholder(self, node: torch.fx.Node) -> None:
+        signature, name = self.exported.graph_signature, node.name
+        fake = node.meta.get("val")
+        if name in signature.inputs_to_parameters:
+            path, kind = signature.inputs_to_parameters[name], "parameter"
+        elif name in signature.inputs_to_buffers:
+            path, kind = signature.inputs_to_buffers[name], "buffer"
+        elif name in signature.inputs_to_lifted_tensor_constants:
+            path, kind = "@", "constant"
+            constant = self.exported.constants[signature.inputs_to_lifted_tensor_constants[name]]
+            assert isinstance(constant, Tensor)
+            self.constants[name] = constant
+        else:
+            path, kind = "", "input"
+            self.inputs.append(name)
+        if not isinstance(fake, Tensor):
+            self.now[name] = fake  # a plain Python input: its value is part of the graph
+            self.inputs = [i for i in self.inputs if i != name]
+            return
+        grad = kind == "parameter" and (path not in self.parameters or self.parameters[path].requires_grad)
+        self.values[name] = Value(name, kind, tuple(map(int, fake.shape)), fake.dtype, path, grad)
+        self.now[name] = Ref(name)
+
+    def _arguments(self, tree: Any) -> Any:
+        if isinstance(tree, torch.fx.Node):
+            ref = self.now[tree.name]
+            if isinstance(ref, Ref) and ref.name in self.stale:
+                raise ModelError(
+                    f"{ref.name} is read after a view of it was changed in place; write that operator out of place"
+                )
+            return ref
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(self._arguments(item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self._arguments(item) for key, item in tree.items()}
+        return tree
+
+    def _call(self, node: torch.fx.Node) -> None:
+        if node.target is operator.getitem:
+            source = self.now[node.args[0].name]  # type: ignore[union-attr]
+            if isinstance(source, list):
+                self.now[node.name] = source[node.args[1]]  # type: ignore[index]
+                return
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            op = getattr(target, "__name__", str(target))
+            if target is not operator.getitem:
+                raise ModelError(f"the exported graph calls {op}, which is not a tensor operator")
+            self._append(node, op, target, self._arguments(node.args), {}, "")
+            return
+        op = target._schema.name.split("::")[-1]
+        args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        if op in _SPLITS:
+            self._split(node, op, args)
+            return
+        effect = ""
+        if target._schema.is_mutable and args and isinstance(args[0], Ref):
+            changed = args[0].name
+            if self.values[changed].kind == "buffer":
+                effect = changed
+            else:
+                target, op = _functional(target, op), op.rstrip("_")
+                self._mutate(changed, node.name)
+        elif op == "batch_norm" and args[5] and args[3] is not None:
+            effect = args[3].name
+        self._append(node, op, target, args, kwargs, effect)
+        if target._schema.is_mutable and effect == "" and args and isinstance(args[0], Ref):
+            raise ModelError(f"{op} changes its input in place and has no functional twin")
+
+    def _mutate(self, changed: str, name: str) -> None:
+        """From here on the changed value is the new node; its other views would show the change too."""
+        base = self.alias.get(changed, changed)
+        family = {v for v in self.values if self.alias.get(v, v) == base} - {changed}
+        if self.values[base].kind == "input" or self.values[changed].kind == "parameter":
+            raise ModelError(f"the model changes its input or parameter {base} in place; copy it first")
+        self.stale |= family
+        for key, ref in self.now.items():
+            if isinstance(ref, Ref) and ref.name == changed:
+                self.now[key] = Ref(name)
+
+    def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
+        random = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+        made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
+        self._add(made, node.meta["val"])
+
+    def _add(self, node: Node, fake: Any) -> None:
+        self.nodes.append(node)
+        self.values[node.name] = _value(node.name, fake)
+        self.now[node.name] = Ref(node.name)
+        if node.op in _ALIASES and node.inputs:
+            self.alias[node.name] = self.alias.get(node.inputs[0], node.inputs[0])
+
+    def _split(self, node: torch.fx.Node, op: str, args: Any) -> None:
+        """split, chunk, unbind -> one slice (or select) per part, so that every node makes one tensor."""
+        parts = node.meta["val"]
+        if op == "unbind":
+            dim = int(args[1]) if len(args) > 1 else 0
+        else:
+            dim = int(args[2]) if len(args) > 2 else int(node.kwargs.get("dim", 0))  # type: ignore[call-overload]
+        start, made = 0, []
+        for i, part in enumerate(parts):
+            name = f"{node.name}_{i}" if f"{node.name}_{i}" not in self.values else f"{node.name}_part_{i}"
+            if op == "unbind":
+                target: Any = torch.ops.aten.select.int
+                piece = Node(name, "select", target, (args[0], dim, i), {}, _module(node))
+            else:
+                target = torch.ops.aten.slice.Tensor
+                stop = start + part.shape[dim]
+                piece = Node(name, "slice", target, (args[0], dim, start, stop), {}, _module(node))
+                start = stop
+            self._add(piece, part)
+            made.append(Ref(name))
+        self.now[node.name] = made
+
+    def _outputs(self, node: torch.fx.Node) -> tuple[str, ...]:
+        names = []
+        for item in node.args[0]:  # type: ignore[union-attr]
+            ref = self._arguments(item)
+            if not isinstance(ref, Ref):
+                raise ModelError(f"the model returns {ref!r}; rowtune handles tensors only")
+            names.append(ref.name)
+        return tuple(names)
+
+
+def _live(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """Drop nodes that nothing reads (lifted constants' detach, asserts), but not effects."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if node.name in wanted or node.effect:
+            kept.append(node)
+            wanted |= set(node.inputs)
+    return tuple(reversed(kept))
+
+
+def _value(name: str, fake: Any) -> Value:
+    if isinstance(fake, (list, tuple)):
+        parts = tuple(_value(f"{name}.{i}", f) for i, f in enumerate(fake) if isinstance(f, Tensor))
+        return Value(name, "node", (), torch.float32, parts=parts)
+    if not isinstance(fake, Tensor):
+        raise ModelError(f"{name} is a {type(fake).__name__} and not a tensor; rowtune needs static shapes")
+    try:
+        return Value(name, "node", tuple(int(s) for s in fake.shape), fake.dtype)
+    except Exception as error:
+        raise ModelError(f"{name} has a shape that depends on data; rowtune needs static shapes") from error
+
+
+def _functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
+    """relu_ -> relu, with the same overload name (bernoulli_.float is bernoulli.p)."""
+    overload = {"bernoulli_.float": "p"}.get(f"{op}.{target._overloadname}", target._overloadname)
+    packet = getattr(getattr(torch.ops, target.namespace), op.rstrip("_"), None)
+    found = getattr(packet, overload, None) if packet is not None else None
+    if found is None:
+        raise ModelError(f"{op}.{target._overloadname} works in place and has no functional twin")
+    return found  # type: ignore[no-any-return]
+
+
+def _module(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""

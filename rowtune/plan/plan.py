@@ -1,0 +1,107 @@
+"""A plan: the few decisions from which everything the runtime does is derived.
+
+A plan is a list of segments that cover the graph's nodes in order; each names its first and last node and
+how its interior is computed. It holds no sizes that depend on the device, and no code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from rowtune.errors import PlanError
+
+Policy = Literal["keep", "checkpoint", "rows"]
+Halo = Literal["recompute", "cache", "sweep"]
+Tapes = Literal["split", "whole"]
+Layout = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Nodes `first` to `last` (inclusive, topological order) and how they are computed.
+
+    policy      keep: as PyTorch; checkpoint: recomputed from its inputs; rows: a band of rows at a time
+    band_rows   rows of the segment's tallest output in one band
+    halo        recompute: every band on its own (LR-CNN's OverL); cache: boundary rows kept (2PS);
+                sweep: one pass of line buffers, forward ahead and backward a receptive field behind
+    images      batch entries computed at a time, 0 for the whole batch
+    tapes       split: tapes end where gradients arrive (least memory); whole: one tape a band (fewer steps)
+    band_cols   reserved: rows of a second band axis
+    """
+
+    first: str
+    last: str
+    policy: Policy = "keep"
+    band_rows: int = 0
+    halo: Halo = "sweep"
+    images: int = 0
+    tapes: Tapes = "split"
+    band_cols: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Segments in order, and what holds for the whole step.
+
+    `axis` is the band axis of the inputs (2: the first spatial one). `stores`, `dtype` are reserved: where
+    cut tensors, inputs and targets are kept, and in which type.
+    """
+
+    segments: tuple[Segment, ...]
+    axis: int = 2
+    layout: Layout = "contiguous"
+    dtype: str = "as given"
+    stores: tuple[tuple[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; fields at their default are left out of a segment."""
+        out = asdict(self)
+        out["stores"] = dict(self.stores)
+        default = {f.name: f.default for f in fields(Segment)}
+        out["segments"] = [
+            {k: v for k, v in asdict(s).items() if k in ("first", "last", "policy") or v != default[k]}
+            for s in self.segments
+        ]
+        return out
+
+    @staticmethod
+    def from_dict(data: Any) -> Plan:
+        """The inverse, strict: PlanError names the first unknown key or value out of range."""
+        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+            raise PlanError("the plan's decisions have no list of segments")
+        unknown = set(data) - {f.name for f in fields(Plan)}
+        if unknown:
+            raise PlanError(f"the plan's decisions have an unknown key {sorted(unknown)[0]!r}")
+        segments = tuple(_segment(item) for item in data["segments"])
+        rest = {k: v for k, v in data.items() if k != "segments"}
+        rest["stores"] = tuple(sorted(dict(rest.get("stores") or {}).items()))
+        plan = Plan(segments, **rest)
+        if plan.stores or plan.dtype != "as given":
+            raise PlanError("the plan uses stores or dtype, which this version of rowtune only reserves")
+        if plan.layout not in get_args(Layout):
+            raise PlanError(f"layout is one of {', '.join(get_args(Layout))}, not {plan.layout!r}")
+        if type(plan.axis) is not int or plan.axis < 2:
+            raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
+        return plan
+
+
+def _segment(data: Any) -> Segment:
+    names = {f.name for f in fields(Segment)}
+    if not isinstance(data, dict) or not {"first", "last"} <= set(data) <= names:
+        raise PlanError(f"a segment has keys {', '.join(sorted(names))}; found {data!r}")
+    made = Segment(**data)
+    for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes)):
+        if getattr(made, key) not in get_args(kind):
+            raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
+    for key in ("band_rows", "images", "band_cols"):
+        value = getattr(made, key)
+        if type(value) is not int or value < 0:
+            raise PlanError(f"{key} is a whole number of at least 0, not {value!r}")
+    if made.policy == "rows" and made.band_rows < 1:
+        raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows of at least 1")
+    if made.band_cols:
+        raise PlanError("band_cols (a second band axis) is reserved; this version bands one axis")
+    if not isinstance(made.first, str) or not isinstance(made.last, str):
+        raise PlanError("a segment's first and last are node names")
+    return made
