@@ -1,0 +1,248 @@
+"""plan.json: a plan, what it was made for, what it was predicted to cost and what it cost.
+
+The file is read strictly: an unknown schema, key or value is a PlanError, never a guess. It is JSON and
+nothing else, so opening a stranger's plan runs no code (opening the *model* it names may: see source.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rowtune import __version__
+from rowtune.errors import PlanError
+from rowtune.importers.source import Kind, Source, TensorSpec
+from rowtune.plan.plan import Plan
+
+SCHEMA = 1
+
+PREDICTED = ("peak_bytes", "activation_bytes", "seconds", "peak_at")
+MEASURED = (
+    "peak_bytes",
+    "allocator_peak_bytes",
+    "activation_bytes",
+    "step_seconds",
+    "plain_peak_bytes",
+    "plain_step_seconds",
+    "max_relative_error",
+)
+_KEYS = {
+    "schema", "model", "inputs", "dtype", "device", "loss", "optimizer", "seed", "fingerprint", "budget_bytes",
+    "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "versions",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained, on what: everything a plan is made for, and nothing about how.
+
+    `dtype` is empty where the model keeps its own.
+    """
+
+    model: Source
+    inputs: tuple[TensorSpec, ...]
+    device: str
+    loss: str
+    optimizer: str
+    seed: int = 0
+    dtype: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": {"kind": self.model.kind, "source": self.model.text, "args": _plain(dict(self.model.args))},
+            "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in self.inputs],
+            "dtype": self.dtype,
+            "device": self.device,
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+            "seed": self.seed,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Problem:
+        """The inverse; PlanError for anything missing or of the wrong type."""
+        model = _typed(data, "model", dict)
+        if model.get("kind") not in get_args(Kind):
+            raise PlanError(f"model.kind is one of {', '.join(get_args(Kind))}, not {model.get('kind')!r}")
+        args = _typed(model, "args", dict)
+        source = Source(
+            model["kind"],
+            _typed(model, "source", str),
+            tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in args.items()),
+        )
+        words = {key: _typed(data, key, str) for key in ("device", "loss", "optimizer", "dtype")}
+        inputs = tuple(_spec(item) for item in _typed(data, "inputs", list))
+        return Problem(source, inputs, seed=_typed(data, "seed", int), **words)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """The content of a plan.json. Sizes in bytes, times in seconds; None where it could not be measured.
+
+    `front` is the Pareto set of what was measured: peak_bytes, step_seconds and decisions of each member.
+    `study` names the records file, beside the plan.
+    """
+
+    problem: Problem
+    fingerprint: str
+    budget_bytes: int
+    plan: Plan
+    predicted: Mapping[str, Any]
+    measured: Mapping[str, Any]
+    front: tuple[Mapping[str, Any], ...] = ()
+    study: str = ""
+    reserve_bytes: int = 0
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            **self.problem.to_dict(),
+            "fingerprint": self.fingerprint,
+            "budget_bytes": self.budget_bytes,
+            "reserve_bytes": self.reserve_bytes,
+            "decisions": self.plan.to_dict(),
+            "predicted": dict(self.predicted),
+            "measured": dict(self.measured),
+            "front": [dict(member) for member in self.front],
+            "study": self.study,
+            "versions": dict(self.versions),
+        }
+
+    @staticmethod
+    def from_dict(data: Any) -> PlanFile:
+        """The inverse, strict."""
+        if not isinstance(data, dict):
+            raise PlanError("a plan is a JSON object")
+        if data.get("schema") != SCHEMA:
+            raise PlanError(f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}: search again")
+        if set(data) != _KEYS:
+            odd = sorted(set(data) ^ _KEYS)[0]
+            raise PlanError(f"{'unknown' if odd in data else 'missing'} key {odd!r}")
+        for key, least in (("budget_bytes", 1), ("reserve_bytes", 0)):
+            if _typed(data, key, int) < least:
+                raise PlanError(f"{key} is at least {least}, not {data[key]}")
+        return PlanFile(
+            problem=Problem.from_dict(data),
+            fingerprint=_typed(data, "fingerprint", str),
+            budget_bytes=data["budget_bytes"],
+            plan=Plan.from_dict(data["decisions"]),
+            predicted=_costs(data, "predicted", PREDICTED),
+            measured=_costs(data, "measured", MEASURED),
+            front=tuple(_member(item) for item in _typed(data, "front", list)),
+            study=_typed(data, "study", str),
+            reserve_bytes=data["reserve_bytes"],
+            versions=_typed(data, "versions", dict),
+        )
+
+
+def versions() -> dict[str, str]:
+    """What made a plan: a later surprise is often a version."""
+    import torch
+
+    return {"rowtune": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def save_plan(file: PlanFile, path: Path) -> None:
+    """Write whole or not at all: a temporary file beside it, then one rename."""
+    write_text(path, dumps(file.to_dict()) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, so that an interrupted write leaves the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_plan(path: Path) -> PlanFile:
+    """Read and check a plan.json; PlanError says what is wrong with it. The model's own file, where it is
+    not found from the current folder, is looked for beside the plan."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise PlanError(f"{path} is not a readable plan: {str(error).splitlines()[0]}") from error
+    try:
+        file = PlanFile.from_dict(data)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise PlanError(f"{path}: decisions of the wrong type: {error}") from error
+    source = file.problem.model
+    beside = path.parent / source.text
+    if source.kind in ("onnx", "pt2") and not Path(source.text).exists():
+        if not beside.exists():
+            raise PlanError(f"{path}: its model {source.text} is neither here nor beside the plan")
+        return replace(file, problem=replace(file.problem, model=replace(source, text=str(beside))))
+    return file
+
+
+def _no_constant(text: str) -> float:
+    raise PlanError(f"{text} is not a number of JSON")
+
+
+def dumps(value: Any, indent: int = 0) -> str:
+    """JSON with one line for whatever is short: a plan's segments read as a table."""
+    flat = json.dumps(value, allow_nan=False)
+    if not isinstance(value, (dict, list)) or not value or (indent and len(flat) + indent <= 108):
+        return flat
+    pad = " " * (indent + 2)
+    if isinstance(value, dict):
+        items = [f"{pad}{json.dumps(str(k))}: {dumps(v, indent + 2)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + "\n" + " " * indent + "}"
+    return "[\n" + ",\n".join(pad + dumps(item, indent + 2) for item in value) + "\n" + " " * indent + "]"
+
+
+def _plain(value: Any) -> Any:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+
+
+def _typed(data: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = data.get(key)
+    if type(value) is not kind:
+        raise PlanError(f"{key} is of type {kind.__name__}, not {value!r}")
+    return value
+
+
+def _spec(item: Any) -> TensorSpec:
+    if not isinstance(item, dict) or set(item) != {"name", "shape", "dtype"}:
+        raise PlanError(f"an input has name, shape and dtype, not {item!r}")
+    shape = _typed(item, "shape", list)
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise PlanError(f"an input's shape is whole numbers of at least 1, not {shape!r}")
+    import torch
+
+    dtype = _typed(item, "dtype", str)
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise PlanError(f"an input's dtype is a torch dtype, not {dtype!r}")
+    return TensorSpec(_typed(item, "name", str), tuple(shape), dtype)
+
+
+def _costs(data: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[str, Any]:
+    costs = _typed(data, key, dict)
+    for name, value in costs.items():
+        if name not in known:
+            raise PlanError(f"{key} has an unknown key {name!r}")
+        number = type(value) in (int, float) and math.isfinite(value) and value >= 0
+        if not (value is None or number or (name == "peak_at" and isinstance(value, str))):
+            raise PlanError(f"{key}.{name} is a number of at least 0 or null, not {value!r}")
+    return dict(costs)
+
+
+def _member(item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict) or set(item) != {"peak_bytes", "step_seconds", "decisions"}:
+        raise PlanError("a member of the front has peak_bytes, step_seconds and decisions")
+    Plan.from_dict(item["decisions"])
+    return dict(item)

@@ -1,0 +1,12 @@
+"""MEASURED: real training steps in a worker of their own, their records, and the search over them.
+
+sizes     8GB, 8GiB, 25%
+device    which device, how much memory it has
+step      problem -> workload: module, graph, loss, optimizer, batch; one training step
+meter     exact bytes of live tensors, the allocator's peak
+verify    gradients of a plan against the plain network
+measure   verify, time and meter one plan
+worker    the process that measures, and its parent's side
+records   what was measured, appended to a file
+study     Optuna over the plan's knobs
+"""

@@ -1,0 +1,108 @@
+"""Devices: which one, how much memory it has, and holding a process to a cap."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from rowtune.errors import UsageError
+
+
+def resolve_device(text: str) -> str:
+    """auto | cpu | cuda[:i] -> "cpu" or "cuda:i", one that is here."""
+    if text == "cpu":
+        return "cpu"
+    if text != "auto" and not re.fullmatch(r"cuda(:\d+)?", text):
+        raise UsageError(f"--device is auto, cpu, cuda or cuda:0, not {text!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return "cuda:0" if count else "cpu"
+    index = int(text.partition(":")[2] or 0)
+    if index >= count:
+        raise UsageError(f"--device {text}: this torch sees {count} CUDA device(s); use --device cpu")
+    return f"cuda:{index}"
+
+
+def device_name(device: str) -> str:
+    """A name that says whether two measurements may be compared."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    return f"{_processor()} x{torch.get_num_threads()}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def free_bytes(device: str) -> int:
+    """What a new allocation may still take."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable"):
+                return min(int(line.split()[1]) * 1024, _cgroup_free())
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _cgroup_free() -> int:
+    """A container's own limit, where it has one."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8").strip()
+        return max(int(limit) - int(used), 0)
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def cap_memory(device: str, budget: int | None) -> None:
+    """Make an allocation past the cap an error in this process instead of a dead machine.
+
+    CUDA: the allocator may take the budget less the context. CPU: the budget counts live tensors, which an
+    allocator's limit cannot express, so the cap is only what the machine has left.
+    """
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = 1.0 if budget is None else max(budget - context_bytes(device), 0) / total
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+        return
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = _data_bytes()
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (used + int(0.9 * free_bytes(device)), hard))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+
+
+def _data_bytes() -> int:
+    """What counts against RLIMIT_DATA already (reserved, not touched, memory too)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmData"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no VmData")
+
+
+def context_bytes(device: str) -> int:
+    """What CUDA and its libraries hold besides the allocator: used on the card less what torch reserved.
+
+    Other processes on the card count as well: on a shared card this is an upper bound.
+    """
+    torch.zeros(1, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

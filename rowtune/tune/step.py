@@ -1,0 +1,189 @@
+"""A training step as users run it: problem -> workload (module, graph, loss, batch), and one step of it.
+
+A step is: forgotten gradients (zero_grad at its start), forward, loss, backward, optimizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rowtune.errors import ModelError, UsageError
+from rowtune.graph.graph import Graph
+from rowtune.graph.losses import Loss, default_name, parse
+from rowtune.graph.training import synthetic_target, with_loss
+from rowtune.importers import source
+from rowtune.importers.source import Loaded, Source, TensorSpec
+from rowtune.importers.trace import trace
+from rowtune.plan.file import Problem
+
+DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
+
+Batch = tuple[tuple[Tensor, ...], Tensor]
+
+_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.01}),
+    "adam": (torch.optim.Adam, {"lr": 0.001}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.001}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.001}),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer by name and options, as `sgd:lr=0.01,momentum=0.9`."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return self.name + ":" + ",".join(f"{k}={v}" for k, v in self.options)
+
+    @property
+    def slots(self) -> int:
+        """Parameter-sized tensors that it keeps from step to step."""
+        options = dict(self.options)
+        if self.name == "sgd":
+            return int(options.get("momentum", 0) != 0)
+        if self.name == "rmsprop":
+            return 1 + int(options.get("momentum", 0) != 0) + int(bool(options.get("centered", False)))
+        return 2 + int(bool(options.get("amsgrad", False)))
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        trained = [p for p in parameters if p.requires_grad]
+        if not trained:
+            raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
+        return _OPTIMIZERS[self.name][0](trained, **dict(self.options))
+
+    def with_lr(self, lr: float) -> OptimizerSpec:
+        return replace(self, options=tuple({**dict(self.options), "lr": lr}.items()))
+
+
+def parse_optimizer(text: str) -> OptimizerSpec:
+    """`adam`, `sgd:lr=0.1,momentum=0.9`, ...; UsageError for an unknown name or option."""
+    name, _, rest = text.partition(":")
+    if name not in _OPTIMIZERS:
+        raise UsageError(f"--optimizer is one of {', '.join(_OPTIMIZERS)} with options as in sgd:lr=0.1, not {text!r}")
+    make, options = _OPTIMIZERS[name][0], dict(_OPTIMIZERS[name][1])
+    known = set(inspect.signature(make).parameters) - {"params"}
+    for item in filter(None, rest.split(",")):
+        key, eq, value = item.partition("=")
+        if not eq or key not in known:
+            raise UsageError(f"--optimizer {text}: {name} has no option {item!r}; it takes {', '.join(sorted(known))}")
+        options[key] = _number(value, text)
+    try:
+        make([nn.Parameter(torch.zeros(1))], **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {text}: {error}") from error
+    return OptimizerSpec(name, tuple(options.items()))
+
+
+def _number(value: str, text: str) -> float | bool:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"--optimizer {text}: {value!r} is neither a number nor true or false") from None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A problem made real on the CPU: the module, its training graph with the loss, and what was found."""
+
+    problem: Problem
+    loaded: Loaded
+    graph: Graph
+    loss: Loss
+    optimizer: OptimizerSpec
+
+    @property
+    def module(self) -> nn.Module:
+        return self.loaded.module
+
+    def batch(self, specs: Sequence[TensorSpec] = (), device: str = "cpu") -> Batch:
+        """Synthetic inputs and target, the same for the same seed; `specs` where other sizes are wanted.
+
+        Raises:
+            ModelError: the model does not take these sizes.
+        """
+        specs = tuple(specs) or self.problem.inputs
+        graph = self.graph if specs == self.problem.inputs else plain_graph(self.module, specs)
+        output = graph.values[graph.loss_output or graph.outputs[0]]
+        seed = self.problem.seed
+        target = synthetic_target(self.loss, output.shape, output.dtype, seed + 1).to(device)
+        return source.inputs(specs, device, seed), target
+
+
+def plain_graph(module: nn.Module, specs: Sequence[TensorSpec]) -> Graph:
+    """The training graph for these shapes, without a loss."""
+    return trace(module, source.blank(specs), training=True)
+
+
+def define(
+    model: Source,
+    shapes: Sequence[str] = (),
+    *,
+    dtype: str = "",
+    device: str = "cpu",
+    loss: str = "",
+    optimizer: str = "",
+    seed: int = 0,
+) -> Workload:
+    """What a command line describes, with every default filled in and the model traced."""
+    spec = parse_optimizer(optimizer or DEFAULT_OPTIMIZER)
+    chosen = parse(loss) if loss else None
+    loaded = source.load(model, shapes, dtype, seed)
+    graph = plain_graph(loaded.module, loaded.inputs)
+    name = loss or default_loss(graph)
+    problem = Problem(model, loaded.inputs, device, name, str(spec), seed, dtype)
+    return _workload(problem, loaded, graph, chosen or parse(name), spec)
+
+
+def prepare(problem: Problem) -> Workload:
+    """The workload of a problem read from a plan or received by a worker."""
+    shapes = [f"{s.name}:{'x'.join(map(str, s.shape))}" for s in problem.inputs]
+    loaded = source.load(problem.model, shapes, problem.dtype, problem.seed)
+    loaded = replace(loaded, inputs=problem.inputs)
+    graph = plain_graph(loaded.module, problem.inputs)
+    return _workload(problem, loaded, graph, parse(problem.loss), parse_optimizer(problem.optimizer))
+
+
+def _workload(problem: Problem, loaded: Loaded, graph: Graph, loss: Loss, spec: OptimizerSpec) -> Workload:
+    if not any(p.requires_grad for p in loaded.module.parameters()):
+        raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
+    return Workload(problem, loaded, with_loss(graph, loss), loss, spec)
+
+
+def default_loss(graph: Graph) -> str:
+    """By the shapes of the first output and the first input."""
+    return default_name(graph.values[graph.outputs[0]].shape, graph.values[graph.inputs[0]].shape)
+
+
+class Plain(nn.Module):
+    """The network as PyTorch runs it, with the call convention of a planned module."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, *inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(pytree.tree_leaves(self.module(*inputs))[0], targets)
+
+
+def run_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...], target: Tensor
+) -> Tensor:
+    """One training step; the loss, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = module(*inputs, targets=target)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()  # type: ignore[no-any-return]

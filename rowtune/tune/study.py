@@ -1,0 +1,325 @@
+"""The search: Optuna proposes knob values, prediction rejects, the worker measures, the records remember.
+
+A plan's cost does not depend on the budget, only whether it fits does. So records hold costs, and a study
+is built anew from them at every start: another budget or a resumed search needs no trial twice.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import optuna
+
+from rowtune.errors import InfeasibleError, RowtuneError, UsageError
+from rowtune.plan.plan import Plan
+from rowtune.tune.measure import Effort, Measurement
+from rowtune.tune.records import PLAIN, Record, RecordFile, digest, front
+from rowtune.tune.sizes import format_bytes
+
+# A plan is run unless it is predicted to take this much more than the budget.
+REJECT_ABOVE = 1.15
+# The winner is measured again with care; if that changes who is fastest, so is the next one, so many times.
+FINALS = 4
+# Proposals per measured trial after which the space counts as exhausted.
+PATIENCE = 60
+
+
+class Space(Protocol):
+    """A fixed tuple of categorical knobs, and the plan that their values stand for."""
+
+    @property
+    def knobs(self) -> Sequence[Any]: ...
+
+    def plan(self, values: dict[str, Any]) -> Plan: ...
+
+    def guesses(self) -> Sequence[dict[str, Any]]: ...
+
+
+class Costs(Protocol):
+    @property
+    def peak_bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def peak_at(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Shown while searching: after each trial, and (record None) when one begins to run."""
+
+    measured: int
+    trials: int
+    seconds: float
+    record: Record | None
+    best: Record | None
+    running: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a search needs. `limit` is the budget in bytes less what is reserved; `trials` counts plans
+    measured in the whole study, earlier runs of it included."""
+
+    space: Space
+    predict: Callable[[Plan], Costs]
+    measure: Callable[[Plan | None, Effort, float], Measurement]
+    records: RecordFile
+    limit: int
+    trials: int = 40
+    timeout: float = math.inf
+    trial_timeout: float = 600.0
+    seed: int = 0
+    progress: Callable[[Progress], None] = field(default=lambda _: None)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The winner and the evidence. `plain` is None where plain PyTorch could not be measured."""
+
+    best: Record
+    front: tuple[Record, ...]
+    plain: Record | None
+    records: tuple[Record, ...]
+    measured: int
+    interrupted: bool = False
+
+
+class Interrupted(Exception):
+    """Ctrl-C before anything fitted."""
+
+
+def search(task: Task) -> SearchResult:
+    """Find the fastest plan within the limit.
+
+    Raises:
+        InfeasibleError: no plan fits; the message says which budget would do.
+        Interrupted: Ctrl-C, with nothing to show yet (otherwise the result says `interrupted`).
+        UsageError: the timeout left no time for a single plan.
+    """
+    run = _Run(task)
+    interrupted = False
+    try:
+        run.plain()
+        run.explore()
+        run.finals()
+    except KeyboardInterrupt:
+        interrupted = True
+    best = run.best()
+    if best is None and interrupted:
+        raise Interrupted
+    if best is None:
+        raise _infeasible(task, run)
+    seen = list(task.records.latest().values())
+    plain = task.records.plain()
+    return SearchResult(
+        best,
+        tuple(front(seen)),
+        plain if plain is not None and plain.ok else None,
+        tuple(seen),
+        run.measured(),
+        interrupted,
+    )
+
+
+class _Run:
+    """One search in progress."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.began = time.monotonic()
+        self.random = random.Random(task.seed)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=task.seed)
+        self.study = optuna.create_study(direction="minimize", sampler=sampler)
+        self.choices = {
+            knob.name: optuna.distributions.CategoricalDistribution(tuple(knob.choices))
+            for knob in task.space.knobs
+        }
+        self._seed_study()
+
+    def _seed_study(self) -> None:
+        """Earlier trials as they would have ended under this budget, then the guesses not yet tried."""
+        for record in self.task.records.latest().values():
+            if self._current(record) and self._usable(record.values):
+                self.study.add_trial(
+                    optuna.trial.create_trial(
+                        params=dict(record.values),
+                        distributions=dict(self.choices),
+                        value=self._objective(record),
+                        constraints={"budget": self._violation(record)},
+                    )
+                )
+        for guess in self.task.space.guesses():
+            if self._usable(guess):
+                self.study.enqueue_trial(guess, skip_if_exists=True)
+
+    def _usable(self, values: Mapping[str, Any]) -> bool:
+        return set(values) == set(self.choices) and all(v in self.choices[k].choices for k, v in values.items())
+
+    def _current(self, record: Record) -> bool:
+        """A plan rejected under a smaller budget may be worth running under this one."""
+        too_big = record.predicted_bytes is None or record.predicted_bytes > self._most()
+        return record.status != "rejected" or too_big
+
+    def left(self) -> float:
+        return self.task.timeout - (time.monotonic() - self.began)
+
+    def measured(self) -> int:
+        return sum(r.status != "rejected" for r in self.task.records.latest().values())
+
+    def best(self) -> Record | None:
+        return min(self._feasible(), key=lambda r: r.step_seconds or math.inf, default=None)
+
+    def _feasible(self) -> list[Record]:
+        return [r for r in self.task.records.latest().values() if r.ok and (r.peak_bytes or 0) <= self.task.limit]
+
+    def plain(self) -> None:
+        """Measure plain PyTorch once a study: the yardstick, where the machine can hold it."""
+        if self.task.records.plain() is not None or self.left() <= 0:
+            return
+        self._say(None, "plain PyTorch")
+        record = self._measure(None, Record(PLAIN, "ok"), "quick")
+        if record is not None:
+            self.task.records.append(record)
+            self._say(record)
+
+    def explore(self) -> None:
+        """Ask, reject or measure, tell, until trials, time or the space run out."""
+        idle = 0
+        while self.measured() < self.task.trials and self.left() > 0 and idle < PATIENCE:
+            trial = self.study.ask(self.choices)
+            plan = self.task.space.plan(dict(trial.params))
+            seen = self.task.records.latest().get(digest(plan))
+            if seen is not None and self._current(seen):
+                idle += 1
+                self._tell(trial, seen)
+                self._shake(idle)
+                continue
+            record = self._try(plan, dict(trial.params))
+            if record is None:
+                return
+            idle = idle + 1 if record.status == "rejected" else 0
+            self.task.records.append(record)
+            self._tell(trial, record)
+            self._say(record)
+
+    def _shake(self, idle: int) -> None:
+        """TPE repeats itself; after a few repeats in a row a random plan is tried instead."""
+        if idle % 3 == 0:
+            values = {name: self.random.choice(d.choices) for name, d in self.choices.items()}
+            self.study.enqueue_trial(values)
+
+    def _try(self, plan: Plan, values: dict[str, Any]) -> Record | None:
+        """The record of a plan not seen before; None where time ran out in the middle of it."""
+        record = Record(digest(plan), "rejected", values=values, decisions=plan.to_dict())
+        try:
+            cost = self.task.predict(plan)
+        except RowtuneError as error:
+            return replace(record, reason=str(error))
+        record = replace(
+            record, predicted_bytes=cost.peak_bytes, predicted_seconds=cost.seconds, peak_at=cost.peak_at
+        )
+        if cost.peak_bytes > self._most():
+            return replace(record, reason=f"predicted {format_bytes(cost.peak_bytes)}, over the budget")
+        self._say(None, f"predicted {format_bytes(cost.peak_bytes)}")
+        return self._measure(plan, record, "quick")
+
+    def _measure(self, plan: Plan | None, record: Record, effort: Effort) -> Record | None:
+        start = time.monotonic()
+        allowed = min(self._trial_timeout(), self.left())
+        result = self.task.measure(plan, effort, allowed)
+        if result.status == "timeout" and self.left() <= 0:
+            return None  # the search's own end is no verdict on the plan
+        return replace(record, **result.to_dict(), effort=effort, seconds=round(time.monotonic() - start, 3))
+
+    def _trial_timeout(self) -> float:
+        """Where plain's time is known, a plan forty times slower is no answer."""
+        plain = self.task.records.plain()
+        if plain is None or plain.step_seconds is None:
+            return self.task.trial_timeout
+        return min(self.task.trial_timeout, max(60.0, 400 * plain.step_seconds))
+
+    def _correction(self) -> float:
+        """Measured over predicted peak, as seen so far."""
+        ratios = [
+            (r.peak_bytes or 0) / r.predicted_bytes
+            for r in self.task.records.latest().values()
+            if r.ok and r.predicted_bytes
+        ]
+        return min(max(statistics.median(ratios), 0.8), 1.5) if ratios else 1.0
+
+    def _most(self) -> float:
+        """The largest predicted peak that is worth running."""
+        return REJECT_ABOVE * self.task.limit / self._correction()
+
+    def _tell(self, trial: optuna.Trial, record: Record) -> None:
+        trial.set_constraint("budget", self._violation(record))
+        self.study.tell(trial, self._objective(record))
+
+    def _violation(self, record: Record) -> float:
+        """Above zero where the plan does not fit, as a share of the budget; failures count as far over."""
+        size = record.peak_bytes if record.ok else record.predicted_bytes
+        over = (size or 0) / self.task.limit - 1
+        return over if record.ok else max(over, 0.5 if record.status in ("oom", "rejected") else 1.0)
+
+    def _objective(self, record: Record) -> float:
+        """Seconds a step; a plan without a time counts as twice the slowest seen."""
+        if record.ok and record.step_seconds is not None:
+            return record.step_seconds
+        return 2 * max((r.step_seconds or 0 for r in self.task.records.records if r.ok), default=1.0)
+
+    def finals(self) -> None:
+        """Verify and measure the winner again, and whoever is fastest after that."""
+        for _ in range(FINALS):
+            best = self.best()
+            if best is None or best.effort == "full":
+                return
+            self._say(None, "the winner once more")
+            assert best.decisions is not None
+            # Past the timeout the winner still gets its check: an unverified plan is worth nothing.
+            result = self.task.measure(Plan.from_dict(dict(best.decisions)), "full", self._trial_timeout())
+            record = replace(best, **result.to_dict(), effort="full")
+            self.task.records.append(record)
+            self._say(record)
+
+    def _say(self, record: Record | None, running: str = "") -> None:
+        seconds = time.monotonic() - self.began
+        self.task.progress(Progress(self.measured(), self.task.trials, seconds, record, self.best(), running))
+
+
+def _infeasible(task: Task, run: _Run) -> RowtuneError:
+    """Why nothing fits: the least budget that any plan looked at would need."""
+    seen = task.records.latest().values()
+    sized = [(r.peak_bytes if r.ok else r.predicted_bytes, r) for r in seen if r.ok or r.status == "rejected"]
+    known = [(size, r) for size, r in sized if size]
+    if not known and run.left() <= 0:
+        return UsageError(f"--timeout {task.timeout:.0f} ended before one plan was measured; give more time")
+    if not known:
+        reasons = "; ".join(sorted({f"{r.status}: {r.reason}" for r in seen})[:3])
+        return InfeasibleError(f"no plan could be run: {reasons}")
+    size, record = min(known, key=lambda item: item[0])
+    how = "measured" if record.ok else "predicted"
+    where = f", set by {record.peak_at}" if record.peak_at else ""
+    return InfeasibleError(
+        f"no plan fits {format_bytes(task.limit)}: of {len(known)} plans the smallest needs "
+        f"{format_bytes(size)} ({how}{where}); give --budget {round_up(size)} or a smaller --shape"
+    )
+
+
+def round_up(size: int) -> str:
+    """A budget flag of three digits that is at least `size`, with one percent to spare."""
+    unit = 10 ** max(0, math.floor(math.log10(size * 1.01)) - 2)
+    rounded = math.ceil(size * 1.01 / unit) * unit
+    for name, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if rounded >= scale:
+            return f"{rounded / scale:g}{name}"
+    return f"{rounded}B"
