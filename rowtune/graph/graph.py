@@ -101,7 +101,7 @@ def numel(shape: tuple[int, ...]) -> int:
     return n
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """A traced model: `inputs` and `targets` are what a call supplies, `outputs` what it returns (flattened;
     `output_spec` puts the structure back)."""
@@ -116,6 +116,7 @@ class Graph:
     training: bool = True
     targets: tuple[str, ...] = ()
     loss: Any = None
+    loss_output: str = ""
 
     @cached_property
     def index(self) -> dict[str, int]:

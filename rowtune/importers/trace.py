@@ -27,7 +27,9 @@ _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
 
 
-def trace(model: nn.Module, inputs: tuple[Any, ...], *, training: bool = True) -> Graph:
+def trace(
+    model: nn.Module, inputs: tuple[Any, ...], *, training: bool = True, named: dict[str, Any] | None = None
+) -> Graph:
     """Export `model` (which may be a submodule of a larger one) for these example inputs.
 
     `inputs` may be nested tuples and dicts of tensors; only sizes and types are read. The model's own
@@ -41,7 +43,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, training: bool = True) -
         model.train(training)
     try:
         with _quiet():
-            exported = torch.export.export(model, inputs, strict=False)
+            exported = torch.export.export(model, inputs, named or {}, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

@@ -1,0 +1,63 @@
+"""Where the band axis runs through a graph: one rule for every node, one dimension for every value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from rowtune.graph.graph import Graph, Value
+from rowtune.graph.rules import Opaque, Question, RowRule, rule_for
+
+
+@dataclass(frozen=True)
+class Banding:
+    """`axis` of the inputs followed through the graph. `dims[v]` is None where a value is used whole."""
+
+    axis: int
+    rules: dict[str, RowRule | Opaque]
+    dims: dict[str, int | None]
+
+    def rule(self, node: str) -> RowRule:
+        found = self.rules[node]
+        assert isinstance(found, RowRule), f"{node} is opaque: {found}"
+        return found
+
+    def height(self, value: Value) -> int:
+        """Rows of a value along the axis: 1 where it is used whole. For a reduction, the rows it adds up."""
+        found = self.rules.get(value.name)
+        if isinstance(found, RowRule) and found.reduces:
+            return next(r.window.out_rows for r in found.reads.values() if r.window is not None)
+        dim = self.dims[value.name]
+        return 1 if dim is None else value.shape[dim]
+
+
+@lru_cache(maxsize=64)
+def banding(graph: Graph, axis: int) -> Banding:
+    """Follow input dimension `axis` (0: the batch, 2: rows) through the graph."""
+    rules: dict[str, RowRule | Opaque] = {}
+    dims = {v.name: _start(v, axis, graph) for v in graph.values.values() if v.kind != "node"}
+    extra = {"loss": graph.loss}
+    image_rank = max((len(graph.values[i].shape) for i in graph.inputs), default=0)
+    for node in graph.nodes:
+        asked = Question(node, {n: dims[n] for n in node.inputs}, graph.values, extra)
+        out = graph.values[node.name]
+        if out.parts or any(graph.values[n].parts for n in node.inputs):
+            rule: RowRule | Opaque = Opaque(f"{node.op} has several outputs")
+        else:
+            rule = rule_for(asked)
+        if isinstance(rule, Opaque) and rule.dim is None and len(out.shape) == image_rank > axis:
+            rule = Opaque(rule.reason, axis)  # an image again: a later segment may start here
+        rules[node.name] = rule
+        dims[node.name] = rule.dim
+    return Banding(axis, rules, dims)
+
+
+def _start(value: Value, axis: int, graph: Graph) -> int | None:
+    if value.name in graph.inputs:
+        return axis if len(value.shape) > axis else None
+    if value.name in graph.targets:
+        output = graph.values[graph.loss_output]
+        rank_drop = len(output.shape) - len(value.shape)
+        own = axis - rank_drop if axis > 0 else 0
+        return own if 0 <= own < len(value.shape) else None
+    return None

@@ -1,0 +1,105 @@
+"""What a row rule is: how one operator meets a band of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rowtune.graph.graph import Node, Value, replace
+from rowtune.rows import Rows, Window
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """How one input is read: sliced along `dim` by `window`, or used whole where `dim` is None."""
+
+    dim: int | None = None
+    window: Window | None = None
+
+
+WHOLE = Read()
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """One call of an operator on slices: each tensor holds exactly the rows `reads` says.
+
+    `rows` are the absolute output rows to make, `shape` the shape the result must have.
+    """
+
+    node: Node
+    tensors: Mapping[str, Tensor]
+    rows: Rows
+    reads: Mapping[str, Rows]
+    shape: tuple[int, ...]
+    images: Rows
+
+    def call(self, **changed: Any) -> Tensor:
+        """The operator as it stands, on the slices."""
+        args = replace(self.node.args, self.tensors.__getitem__)
+        kwargs = replace(self.node.kwargs, self.tensors.__getitem__)
+        return self.node.target(*args, **{**kwargs, **changed})  # type: ignore[no-any-return]
+
+
+Run = Callable[[Slab], Tensor]
+
+
+def as_is(slab: Slab) -> Tensor:
+    return slab.call()
+
+
+@dataclass(frozen=True, slots=True)
+class RowRule:
+    """`dim` is the band dimension of the output (None: the output is used whole).
+
+    With `reduces`, the output is a sum over bands: `run` gives the share of the rows it is handed.
+    `cheap` marks operators that may join the step of the operator before them.
+    """
+
+    dim: int | None
+    reads: Mapping[str, Read]
+    run: Run = as_is
+    reduces: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """The operator needs its inputs whole along this axis; `reason` is for people.
+
+    `dim` is where the axis lies in the output all the same, so that a later segment can be banded again.
+    """
+
+    reason: str
+    dim: int | None = None
+
+
+Dims = Mapping[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a rule function is asked: this node, with its inputs' band dimensions."""
+
+    node: Node
+    dims: Dims
+    values: Mapping[str, Value]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.values[name].shape
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return self.values[self.node.name].shape
+
+    def arg(self, position: int, name: str, default: Any) -> Any:
+        """A non-tensor argument, given by position or by name."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+
+Rule = Callable[[Question], RowRule | Opaque]

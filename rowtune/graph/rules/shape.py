@@ -1,0 +1,249 @@
+"""Operators that move data without arithmetic: views, transposes, slices, cats, pads, pixel shuffle.
+
+The band axis is tracked through them; sizes written into their arguments are replaced by the slice's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is
+from rowtune.rows import Affine, gather
+from rowtune.rows import pointwise as same_rows
+
+_END = 2**62
+
+
+def _moved(q: Question, out_dim: int | None, why: str, run: Run = as_is) -> RowRule | Opaque:
+    """The first input's rows are the output's rows, along another dimension."""
+    x = q.node.inputs[0]
+    dim = q.dims[x]
+    if dim is None or out_dim is None or q.out[out_dim] != q.shape(x)[dim]:
+        return Opaque(why)
+    return RowRule(out_dim, {x: Read(dim, same_rows(q.out[out_dim]))}, run)
+
+
+def permute(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    rank, dim = len(q.shape(x)), q.dims[x]
+    order = [int(d) % rank for d in q.arg(1, "dims", ())]
+    return _moved(q, order.index(dim) if dim is not None else None, "permute")
+
+
+def transpose(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    rank, dim = len(q.shape(x)), q.dims[x]
+    if q.node.op in ("t", "numpy_T"):
+        first, second = 0, 1
+    else:
+        first, second = int(q.arg(1, "dim0", 0)) % rank, int(q.arg(2, "dim1", 1)) % rank
+    return _moved(q, {first: second, second: first}.get(dim, dim) if dim is not None else None, "transpose")
+
+
+def view(q: Question) -> RowRule | Opaque:
+    """view, reshape, flatten, unflatten: fine where the band axis stays a dimension of its own."""
+    x = q.node.inputs[0]
+    dim, shape, out = q.dims[x], q.shape(x), q.out
+    if dim is None:
+        return Opaque("a view")
+    before = math.prod(shape[:dim])
+    found = [e for e in range(len(out)) if math.prod(out[:e]) == before and out[e] == shape[dim]]
+    if not found:
+        return Opaque(f"{q.node.op} merges the band axis with others")
+    # Among size-one neighbours the last candidate keeps its distance from the end like the input's.
+    best = min(found, key=lambda e: abs((len(out) - e) - (len(shape) - dim)))
+    return _moved(q, best, "a view", _reshape)
+
+
+def _reshape(slab: Slab) -> Tensor:
+    return slab.tensors[slab.node.inputs[0]].reshape(slab.shape)
+
+
+def expand(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    dim = q.dims[x]
+    out = None if dim is None else dim + len(q.out) - len(q.shape(x))
+    return _moved(q, out, "expand along the band axis", lambda slab: slab.tensors[x].expand(slab.shape))
+
+
+def unsqueeze(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.out)
+    return _moved(q, None if dim is None else dim + (at <= dim), "unsqueeze")
+
+
+def squeeze(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    rank, dim = len(q.shape(x)), q.dims[x]
+    axes: Any = q.arg(1, "dim", None)
+    if axes is None or dim is None:
+        return Opaque("squeeze of unnamed dimensions")
+    gone = {int(a) % rank for a in ([axes] if isinstance(axes, int) else axes)}
+    gone = {a for a in gone if q.shape(x)[a] == 1}
+    return _moved(q, None if dim in gone else dim - sum(a < dim for a in gone), "squeeze of the band axis")
+
+
+def select(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.shape(x))
+    return _moved(q, None if dim in (None, at) else dim - (at < dim), "one row is selected")  # type: ignore[operator]
+
+
+def slice_(q: Question) -> RowRule | Opaque:
+    """slice, narrow: over other axes pointwise; along the band axis a crop, by absolute rows."""
+    x = q.node.inputs[0]
+    dim, rank = q.dims[x], len(q.shape(x))
+    at = int(q.arg(1, "dim", 0)) % rank
+    if dim is None or at != dim:
+        return _moved(q, dim, "slice")
+    size = q.shape(x)[dim]
+    start = int(q.arg(2, "start", 0) or 0)
+    step = int(q.arg(4, "step", 1)) if q.node.op == "slice" else 1
+    start = min(max(start + size if start < 0 else start, 0), size)
+    window = Affine(size, q.out[dim], step, 1, start, start)
+
+    def run(slab: Slab) -> Tensor:
+        image = slab.tensors[x]
+        if step == 1:
+            return image
+        return torch.ops.aten.slice.Tensor(image, dim, 0, _END, step)  # type: ignore[no-any-return]
+
+    return RowRule(dim, {x: Read(dim, window)}, run)
+
+
+def cat(q: Question) -> RowRule | Opaque:
+    """cat, stack over other axes."""
+    tensors, rank = q.node.args[0], len(q.out)
+    at = int(q.arg(1, "dim", 0)) % rank
+    if q.node.op == "stack":
+        dims = {None if q.dims[r.name] is None else q.dims[r.name] + (at <= q.dims[r.name]) for r in tensors}  # type: ignore[operator]
+    else:
+        dims = {q.dims[r.name] for r in tensors}
+    if len(dims) != 1 or None in dims:
+        return Opaque("a cat of banded and whole tensors")
+    dim = dims.pop()
+    assert dim is not None
+    if dim == at:
+        return Opaque("a cat along the band axis")
+    return RowRule(dim, {r.name: Read(q.dims[r.name], same_rows(q.out[dim])) for r in tensors})
+
+
+def pixel_shuffle(q: Question) -> RowRule | Opaque:
+    """pixel_shuffle N x C r^2 x H x W -> N x C x H r x W r; its inverse reads r rows a row."""
+    x, factor = q.node.inputs[0], int(q.node.args[1])
+    dim, rank = q.dims[x], len(q.out)
+    if dim is not None and dim < rank - 3:
+        return _moved(q, dim, "pixel shuffle")
+    if dim is None or dim == rank - 3:
+        return Opaque("pixel shuffle mixes channels")
+    rows, out_rows = q.shape(x)[dim], q.out[dim]
+    if q.node.op == "pixel_unshuffle":
+        return RowRule(dim, {x: Read(dim, Affine(rows, out_rows, factor, 1, 0, factor - 1))})
+
+    def run(slab: Slab) -> Tensor:
+        full = slab.call()
+        return full.narrow(dim, slab.rows.lo - slab.reads[x].lo * factor, slab.rows.size)
+
+    return RowRule(dim, {x: Read(dim, Affine(rows, out_rows, 1, factor))}, run)
+
+
+def pad(q: Question) -> RowRule | Opaque:
+    """constant, reflect and replicate pads, and negative ones (crops), by absolute rows."""
+    x = q.node.inputs[0]
+    dim, rank = q.dims[x], len(q.out)
+    pads = [int(p) for p in q.arg(1, "pad", ())]
+    mode = str(q.arg(2, "mode", "constant")) if q.node.op == "pad" else _PAD_MODES[q.node.op]
+    value = q.arg(3 if q.node.op == "pad" else 2, "value", None)
+    if mode == "circular":
+        return Opaque("a circular pad wraps around")
+    if dim is None:
+        return Opaque("a pad")
+    at = (rank - 1 - dim) * 2
+    top = pads[at] if at < len(pads) else 0
+    rest = list(pads)
+    if at < len(pads):
+        rest[at] = rest[at + 1] = 0
+    rows, out_rows = q.shape(x)[dim], q.out[dim]
+
+    def others(image: Tensor) -> Tensor:
+        if not any(rest):
+            return image
+        fill = float(value or 0) if mode == "constant" else None
+        return F.pad(image, rest, mode=mode, value=fill)
+
+    if mode == "constant":
+        window = Affine(rows, out_rows, 1, 1, -top, -top)
+
+        def run(slab: Slab) -> Tensor:
+            image, got = others(slab.tensors[x]), slab.reads[x]
+            above = min(max(top - slab.rows.lo, 0), slab.rows.size)
+            edge = [0, 0] * (rank - 1 - dim) + [above, slab.rows.size - above - got.size]
+            return F.pad(image, edge, value=float(value or 0)) if any(edge) else image
+
+        return RowRule(dim, {x: Read(dim, window)}, run)
+    source = [_reflected(i - top, rows) if mode == "reflect" else min(max(i - top, 0), rows - 1) for i in range(out_rows)]
+
+    def run_gather(slab: Slab) -> Tensor:
+        image, got = slab.tensors[x], slab.reads[x]
+        picked = source[slab.rows.lo : slab.rows.hi]
+        if picked != list(range(got.lo, got.hi)):
+            index = torch.tensor([i - got.lo for i in picked], device=image.device)
+            image = image.index_select(dim, index)
+        return others(image)
+
+    return RowRule(dim, {x: Read(dim, gather(rows, ((i, i) for i in source)))}, run_gather)
+
+
+def _reflected(i: int, rows: int) -> int:
+    i = -i if i < 0 else i
+    return 2 * (rows - 1) - i if i >= rows else i
+
+
+_PAD_MODES = {
+    "constant_pad_nd": "constant",
+    "reflection_pad1d": "reflect",
+    "reflection_pad2d": "reflect",
+    "reflection_pad3d": "reflect",
+    "replication_pad1d": "replicate",
+    "replication_pad2d": "replicate",
+    "replication_pad3d": "replicate",
+}
+
+
+def channel_shuffle(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    return _moved(q, q.dims[x] if q.dims[x] != 1 else None, "channel shuffle mixes channels")
+
+
+SHAPES: dict[str, Callable[[Question], RowRule | Opaque]] = {
+    "permute": permute,
+    "transpose": transpose,
+    "t": transpose,
+    "numpy_T": transpose,
+    "view": view,
+    "reshape": view,
+    "_unsafe_view": view,
+    "flatten": view,
+    "unflatten": view,
+    "expand": expand,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "select": select,
+    "slice": slice_,
+    "narrow": slice_,
+    "cat": cat,
+    "concat": cat,
+    "concatenate": cat,
+    "stack": cat,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_shuffle,
+    "channel_shuffle": channel_shuffle,
+    "pad": pad,
+    **dict.fromkeys(_PAD_MODES, pad),
+}

@@ -1,0 +1,102 @@
+"""The program: what runs, on which rows, what is kept and dropped.
+
+The runtime executes it and the predictor adds up its sizes, so both speak of the same thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rowtune.graph.bands import Banding
+from rowtune.graph.cuts import Stretch
+from rowtune.graph.graph import Graph, Node
+from rowtune.plan.groups import Group
+from rowtune.plan.plan import Plan, Segment
+from rowtune.rows import Rows
+
+
+class Piece(NamedTuple):
+    """One group on one range of rows: `ranges` are the rows of every value in it and of what it reads."""
+
+    group: int
+    outputs: tuple[tuple[str, Rows], ...]
+    ranges: dict[str, Rows]
+
+
+class Run(NamedTuple):
+    """Compute a piece; its output rows join the line buffers. With `tape`, keep what its backward needs."""
+
+    piece: int
+    tape: bool
+
+
+class Back(NamedTuple):
+    """Run a piece's tape: gradients go to what it read, then its tape and its rows are dropped."""
+
+    piece: int
+
+
+class Drop(NamedTuple):
+    """Rows of a line buffer below `below` are not read again."""
+
+    value: str
+    below: int
+
+
+class Stash(NamedTuple):
+    """Keep these rows of the line buffers until backward (the boundary rows of LR-CNN's 2PS)."""
+
+    band: int
+    rows: tuple[tuple[str, Rows], ...]
+
+
+class Restore(NamedTuple):
+    """Start a band of the backward with the rows stashed after `band`, and nothing else."""
+
+    band: int
+
+
+Step = Run | Back | Drop | Stash | Restore
+
+
+@dataclass(frozen=True)
+class Banded:
+    """How a rows segment runs: `forward` and `backward` are repeated for each range of `images`.
+
+    `post` are the nodes that read finished reductions (a loss's combine). With `single_sweep`, `backward`
+    runs inside forward, for a unit gradient of the loss, and autograd's backward only scales.
+    """
+
+    bands: Banding
+    images: Banding
+    groups: tuple[Group, ...]
+    pieces: tuple[Piece, ...]
+    post: tuple[Node, ...]
+    sums: tuple[str, ...]
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    image_ranges: tuple[Rows, ...]
+    single_sweep: bool
+
+
+@dataclass(frozen=True)
+class SegmentProgram:
+    """One segment: its decision, the nodes it covers, and for a rows segment how its bands run.
+
+    `drops[i]` names the values that nothing reads after node i (keep and checkpoint).
+    """
+
+    decision: Segment
+    part: Stretch
+    drops: tuple[tuple[str, ...], ...]
+    banded: Banded | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    graph: Graph
+    plan: Plan
+    segments: tuple[SegmentProgram, ...]
+    drops: tuple[tuple[str, ...], ...]
+    """Per segment: the activations that no later segment reads."""

@@ -1,0 +1,37 @@
+"""A plan by hand: one policy on every stretch that can take it, keep elsewhere."""
+
+from __future__ import annotations
+
+from rowtune.graph.cuts import stretches
+from rowtune.graph.graph import Graph
+from rowtune.plan.plan import Halo, Plan, Policy, Segment, Tapes
+
+
+def uniform_plan(
+    graph: Graph,
+    policy: Policy,
+    band_rows: int = 16,
+    halo: Halo = "sweep",
+    *,
+    images: int = 0,
+    tapes: Tapes = "split",
+    axis: int = 2,
+) -> Plan:
+    """`rows` on every stretch that can be banded along `axis`; `checkpoint` and `keep` on all nodes."""
+    if policy != "rows":
+        return Plan((Segment(graph.nodes[0].name, graph.nodes[-1].name, policy, images=images),), axis)
+    segments: list[Segment] = []
+    at = 0
+    for start, stop in stretches(graph, axis):
+        if start > at:
+            segments.append(_keep(graph, at, start))
+        first, last = graph.nodes[start].name, graph.nodes[stop - 1].name
+        segments.append(Segment(first, last, "rows", band_rows, halo, images, tapes))
+        at = stop
+    if at < len(graph.nodes):
+        segments.append(_keep(graph, at, len(graph.nodes)))
+    return Plan(tuple(segments), axis)
+
+
+def _keep(graph: Graph, start: int, stop: int) -> Segment:
+    return Segment(graph.nodes[start].name, graph.nodes[stop - 1].name, "keep")

@@ -1,0 +1,1 @@
+"""EXECUTED: the bands, the line buffers, the nn.Module."""

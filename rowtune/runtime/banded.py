@@ -1,0 +1,417 @@
+"""Execute a rows segment: the steps of its program, over line buffers, forward and backward.
+
+No backward rule is written here. A step with a tape runs its operators on detached slices with gradients on;
+running the tape asks autograd for the gradients of the slices and the parameters, which go to the pieces
+that made the rows, to the segment's inputs and to the weight accumulators.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from rowtune.graph.graph import Graph
+from rowtune.plan.groups import Group
+from rowtune.plan.program import Back, Banded, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.rows import Rows
+from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype, run_whole
+from rowtune.runtime.lines import Homes, Lines, PieceGradients
+
+
+@dataclass
+class Tape:
+    """What a piece's backward needs: where gradients are asked for, and the outputs they start from."""
+
+    slabs: list[tuple[str, Rows, GradientEdge]]
+    weights: list[str]
+    outputs: dict[str, Tensor]
+
+
+@dataclass
+class Gradients:
+    """Sums over bands and images, by name: of segment inputs and of weights."""
+
+    inputs: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+class _Joined(torch.autograd.Function):
+    """Give a tensor a place in the autograd graph that does not hold on to its memory (a leaf would)."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, box: list[Tensor]) -> Tensor:
+        return box.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class BandedRun:
+    """One forward call of a rows segment, and its backward.
+
+    Args:
+        segment: what to run.
+        tensors: segment inputs and weights by name, detached.
+        wanted: which of them need a gradient.
+        seed: of this step's random masks.
+    """
+
+    def __init__(
+        self, graph: Graph, segment: SegmentProgram, tensors: dict[str, Tensor], wanted: frozenset[str], seed: int
+    ) -> None:
+        assert segment.banded is not None
+        self.graph, self.segment, self.program = graph, segment, segment.banded
+        self.bands: Banded = segment.banded
+        self.tensors = tensors
+        self.wanted = wanted
+        self.evaluator = Evaluator(graph, self.program.bands, self.program.images, seed)
+        self.seed = seed
+        self.token = torch.zeros((), requires_grad=True)
+        self.dims = self.program.bands.dims
+        self.whole = {n: tensors[n] for n in segment.part.weights}
+        self.whole |= {n: t for n, t in tensors.items() if graph.values[n].kind == "norms"}
+        self.stashes: list[dict[int, list[tuple[str, Rows, Tensor]]]] = []
+
+    # -- forward -------------------------------------------------------------------------------------------
+
+    def forward(self) -> dict[str, Tensor]:
+        """Segment outputs by name; backward needs only what a cache schedule stashes."""
+        self._begin({}, None, collect=True)
+        for images in self.program.image_ranges:
+            self._images(images)
+            self.stashes.append(self.stash)
+            self._steps(self.program.forward)
+        return self._finish()
+
+    def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]:
+        """Loss, outputs and gradients for `scale` times the loss, in one pass."""
+        leaves = self._sum_leaves(None)
+        loss = self._run_post(leaves)[self.segment.part.nodes[-1].name]
+        seeds = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        self._begin({n: g * scale for n, g in seeds.items()}, {}, collect=True)
+        for images in self.program.image_ranges:
+            self._images(images)
+            self._steps(self.program.backward)
+        return self._finish(), self.gradients
+
+    def _finish(self) -> dict[str, Tensor]:
+        self.lines.clear()
+        with torch.no_grad():
+            post = self._run_post(self.sums)
+        return {o: post[o] if o in post else self.outputs[o] for o in self.segment.part.outputs}
+
+    # -- backward ------------------------------------------------------------------------------------------
+
+    def backward(self, grads: Mapping[str, Tensor]) -> Gradients:
+        """Gradients of inputs and weights for these gradients of the segment's outputs."""
+        sums = self._sum_gradients(grads)
+        self._begin(sums, grads, collect=False)
+        for i, images in enumerate(self.program.image_ranges):
+            self._images(images)
+            if self.stashes:
+                self.stash = self.stashes[i]
+                self.stashes[i] = {}
+            self._steps(self.program.backward)
+        return self.gradients
+
+    def _sum_gradients(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the reductions, through the nodes that read them."""
+        if not self.program.sums:
+            return {}
+        leaves = self._sum_leaves(self.sums)
+        post = self._run_post(leaves)
+        outs = [(post[o], g) for o, g in grads.items() if o in post and post[o].requires_grad]
+        direct = {n: grads[n] for n in leaves if n in grads}
+        if not outs:
+            return direct
+        tensors, seeds = zip(*outs, strict=True)
+        found = torch.autograd.grad(tensors, list(leaves.values()), seeds, allow_unused=True)
+        total = dict(direct)
+        for name, g in zip(leaves, found, strict=True):
+            if g is not None:
+                total[name] = total[name] + g if name in total else g
+        return total
+
+    def _sum_leaves(self, sums: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        leaves = {}
+        for name in self.program.sums:
+            value = self.graph.values[name]
+            device = next(iter(self.tensors.values())).device
+            start = sums[name] if sums else torch.zeros(value.shape, dtype=value.dtype, device=device)
+            leaves[name] = start.detach().requires_grad_()
+        return leaves
+
+    def _run_post(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = dict(sums)
+        with torch.set_grad_enabled(any(t.requires_grad for t in sums.values())):
+            for node in self.program.post:
+                made[node.name] = run_whole(
+                    node, lambda n: made[n] if n in made else self.tensors[n], self.seed, first_time=False
+                )
+        return made
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def _begin(self, sums: dict[str, Tensor], grads: Mapping[str, Tensor] | None, collect: bool) -> None:
+        self.sum_gradients, self.outer, self.collect = sums, grads or {}, collect
+        self.gradients = Gradients({}, {})
+        if collect:
+            self.outputs: dict[str, Tensor] = {}
+            self.sums: dict[str, Tensor] = {}
+        self.carriers = self._carriers() if grads is not None else frozenset()
+        self.leaves = {
+            n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
+            for n, t in self.whole.items()
+        }
+        self._images(ALL_IMAGES)
+
+    def _images(self, images: Rows) -> None:
+        total = images.lo == 0 and len(self.program.image_ranges) == 1
+        self.images = ALL_IMAGES if total else images
+        self.lines = Lines(self.dims)
+        self.tapes: dict[int, Tape] = {}
+        self.shares = PieceGradients(self.dims, _homes(self.program))
+        self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
+
+    def _carriers(self) -> frozenset[str]:
+        """Values through which a gradient flows in this call."""
+        found = set(self.wanted)
+        for group in self.program.groups:
+            if any(n in found for node in group.nodes for n in node.inputs):
+                found |= set(group.outputs)
+        return frozenset(found)
+
+    def _steps(self, steps: tuple[Step, ...]) -> None:
+        for step in steps:
+            if type(step) is Run:
+                self._run(step)
+            elif type(step) is Back:
+                self._back(step.piece)
+            elif type(step) is Drop:
+                self.lines.drop_below(step.value, step.below)
+            elif type(step) is Stash:
+                self._stash(step)
+            elif type(step) is Restore:
+                self._restore(step)
+
+    def _stash(self, step: Stash) -> None:
+        kept = []
+        for name, rows in step.rows:
+            tensor, joined = self.lines.get(name, rows)
+            # After the drops a chunk starts at the rows to keep, so its memory is shared, not copied.
+            kept.append((name, rows, tensor))
+        self.stash[step.band] = kept
+
+    def _restore(self, step: Restore) -> None:
+        self.lines.clear()
+        for name, rows, tensor in self.stash.pop(step.band, ()):
+            self.lines.put(name, rows, tensor)
+
+    def _run(self, step: Run) -> None:
+        piece = self.program.pieces[step.piece]
+        group = self.program.groups[piece.group]
+        if step.tape and any(o in self.carriers for o in group.outputs):
+            outputs = self._run_tape(step.piece, piece, group)
+        else:
+            slabs = {n: self._slab(n, piece.ranges[n])[0] for n in group.reads if n in piece.ranges}
+            with torch.no_grad():
+                outputs = self.evaluator.run(group, piece.ranges, slabs, self.whole, self.images)
+        for name, rows in piece.outputs:
+            self._deliver(name, rows, outputs[name])
+
+    def _deliver(self, name: str, rows: Rows, tensor: Tensor) -> None:
+        if name in self.program.sums:
+            if self.collect:
+                share = tensor.detach()
+                self.sums[name] = self.sums[name] + share if name in self.sums else share
+            return
+        if self.collect and name in self.segment.part.outputs:
+            self._write(name, rows, tensor.detach())
+        if _read_inside(self.program, name):
+            self.lines.put(name, rows, tensor.detach())
+
+    def _write(self, name: str, rows: Rows, tensor: Tensor) -> None:
+        """Rows of a segment output into the whole tensor."""
+        if tensor.shape == self.graph.values[name].shape:
+            self.outputs[name] = tensor
+            return
+        if name not in self.outputs:
+            self.outputs[name] = tensor.new_empty(self.graph.values[name].shape)
+        self._part(name, self.outputs[name], rows).copy_(tensor)
+
+    def _run_tape(self, number: int, piece: Piece, group: Group) -> dict[str, Tensor]:
+        slabs: dict[str, Tensor] = {}
+        edges: list[tuple[str, Rows, GradientEdge]] = []
+        joined: dict[int, tuple[str, Rows, weakref.ref[Tensor]]] = {}
+        for name in group.reads:
+            if name not in piece.ranges:
+                continue
+            rows = piece.ranges[name]
+            tensor, fresh = self._slab(name, rows)
+            if name in self.carriers and tensor.dtype.is_floating_point:
+                if fresh:
+                    with torch.enable_grad():
+                        tensor = _Joined.apply(self.token, [tensor])
+                else:
+                    tensor = tensor.detach().requires_grad_()
+                edges.append((name, rows, get_gradient_edge(tensor)))
+            if fresh:
+                joined[tensor.untyped_storage().data_ptr()] = (name, rows, weakref.ref(tensor))
+            slabs[name] = tensor
+            del tensor
+        with torch.enable_grad():
+            if joined:
+                with saved_tensors_hooks(self._pack(joined), self._unpack):
+                    outputs = self.evaluator.run(group, piece.ranges, slabs, self.leaves, self.images)
+            else:
+                outputs = self.evaluator.run(group, piece.ranges, slabs, self.leaves, self.images)
+        weights = dict.fromkeys(n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole)
+        kept = {n: t for n, t in outputs.items() if t.requires_grad}
+        self.tapes[number] = Tape(edges, list(weights), kept)
+        return outputs
+
+    @staticmethod
+    def _pack(joined: dict[int, tuple[str, Rows, weakref.ref[Tensor]]]) -> Any:
+        """Save a joined window by name: its rows are in the line buffers until this tape has run. Once the
+        window is gone its address may serve another tensor, hence the weak reference."""
+
+        def pack(t: Tensor) -> Any:
+            found = joined.get(t.untyped_storage().data_ptr()) if t.numel() else None
+            if found is None or found[2]() is None:
+                return t
+            return found[0], found[1], t.size(), t.stride(), t.storage_offset()
+
+        return pack
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        name, rows, size, stride, offset = packed
+        return self.lines.get(name, rows)[0].as_strided(size, stride, offset)
+
+    def _slab(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
+        """(rows of a value, whether they are fresh memory)."""
+        if name in self.tensors:
+            return self._part(name, self.tensors[name], rows), False
+        if not rows.size:  # a window that lies in padding altogether
+            return self._empty(name), False
+        return self.lines.get(name, rows)
+
+    def _empty(self, name: str) -> Tensor:
+        value, dim, at = self.graph.values[name], self.dims[name], self.program.images.dims[name]
+        shape = list(value.shape)
+        if dim is not None:
+            shape[dim] = 0
+        if at is not None and self.images != ALL_IMAGES and at != dim:
+            shape[at] = self.images.size
+        return torch.zeros(shape, dtype=value.dtype, device=next(iter(self.tensors.values())).device)
+
+    def _part(self, name: str, full: Tensor, rows: Rows) -> Tensor:
+        """The rows and images at work, of a whole tensor."""
+        dim = self.dims[name]
+        if dim is not None and rows.size != full.shape[dim]:
+            full = full.narrow(dim, rows.lo, rows.size)
+        at = self.program.images.dims[name]
+        if at is not None and self.images != ALL_IMAGES and at != dim:
+            full = full.narrow(at, self.images.lo, self.images.size)
+        return full
+
+    # -- tapes ---------------------------------------------------------------------------------------------
+
+    def _back(self, number: int) -> None:
+        piece = self.program.pieces[number]
+        tape = self.tapes.pop(number, None)
+        if tape is not None:
+            self._run_back(number, piece, tape)
+        for name, rows in piece.outputs:
+            self.lines.drop(name, rows)
+
+    def _run_back(self, number: int, piece: Piece, tape: Tape) -> None:
+        outputs, seeds = [], []
+        for name, rows in piece.outputs:
+            if name not in tape.outputs:
+                continue
+            seed = self._seed(number, name, rows)
+            if seed is not None:
+                outputs.append(tape.outputs[name])
+                seeds.append(seed if seed.dtype == outputs[-1].dtype else seed.to(outputs[-1].dtype))
+        if not outputs:
+            return
+        leaves = [self.leaves[n] for n in tape.weights]
+        asked: list[Any] = [edge for _, _, edge in tape.slabs] + leaves
+        if not asked:
+            return
+        tape.outputs.clear()
+        found = torch.autograd.grad(outputs, asked, seeds, allow_unused=True)
+        given = {s.untyped_storage().data_ptr() for s in seeds}
+        del outputs, seeds
+        self._scatter(tape, found, given)
+
+    def _seed(self, number: int, name: str, rows: Rows) -> Tensor | None:
+        if name in self.program.sums:
+            return self.sum_gradients.get(name)
+        outer = self.outer.get(name)
+        if outer is not None:
+            outer = self._part(name, outer, rows)
+        return self.shares.take(number, name, rows, outer)
+
+    def _scatter(self, tape: Tape, found: tuple[Tensor | None, ...], given: set[int]) -> None:
+        """Gradients of slices to the pieces that made them or the segment's inputs; of weights to the sums."""
+        where = [g.untyped_storage().data_ptr() for g in found if g is not None]
+        for (name, rows, _), g in zip(tape.slabs, found, strict=False):
+            if g is None:
+                continue
+            if name in self.tensors:
+                self._add_input(name, rows, g)
+            else:
+                at = g.untyped_storage().data_ptr()
+                owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
+                self.shares.add(name, rows, g, owned)
+        for name, g in zip(tape.weights, found[len(tape.slabs) :], strict=True):
+            if g is None:
+                continue
+            total = self.gradients.weights.get(name)
+            if total is None:
+                at = g.untyped_storage().data_ptr()
+                alone = at not in given and where.count(at) == 1 and 0 not in g.stride()
+                wide = g.to(grad_dtype(g.dtype))
+                self.gradients.weights[name] = wide.clone() if wide is g and not alone else wide
+            else:
+                total.add_(g)
+
+    def _add_input(self, name: str, rows: Rows, g: Tensor) -> None:
+        total = self.gradients.inputs.get(name)
+        if total is None:
+            full = self.tensors[name]
+            total = torch.zeros_like(full, dtype=g.dtype)
+            self.gradients.inputs[name] = total
+        self._part(name, total, rows).add_(g)
+
+
+def _homes(program: Banded) -> dict[str, Homes]:
+    """Which backward piece makes which rows of each value, in row order."""
+    cached = program.__dict__.get("_homes")
+    if cached is None:
+        found: dict[str, list[tuple[Rows, int]]] = {}
+        for step in program.backward:
+            if type(step) is Run:
+                for name, rows in program.pieces[step.piece].outputs:
+                    found.setdefault(name, []).append((rows, step.piece))
+        cached = {name: Homes([rows.lo for rows, _ in sorted(p)], sorted(p)) for name, p in found.items()}
+        program.__dict__["_homes"] = cached
+    return cached  # type: ignore[no-any-return]
+
+
+def _read_inside(program: Banded, name: str) -> bool:
+    cached = program.__dict__.get("_inner")
+    if cached is None:
+        cached = frozenset(n for group in program.groups for n in group.reads)
+        program.__dict__["_inner"] = cached
+    return name in cached

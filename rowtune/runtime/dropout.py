@@ -1,0 +1,63 @@
+"""Random masks that do not depend on the plan.
+
+The mask of an element is a hash of (step seed, node, image, row, position in the row), so a row that is
+computed twice (halo, recomputation) or in another band gets the same mask. Other random operators are drawn
+whole, from a generator seeded by (step seed, node).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rowtune.rows import Rows
+
+_MIX1, _MIX2, _GOLDEN = 0x7FEB352D, 0x846CA68B - 2**32, 0x9E3779B9 - 2**32
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A finaliser with good avalanche on 32 bits (the arithmetic wraps)."""
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * _MIX1
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    h = h * _MIX2
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def node_seed(seed: int, node: str) -> int:
+    return (seed * 1000003 + zlib.crc32(node.encode())) & 0x7FFFFFFF
+
+
+def dropout_slab(
+    x: Tensor, p: float, seed: int, node: str, dim: int | None, rows: Rows, images: Rows
+) -> Tensor:
+    """Dropout of a slice: absolute rows `rows` along `dim`, batch entries `images` along dimension 0."""
+    h = torch.full((1,) * x.dim(), node_seed(seed, node), dtype=torch.int32, device=x.device)
+    for d in range(x.dim()):
+        start = rows.lo if d == dim else images.lo if d == 0 else 0
+        index = torch.arange(start, start + x.shape[d], dtype=torch.int32, device=x.device)
+        view = [1] * x.dim()
+        view[d] = -1
+        h = _mix(h ^ (index * _GOLDEN + d).view(view))
+    keep = (h & 0x7FFFFFFF) >= int(p * 2**31)
+    if p >= 1.0:
+        return x * 0
+    return torch.where(keep, x * (1.0 / (1.0 - p)), x.new_zeros(()))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, node: str, args: Any, kwargs: Any) -> Iterator[None]:
+    """Draw from a state of its own, so that recomputation draws the same."""
+    devices = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda}
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "cuda":
+        devices.add(torch.device(device))
+    with torch.random.fork_rng(devices=sorted(devices, key=str), enabled=True):
+        torch.manual_seed(node_seed(seed, node))
+        yield

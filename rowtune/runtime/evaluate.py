@@ -1,0 +1,123 @@
+"""Run the nodes of a group on slices, or whole nodes as PyTorch runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowtune.graph.bands import Banding
+from rowtune.graph.graph import Graph, Node, replace
+from rowtune.graph.rules import Slab
+from rowtune.plan.groups import Group
+from rowtune.rows import Rows, need
+from rowtune.runtime.dropout import dropout_slab, seeded
+
+ALL_IMAGES = Rows(0, -1)
+
+
+def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time: bool = True) -> Any:
+    """One node on whole tensors. Where it has an effect on a buffer, only the first time has it, so that a
+    recomputed batch norm updates its statistics once per forward call."""
+    args, kwargs = replace(node.args, lookup), replace(node.kwargs, lookup)
+    if node.op == "dropout":
+        return _dropout(node, args, seed)
+    if node.effect and not first_time:
+        if node.op != "batch_norm":
+            return args[0]
+        args = (*args[:3], None, None, *args[5:])
+    if node.random:
+        with seeded(seed, node.name, args, kwargs):
+            return node.target(*args, **kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _dropout(node: Node, args: tuple[Any, ...], seed: int) -> Tensor:
+    x, p, train = args[0], float(args[1]), bool(args[2])
+    if not train or p == 0.0:
+        return x
+    return dropout_slab(x, p, seed, node.name, None, Rows(0, 0), ALL_IMAGES)
+
+
+class Evaluator:
+    """Runs groups on slices of rows `ranges` and images `images`."""
+
+    def __init__(self, graph: Graph, bands: Banding, images: Banding, seed: int) -> None:
+        self.graph, self.bands, self.image_bands, self.seed = graph, bands, images, seed
+
+    def run(
+        self,
+        group: Group,
+        ranges: Mapping[str, Rows],
+        slabs: MutableMapping[str, Tensor],
+        whole: Mapping[str, Tensor],
+        images: Rows,
+    ) -> dict[str, Tensor]:
+        """The group's outputs.
+
+        Args:
+            ranges: rows of each value in the group and of what it reads.
+            slabs: what it reads, holding exactly those rows; emptied as they are used up.
+            whole: parameters and other values used whole.
+            images: batch entries at work; ALL_IMAGES for all.
+        """
+        made: dict[str, Tensor] = {}
+        for node, drops in zip(group.nodes, group.last_use, strict=True):
+            rows = ranges.get(node.name)
+            if rows is not None and rows.size:
+                made[node.name] = slabs[node.name] = self._node(node, rows, ranges, slabs, whole, images)
+            for name in drops:
+                slabs.pop(name, None)
+                if name not in group.outputs:
+                    made.pop(name, None)
+        return {name: made[name] for name in group.outputs if name in made}
+
+    def _node(
+        self,
+        node: Node,
+        rows: Rows,
+        ranges: Mapping[str, Rows],
+        slabs: Mapping[str, Tensor],
+        whole: Mapping[str, Tensor],
+        images: Rows,
+    ) -> Tensor:
+        rule = self.bands.rule(node.name)
+        tensors: dict[str, Tensor] = {}
+        reads: dict[str, Rows] = {}
+        for name, read in rule.reads.items():
+            tensor = slabs[name] if name in slabs else whole[name]
+            if read.dim is not None and read.window is not None:
+                got = need(read.window, *rows)
+                start = ranges[name].lo if name in slabs and self.bands.dims[name] is not None else 0
+                if got.lo != start or got.size != tensor.shape[read.dim]:
+                    tensor = tensor.narrow(read.dim, got.lo - start, got.size)
+                reads[name] = got
+            tensors[name] = tensor
+        shape = self._shape(node, rule.dim, rows, images)
+        if node.op == "dropout" and bool(node.args[2]) and node.args[1]:
+            x = tensors[node.inputs[0]]
+            return dropout_slab(x, float(node.args[1]), self.seed, node.name, rule.dim, rows, images)
+        if rule.reduces and images != ALL_IMAGES:
+            return rule.run(Slab(node, tensors, rows, reads, shape, images))
+        return rule.run(Slab(node, tensors, rows, reads, shape, images))
+
+    def _shape(self, node: Node, dim: int | None, rows: Rows, images: Rows) -> tuple[int, ...]:
+        shape = list(self.graph.values[node.name].shape)
+        if dim is not None:
+            shape[dim] = rows.size
+        at = self.image_bands.dims[node.name]
+        if at is not None and at != dim and images != ALL_IMAGES:
+            shape[at] = images.size
+        return tuple(shape)
+
+
+def detached(tensors: Mapping[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Fresh leaves over the same memory, with gradients where wanted."""
+    return {n: t.detach().requires_grad_(n in wanted and t.dtype.is_floating_point) for n, t in tensors.items()}
+
+
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gradients that are summed over bands are summed in at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,158 @@
+"""Line buffers: the live rows of each value, and the gradients that wait for their piece.
+
+Rows are kept in the chunks they were made in. In a sweep a chunk lives exactly from its piece's forward to
+its piece's backward, so chunks are never copied or shifted, and what is live is what the Program says; a
+window that spans chunks is joined for the step that reads it and dropped again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rowtune.rows import Rows
+
+
+class Chunk(NamedTuple):
+    rows: Rows
+    tensor: Tensor
+
+
+class Lines:
+    """Live rows by value; `dims` tells each value's band dimension (None: one chunk, used whole)."""
+
+    def __init__(self, dims: dict[str, int | None]) -> None:
+        self.dims = dims
+        self.chunks: dict[str, list[Chunk]] = {}
+
+    def put(self, name: str, rows: Rows, tensor: Tensor) -> None:
+        self.chunks.setdefault(name, []).append(Chunk(rows, tensor))
+
+    def get(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
+        """(these rows, whether they had to be joined into new memory)."""
+        found = self.chunks[name]
+        dim = self.dims[name]
+        if dim is None:
+            return found[-1].tensor, False
+        parts = [
+            _cut(chunk, max(chunk.rows.lo, rows.lo), min(chunk.rows.hi, rows.hi), dim)
+            for chunk in found
+            if chunk.rows.lo < rows.hi and rows.lo < chunk.rows.hi
+        ]
+        if len(parts) == 1:
+            return parts[0], False
+        return torch.cat(parts, dim), True
+
+    def drop_below(self, name: str, below: int) -> None:
+        """Forget rows below `below`. A chunk of which little is left is copied, to let go of the rest."""
+        found = self.chunks.get(name)
+        if not found:
+            return
+        dim = self.dims[name]
+        kept = []
+        for chunk in found:
+            if chunk.rows.hi <= below:
+                continue
+            if dim is not None and chunk.rows.lo < below:
+                tail = _cut(chunk, below, chunk.rows.hi, dim)
+                chunk = Chunk(Rows(below, chunk.rows.hi), tail.clone())
+            kept.append(chunk)
+        self.chunks[name] = kept
+
+    def drop(self, name: str, rows: Rows) -> None:
+        """Forget the chunk that starts at rows.lo."""
+        found = self.chunks.get(name, [])
+        self.chunks[name] = [c for c in found if c.rows.lo != rows.lo]
+
+    def clear(self) -> None:
+        self.chunks.clear()
+
+
+def _cut(chunk: Chunk, lo: int, hi: int, dim: int) -> Tensor:
+    if lo == chunk.rows.lo and hi == chunk.rows.hi:
+        return chunk.tensor
+    return chunk.tensor.narrow(dim, lo - chunk.rows.lo, hi - lo)
+
+
+class Share(NamedTuple):
+    """A gradient of some rows. `owned`: nobody else looks at this memory, so it may be added to."""
+
+    rows: Rows
+    tensor: Tensor
+    owned: bool
+
+
+class Homes(NamedTuple):
+    """The pieces that make a value's rows, in row order, and where each begins."""
+
+    starts: list[int]
+    pieces: list[tuple[Rows, int]]
+
+
+class PieceGradients:
+    """Gradients of inner values, kept by the piece that made the rows until that piece runs its tape."""
+
+    def __init__(self, dims: dict[str, int | None], homes: dict[str, Homes]) -> None:
+        self.dims, self.homes = dims, homes
+        self.shares: dict[tuple[int, str], list[Share]] = {}
+
+    def add(self, name: str, rows: Rows, grad: Tensor, owned: bool) -> None:
+        """Hand each overlapped piece its share of the gradient of `rows`."""
+        dim = self.dims[name]
+        homes = self.homes[name]
+        first = max(bisect_right(homes.starts, rows.lo) - 1, 0)
+        for home, piece in homes.pieces[first:]:
+            if dim is None:
+                self.shares.setdefault((piece, name), []).append(Share(home, grad, owned))
+                return
+            if home.lo >= rows.hi:
+                return
+            lo, hi = max(home.lo, rows.lo), min(home.hi, rows.hi)
+            if lo >= hi:
+                continue
+            part = grad
+            if Rows(lo, hi) != rows:
+                part = grad.narrow(dim, lo - rows.lo, hi - lo)
+            if Rows(lo, hi) == home:
+                self.shares.setdefault((piece, name), []).append(Share(home, part, owned))
+            else:  # a few rows: copied, to let go of the slab they came in
+                self.shares.setdefault((piece, name), []).append(Share(Rows(lo, hi), part.clone(), True))
+
+    def take(self, piece: int, name: str, rows: Rows, outer: Tensor | None) -> Tensor | None:
+        """The whole gradient of a piece's rows, and forget it; `outer` comes from beyond the segment."""
+        shares = self.shares.pop((piece, name), [])
+        if not shares:
+            return outer
+        if outer is not None:
+            shares.append(Share(rows, outer, False))
+        return _total(shares, rows, self.dims[name])
+
+
+def _total(shares: list[Share], rows: Rows, dim: int | None) -> Tensor:
+    full = [s for s in shares if s.rows == rows]
+    if len(shares) == 1 and full:
+        return shares[0].tensor
+    base = next((s for s in full if s.owned), None)
+    if base is None:
+        base = _blank(shares[0], rows, dim)
+        rest: Iterable[Share] = shares
+    else:
+        rest = [s for s in shares if s is not base]
+    total = base.tensor
+    for share in rest:
+        if dim is None or share.rows == rows:
+            total.add_(share.tensor)
+        else:
+            total.narrow(dim, share.rows.lo - rows.lo, share.rows.size).add_(share.tensor)
+    return total
+
+
+def _blank(like: Share, rows: Rows, dim: int | None) -> Share:
+    shape = list(like.tensor.shape)
+    if dim is not None:
+        shape[dim] = rows.size
+    return Share(rows, like.tensor.new_zeros(shape), True)

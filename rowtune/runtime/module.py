@@ -1,0 +1,166 @@
+"""apply(model, plan, loss): an nn.Module that computes what the model computes, the way the plan says.
+
+The module shares the model's parameters, buffers and submodules (the same objects under the same names), so
+optimizers, state dicts, .to() and DistributedDataParallel see no difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rowtune.errors import PlanError, UsageError
+from rowtune.graph.graph import Graph
+from rowtune.graph.losses import Loss
+from rowtune.graph.losses import parse as parse_loss
+from rowtune.graph.training import NORMS, TARGET, with_loss
+from rowtune.importers.trace import trace
+from rowtune.plan.adapt import eval_plan
+from rowtune.plan.lower import lower
+from rowtune.plan.plan import Plan
+from rowtune.plan.program import Program
+from rowtune.runtime.segments import run_segment
+
+
+def apply(
+    model: nn.Module, plan: Plan, loss: Loss | str | None = None, *, fingerprint: str | None = None
+) -> RowtuneModule:
+    """Run `model` by `plan`.
+
+    Without a loss, calling the result returns what the model returns. With one, `module(*inputs,
+    targets=t)` returns the loss (a scalar), and `module(*inputs, targets=t, outputs=True)` returns
+    (loss, detached outputs); a single sweep is possible then. In eval mode the model's own eval graph runs,
+    banded too.
+
+    Args:
+        fingerprint: of the graph the plan was made for; a model of another structure is refused.
+    """
+    made = parse_loss(loss) if isinstance(loss, str) else loss
+    return RowtuneModule(model, plan, made, fingerprint)
+
+
+class RowtuneModule(nn.Module):
+    """See `apply`. `loss_scale` multiplies the gradients that a single sweep computes inside forward; set it
+    to the scale that will multiply the loss before backward (fp16 loss scaling), 1 otherwise."""
+
+    def __init__(self, model: nn.Module, plan: Plan, loss: Loss | None, fingerprint: str | None) -> None:
+        super().__init__()
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = model.__dict__[name]
+        self.__dict__["_model"] = model  # not a submodule: names stay the model's own
+        self.training = model.training
+        self.plan = plan
+        self.loss = loss
+        self.loss_scale: float | Tensor = 1.0
+        self._fingerprint = fingerprint
+        self._programs: dict[Any, Program] = {}
+
+    def train(self, mode: bool = True) -> RowtuneModule:
+        super().train(mode)
+        self.__dict__["_model"].training = mode
+        return self
+
+    def forward(self, *inputs: Any, targets: Tensor | None = None, outputs: bool = False, **named: Any) -> Any:
+        """The model's outputs; with `targets`, the loss (and the detached outputs where asked)."""
+        if targets is not None and self.loss is None:
+            raise UsageError("targets were given to a module without a loss; give apply(..., loss=...)")
+        program = self.program(inputs, named, with_targets=targets is not None, outputs=outputs)
+        flat = [t for t in pytree.tree_leaves((inputs, named)) if isinstance(t, Tensor)]
+        found = self._run(program, flat, targets)
+        graph = program.graph
+        if targets is not None:
+            model_outputs = found[1:]
+            if not outputs:
+                return found[0]
+            assert graph.output_spec is not None
+            return found[0], pytree.tree_unflatten([t.detach() for t in model_outputs], graph.output_spec)
+        assert graph.output_spec is not None
+        return pytree.tree_unflatten(found, graph.output_spec)
+
+    # -- programs ------------------------------------------------------------------------------------------
+
+    def program(
+        self, inputs: tuple[Any, ...], named: dict[str, Any] | None = None, *, with_targets: bool, outputs: bool = False
+    ) -> Program:
+        """The program for inputs of these shapes and types, made once for each."""
+        key = (
+            tuple((tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t
+                  for t in pytree.tree_leaves((inputs, named or {}))),
+            with_targets, outputs, self.training, _training_flags(self),
+        )  # fmt: skip
+        if key not in self._programs:
+            self._programs[key] = self._make_program(inputs, named or {}, with_targets, outputs)
+        return self._programs[key]
+
+    def _make_program(
+        self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
+    ) -> Program:
+        graph = trace(self._model, inputs, training=self.training, named=named)
+        if self.training and self._fingerprint not in (None, graph.fingerprint):
+            raise PlanError(
+                f"the plan was made for a graph with fingerprint {self._fingerprint}; this model's is "
+                f"{graph.fingerprint}. Search again for this model"
+            )
+        if with_targets:
+            assert self.loss is not None
+            graph = with_loss(graph, self.loss, keep_outputs=outputs)
+        return lower(graph, self.plan if self.training else eval_plan(graph, self.plan))
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def _run(self, program: Program, flat: list[Tensor], targets: Tensor | None) -> list[Tensor]:
+        graph = program.graph
+        env: dict[str, Any] = dict(zip(graph.inputs, flat, strict=True))
+        env |= _fixed(graph, self)
+        if targets is not None:
+            self._check_target(graph, targets)
+            assert self.loss is not None
+            env[TARGET] = targets
+            with torch.no_grad():
+                norms = self.loss.norms(targets, graph.values[graph.loss_output].shape)
+            env[NORMS] = norms.to(graph.values[NORMS].dtype)
+        seed = _step_seed(graph)
+        flat.clear()
+        for segment, dead in zip(program.segments, program.drops, strict=True):
+            run_segment(program, segment, env, seed, self.loss_scale)
+            for name in dead:
+                env.pop(name, None)
+        return [env[name] for name in graph.outputs]
+
+    def _check_target(self, graph: Graph, targets: Tensor) -> None:
+        value = graph.values[TARGET]
+        if tuple(targets.shape) != value.shape:
+            assert self.loss is not None
+            raise UsageError(
+                f"the loss {self.loss.name} on an output of shape "
+                f"{tuple(graph.values[graph.loss_output].shape)} needs targets of shape {value.shape}, "
+                f"not {tuple(targets.shape)}"
+            )
+
+
+def _fixed(graph: Graph, module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers as they are now: fetched at each call, for FSDP and parametrizations."""
+    found: dict[str, Tensor] = {}
+    for value in graph.values.values():
+        if value.kind in ("parameter", "buffer"):
+            owner, _, name = value.path.rpartition(".")
+            found[value.name] = getattr(module.get_submodule(owner) if owner else module, name)
+        elif value.kind == "constant":
+            found[value.name] = graph.constants[value.name]
+    return found
+
+
+def _step_seed(graph: Graph) -> int:
+    """One seed a forward call, from torch's own generator, where something random will be drawn."""
+    if not any(node.random for node in graph.nodes):
+        return 0
+    return int(torch.randint(0, 2**31 - 1, ()).item())
+
+
+def _training_flags(module: nn.Module) -> int:
+    """Frozen norms (train mode with eval submodules) trace to another graph."""
+    flags = tuple(m.training for m in module._modules.values() if m is not None for m in m.modules())
+    return hash(flags)

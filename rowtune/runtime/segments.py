@@ -1,0 +1,173 @@
+"""Run one segment on the environment of a step: keep and checkpoint as PyTorch does, rows in bands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rowtune.errors import RowtuneError
+from rowtune.plan.program import Program, SegmentProgram
+from rowtune.runtime.banded import BandedRun, Gradients
+from rowtune.runtime.evaluate import run_whole
+
+Env = dict[str, Any]
+
+
+def run_segment(program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor) -> None:
+    """Add the segment's outputs to `env`."""
+    if segment.banded is not None:
+        _run_banded(program, segment, env, seed, scale)
+    elif segment.decision.policy == "checkpoint" and torch.is_grad_enabled():
+        _run_checkpoint(segment, env, seed)
+    else:
+        env |= _run_nodes(segment, env, {}, seed, first_time=True)
+
+
+def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_time: bool) -> Env:
+    """Every node in order, values dropped after their last reader."""
+    made: Env = dict(inputs)
+
+    def lookup(name: str) -> Any:
+        return made[name] if name in made else env[name]
+
+    for node, drops in zip(segment.part.nodes, segment.drops, strict=True):
+        made[node.name] = run_whole(node, lookup, seed, first_time=first_time)
+        for name in drops:
+            made.pop(name, None)
+    return {o: made[o] for o in segment.part.outputs}
+
+
+def _run_checkpoint(segment: SegmentProgram, env: Env, seed: int) -> None:
+    """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
+    weights = {n: env[n] for n in segment.part.weights}
+    weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
+    names = [n for n in segment.part.inputs if n not in weights]
+    first: list[bool] = [True]
+
+    def run(*tensors: Tensor) -> tuple[Any, ...]:
+        fresh, first[0] = first[0], False
+        made = _run_nodes(segment, weights, dict(zip(names, tensors, strict=True)), seed, first_time=fresh)
+        return tuple(made[o] for o in segment.part.outputs)
+
+    inputs = [env[n] for n in names]
+    outputs = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    env |= dict(zip(segment.part.outputs, outputs, strict=True))
+
+
+def _run_banded(program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor) -> None:
+    names = [*segment.part.inputs, *segment.part.weights]
+    tensors = [env[n] for n in names]
+    call = _Call(program, segment, names, seed, scale)
+    outputs = _BandedSegment.apply(call, *tensors)
+    env |= dict(zip(segment.part.outputs, outputs, strict=True))
+
+
+class _Call:
+    """What one call of a rows segment carries from forward to backward."""
+
+    def __init__(
+        self, program: Program, segment: SegmentProgram, names: list[str], seed: int, scale: float | Tensor
+    ) -> None:
+        self.program, self.segment, self.names, self.seed, self.scale = program, segment, names, seed, scale
+        self.autocast: Callable[[], Any] = _autocast_state()
+        self.grad_enabled = torch.is_grad_enabled()
+        self.stored: Gradients | None = None
+        self.run: BandedRun | None = None
+
+    def start(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> BandedRun:
+        wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
+        detached = {n: t.detach() for n, t in zip(self.names, tensors, strict=True)}
+        return BandedRun(self.program.graph, self.segment, detached, wanted, self.seed)
+
+
+def _autocast_state() -> Callable[[], Any]:
+    """A context that turns autocast on or off as it is now, for the recomputation in backward."""
+    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    enabled = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+class _BandedSegment(torch.autograd.Function):
+    """One node of autograd's graph for a whole rows segment. Weights are inputs of the node, so that hooks
+    on their gradients (DistributedDataParallel, FSDP) run as for any other operator."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        needs = tuple(ctx.needs_input_grad[1:]) if call.grad_enabled else (False,) * len(tensors)
+        run = call.start(tensors, needs)
+        banded = call.segment.banded
+        assert banded is not None
+        with call.autocast():
+            if banded.single_sweep and any(needs):
+                outputs, call.stored = run.single_sweep(call.scale)
+            else:
+                outputs = run.forward()
+        ctx.call, ctx.needs = call, needs
+        ctx.set_materialize_grads(False)
+        names = call.segment.part.outputs
+        if call.stored is not None:
+            loss = call.segment.part.nodes[-1].name
+            ctx.mark_non_differentiable(*(outputs[n] for n in names if n != loss))
+        else:
+            ctx.mark_non_differentiable(*(outputs[n] for n in names if not outputs[n].is_floating_point()))
+            call.run = run
+            ctx.save_for_backward(*tensors)
+        return tuple(outputs[n] for n in names)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RowtuneError(
+                "second derivatives through a rows segment are not supported; use a plan of keep segments "
+                "where create_graph=True is needed"
+            )
+        call: _Call = ctx.call
+        if call.stored is not None:
+            found = _scaled(call, next(g for g in grads if g is not None))
+        else:
+            found = _replay(ctx, call, grads)
+        return (None, *found)
+
+
+def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    tensors = ctx.saved_tensors  # raises if one was changed in place since forward
+    run = call.run
+    assert run is not None
+    given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
+    with call.autocast():
+        made = run.backward(given)
+    call.run = None
+    return _in_order(call, made, tensors, ctx.needs)
+
+
+def _in_order(
+    call: _Call, made: Gradients, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for name, tensor, need in zip(call.names, tensors, needs, strict=True):
+        g = made.inputs.pop(name, None) if name in made.inputs else made.weights.pop(name, None)
+        if not need:
+            found.append(None)
+        elif g is None:
+            found.append(torch.zeros_like(tensor))
+        else:
+            found.append(g.to(tensor.dtype))
+    return found
+
+
+def _scaled(call: _Call, incoming: Tensor) -> list[Tensor | None]:
+    """The stored gradients are for `scale` times the loss; autograd's own factor may differ."""
+    made, call.stored = call.stored, None
+    if made is None:
+        raise RowtuneError("backward through a single sweep runs once; its gradients were handed on already")
+    factor = incoming / call.scale
+    found: list[Tensor | None] = []
+    for name in call.names:
+        g = made.inputs.pop(name, None) if name in made.inputs else made.weights.pop(name, None)
+        found.append(None if g is None else g.mul_(factor.to(g.dtype)))
+    return found
