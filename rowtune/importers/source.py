@@ -184,10 +184,16 @@ def _pt2(source: Source, seed: int) -> Found:
         if isinstance(fake, Tensor):
             shape = tuple(size if isinstance(size, int) else str(size) for size in fake.shape)
             inputs.append((str(name), shape, str(fake.dtype).split(".")[1]))
-    calls = [node for node in exported.graph.nodes if re.search(r"(batch|group|layer|instance|rms)_norm", node.name)]
+    calls = [
+        node
+        for node in exported.graph.nodes
+        if re.search(r"(batch|group|layer|instance|rms)_norm", node.name)
+    ]
     notes = ["a .pt2 file can execute code when it is loaded: open only files from people you trust"]
     if any("batch_norm" in node.name and node.args[5] is False for node in calls):
-        notes.append("exported in eval mode: batch norm uses its running statistics; export model.train() to train it")
+        notes.append(
+            "exported in eval mode: batch norm uses its running statistics; export model.train() to train it"
+        )
     return module, inputs, tuple(notes), tuple(node.name for node in calls)
 
 
@@ -256,7 +262,9 @@ def _sizes(name: str, found: Shape | None, given: tuple[int, ...] | None, source
     open_ = [str(s) if s else f"dimension {i}" for i, s in enumerate(sizes) if not isinstance(s, int)]
     if open_:
         template = "x".join(str(s) if isinstance(s, int) else (s or "?") for s in sizes)
-        raise UsageError(f"input {name} is {template}: give --shape {name}:{_example(sizes)} ({', '.join(open_)} open)")
+        raise UsageError(
+            f"input {name} is {template}: give --shape {name}:{_example(sizes)} ({', '.join(open_)} open)"
+        )
     return tuple(s for s in sizes if isinstance(s, int))
 
 

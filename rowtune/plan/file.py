@@ -33,8 +33,8 @@ MEASURED = (
     "max_relative_error",
 )
 _KEYS = {
-    "schema", "model", "inputs", "dtype", "device", "loss", "optimizer", "seed", "fingerprint", "budget_bytes",
-    "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "versions",
+    "schema", "model", "inputs", "dtype", "device", "loss", "optimizer", "seed", "fingerprint",
+    "budget_bytes", "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "versions",
 }  # fmt: skip
 
 
@@ -55,7 +55,11 @@ class Problem:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "model": {"kind": self.model.kind, "source": self.model.text, "args": _plain(dict(self.model.args))},
+            "model": {
+                "kind": self.model.kind,
+                "source": self.model.text,
+                "args": _plain(dict(self.model.args)),
+            },
             "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in self.inputs],
             "dtype": self.dtype,
             "device": self.device,
@@ -121,7 +125,9 @@ class PlanFile:
         if not isinstance(data, dict):
             raise PlanError("a plan is a JSON object")
         if data.get("schema") != SCHEMA:
-            raise PlanError(f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}: search again")
+            raise PlanError(
+                f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}: search again"
+            )
         if set(data) != _KEYS:
             odd = sorted(set(data) ^ _KEYS)[0]
             raise PlanError(f"{'unknown' if odd in data else 'missing'} key {odd!r}")
@@ -168,8 +174,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_plan(path: Path) -> PlanFile:
-    """Read and check a plan.json; PlanError says what is wrong with it. The model's own file, where it is
-    not found from the current folder, is looked for beside the plan."""
+    """Read and check a plan.json; PlanError says what is wrong with it. The model's own file is looked for
+    beside the plan first, then from the current folder."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -182,10 +188,10 @@ def load_plan(path: Path) -> PlanFile:
         raise PlanError(f"{path}: decisions of the wrong type: {error}") from error
     source = file.problem.model
     beside = path.parent / source.text
-    if source.kind in ("onnx", "pt2") and not Path(source.text).exists():
-        if not beside.exists():
-            raise PlanError(f"{path}: its model {source.text} is neither here nor beside the plan")
+    if source.kind in ("onnx", "pt2") and beside.exists():
         return replace(file, problem=replace(file.problem, model=replace(source, text=str(beside))))
+    if source.kind in ("onnx", "pt2") and not Path(source.text).exists():
+        raise PlanError(f"{path}: its model {source.text} is neither beside the plan nor here")
     return file
 
 

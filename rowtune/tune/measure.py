@@ -136,7 +136,9 @@ def failure(error: BaseException) -> Measurement:
     """The status an exception stands for."""
     text = (str(error).strip().splitlines() or [""])[0][:300]
     memory = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(m in str(error).lower() for m in memory):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        m in str(error).lower() for m in memory
+    ):
         return Measurement("oom", text or "out of memory")
     if isinstance(error, RowtuneError):
         return Measurement("rejected", text)

@@ -141,7 +141,9 @@ def measure_memory(
 
 def allocator_peak(step: Callable[[], object]) -> int:
     """Peak bytes that the CPU allocator hands out during a step, above what was live before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -152,7 +154,9 @@ def allocator_peak(step: Callable[[], object]) -> int:
     return most
 
 
-def _cuda(step: Callable[[], object], module: nn.Module, optimizer: torch.optim.Optimizer, device: str) -> Memory:
+def _cuda(
+    step: Callable[[], object], module: nn.Module, optimizer: torch.optim.Optimizer, device: str
+) -> Memory:
     from rowtune.tune.device import context_bytes, synchronize
 
     optimizer.zero_grad(set_to_none=True)

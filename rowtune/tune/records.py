@@ -110,10 +110,14 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record], bool]:
     try:
         header = json.loads(lines[0])
         if header["rowtune_records"] != SCHEMA:
-            raise PlanError(f"{path} has records of schema {header['rowtune_records']!r}, not {SCHEMA}: give --fresh")
+            raise PlanError(
+                f"{path} has records of schema {header['rowtune_records']!r}, not {SCHEMA}: give --fresh"
+            )
         return dict(header["study"]), [Record(**json.loads(line)) for line in lines[1:]], sound
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise PlanError(f"{path} is not a file of rowtune records: give --fresh to begin anew, or another -o") from error
+        raise PlanError(
+            f"{path} is not a file of rowtune records: give --fresh to begin anew, or another -o"
+        ) from error
 
 
 def _truncate_torn_line(path: Path) -> None:

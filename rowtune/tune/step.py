@@ -69,13 +69,17 @@ def parse_optimizer(text: str) -> OptimizerSpec:
     """`adam`, `sgd:lr=0.1,momentum=0.9`, ...; UsageError for an unknown name or option."""
     name, _, rest = text.partition(":")
     if name not in _OPTIMIZERS:
-        raise UsageError(f"--optimizer is one of {', '.join(_OPTIMIZERS)} with options as in sgd:lr=0.1, not {text!r}")
+        raise UsageError(
+            f"--optimizer is one of {', '.join(_OPTIMIZERS)} with options as in sgd:lr=0.1, not {text!r}"
+        )
     make, options = _OPTIMIZERS[name][0], dict(_OPTIMIZERS[name][1])
     known = set(inspect.signature(make).parameters) - {"params"}
     for item in filter(None, rest.split(",")):
         key, eq, value = item.partition("=")
         if not eq or key not in known:
-            raise UsageError(f"--optimizer {text}: {name} has no option {item!r}; it takes {', '.join(sorted(known))}")
+            raise UsageError(
+                f"--optimizer {text}: {name} has no option {item!r}; it takes {', '.join(sorted(known))}"
+            )
         options[key] = _number(value, text)
     try:
         make([nn.Parameter(torch.zeros(1))], **options)

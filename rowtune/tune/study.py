@@ -163,7 +163,9 @@ class _Run:
                 self.study.enqueue_trial(guess, skip_if_exists=True)
 
     def _usable(self, values: Mapping[str, Any]) -> bool:
-        return set(values) == set(self.choices) and all(v in self.choices[k].choices for k, v in values.items())
+        return set(values) == set(self.choices) and all(
+            v in self.choices[k].choices for k, v in values.items()
+        )
 
     def _current(self, record: Record) -> bool:
         """A plan rejected under a smaller budget may be worth running under this one."""
@@ -180,7 +182,9 @@ class _Run:
         return min(self._feasible(), key=lambda r: r.step_seconds or math.inf, default=None)
 
     def _feasible(self) -> list[Record]:
-        return [r for r in self.task.records.latest().values() if r.ok and (r.peak_bytes or 0) <= self.task.limit]
+        return [
+            r for r in self.task.records.latest().values() if r.ok and (r.peak_bytes or 0) <= self.task.limit
+        ]
 
     def plain(self) -> None:
         """Measure plain PyTorch once a study: the yardstick, where the machine can hold it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Check:
     dtype: str
     ok: bool
     note: str = ""
+    inputs: str = ""
 
 
 def outcome(model: nn.Module, runner: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Outcome:
@@ -101,7 +102,11 @@ class Verifier:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, batch: tuple[tuple[Tensor, ...], Tensor], plain: Planned | None = None
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: tuple[tuple[Tensor, ...], Tensor],
+        plain: Planned | None = None,
     ) -> None:
         self._model, self._batch = model, batch
         self._plain = plain or (lambda m: Plain(m, loss))
@@ -125,7 +130,9 @@ class Verifier:
         model, inputs, target = self._in(dtype)
         if dtype not in self._expected:
             self._expected[dtype] = outcome(model, self._plain(model), inputs, target)
-        return compare(self._expected[dtype], outcome(model, planned(model), inputs, target), dtype, self._note)
+        got = outcome(model, planned(model), inputs, target)
+        check = compare(self._expected[dtype], got, dtype, self._note)
+        return replace(check, inputs=", ".join("x".join(map(str, t.shape)) for t in inputs))
 
     def _in(self, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
         inputs, target = self._batch

@@ -1,0 +1,94 @@
+"""`rowtune`: the commands, and what an error becomes: one line on stderr and an exit code.
+
+Nothing here imports torch; a command does when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from rowtune import __version__
+from rowtune.cli import demo, inspect, report, run, search, verify
+from rowtune.errors import RowtuneError
+
+INTERRUPTED = 130
+
+
+def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Run a command; every failure is one line, never a traceback (-v shows it)."""
+
+    @functools.wraps(command)
+    def wrapper(**flags: Any) -> None:
+        verbose, as_json = bool(flags.get("verbose")), bool(flags.get("as_json"))
+        if not verbose:
+            warnings.simplefilter("ignore")
+        try:
+            code = command(**flags) or 0
+        except RowtuneError as error:
+            code = _fail(str(error), error.exit_code, as_json, verbose)
+        except KeyboardInterrupt:
+            code = _fail("interrupted", INTERRUPTED, as_json, False)
+        except BrokenPipeError:  # the reader of our output left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except Exception as error:
+            hint = "" if verbose else " (-v shows where)"
+            code = _fail(f"{type(error).__name__}: {error}{hint}", 1, as_json, verbose)
+        raise typer.Exit(code)
+
+    return wrapper
+
+
+def _fail(message: str, code: int, as_json: bool, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    print(f"rowtune: {line}", file=sys.stderr)
+    if as_json:
+        status = {4: "infeasible", INTERRUPTED: "interrupted"}.get(code, "error")
+        print(json.dumps({"status": status, "exit_code": code, "error": line}))
+    return code
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"rowtune {__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Train convolutional networks that do not fit: exactly, under a memory budget."""
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback()(_root)
+app.command("inspect")(guarded(inspect.command))
+app.command("search")(guarded(search.command))
+app.command("run")(guarded(run.command))
+app.command("report")(guarded(report.command))
+app.command("verify")(guarded(verify.command))
+app.command("demo")(guarded(demo.command))
+
+
+def main() -> None:
+    """Entry point of `rowtune` and `python main.py`."""
+    app()

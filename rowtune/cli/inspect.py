@@ -1,0 +1,110 @@
+"""`rowtune inspect`: what a model is, where its rows can be banded, and where and why banding stops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rowtune.cli import options
+from rowtune.cli.screen import Screen, facts, plain_table
+
+if TYPE_CHECKING:
+    from rowtune.tune.step import Workload
+
+
+def command(
+    model: options.Model,
+    shape: options.Shapes = None,
+    model_arg: options.ModelArgs = None,
+    dtype: options.Dtype = "",
+    loss: options.LossName = "",
+    optimizer: options.OptimizerName = "",
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Say what a model is, and where and why banding stops."""
+    from rowtune.importers.source import parse_source
+    from rowtune.tune.step import define
+
+    screen = Screen(as_json, quiet, verbose)
+    work = define(
+        parse_source(model, model_arg or ()),
+        shape or (),
+        dtype=dtype,
+        loss=loss,
+        optimizer=optimizer,
+        seed=seed,
+    )
+    found = describe(work)
+    screen.notes(work.loaded.notes)
+    _show(screen, work, found)
+    screen.json(found)
+
+
+def describe(work: Workload) -> dict[str, Any]:
+    """The JSON of inspect."""
+    from rowtune.graph.cuts import opaque_nodes, stretches
+    from rowtune.tune.measure import plain_peak
+
+    graph = work.graph
+    segments = []
+    for start, stop in stretches(graph, 2):
+        nodes = graph.nodes[start:stop]
+        size = sum(graph.values[node.name].bytes for node in nodes)
+        segments.append({"first": nodes[0].name, "last": nodes[-1].name, "nodes": len(nodes), "bytes": size})
+    inputs = [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in work.problem.inputs]
+    return {
+        "status": "ok",
+        "model": str(work.problem.model),
+        "fingerprint": graph.fingerprint,
+        "inputs": inputs,
+        "outputs": [list(graph.values[graph.loss_output].shape)],
+        "parameters": sum(p.numel() for p in work.module.parameters()),
+        "norm_layers": len(work.loaded.norm_layers),
+        "loss": work.problem.loss,
+        "optimizer": work.problem.optimizer,
+        "nodes": len(graph.nodes),
+        "segments": segments,
+        "opaque": [{"node": n, "operator": op, "reason": why} for n, op, why in opaque_nodes(graph)],
+        "plain_peak_bytes": plain_peak(work),
+        "notes": list(work.loaded.notes),
+    }
+
+
+def _show(screen: Screen, work: Workload, found: dict[str, Any]) -> None:
+    from rowtune.tune.sizes import format_bytes
+
+    total = sum(work.graph.values[n.name].bytes for n in work.graph.nodes) or 1
+    banded = sum(s["bytes"] for s in found["segments"])
+    screen.out.print(
+        facts(
+            [
+                ("model", f"{found['model']}  (fingerprint {found['fingerprint']})"),
+                ("inputs", ", ".join(map(str, work.problem.inputs))),
+                ("output", "x".join(map(str, found["outputs"][0]))),
+                ("parameters", f"{found['parameters']:,} in {len(list(work.module.parameters()))} tensors"),
+                ("norm layers", str(found["norm_layers"])),
+                ("loss", found["loss"]),
+                ("optimizer", found["optimizer"]),
+                ("plain's peak", f"{format_bytes(found['plain_peak_bytes'])} predicted"),
+                ("bandable", f"{banded / total:.0%} of the bytes of all {found['nodes']} nodes' outputs"),
+            ]
+        )
+    )
+    table = plain_table(
+        ("rows can run from", "left"), ("to", "left"), ("nodes", "right"), ("outputs", "right")
+    )
+    for s in found["segments"]:
+        table.add_row(s["first"], s["last"], str(s["nodes"]), format_bytes(s["bytes"]))
+    screen.out.print()
+    screen.out.print(table if found["segments"] else "No stretch of this network can be banded by rows.")
+    if found["opaque"]:
+        stops = plain_table(("banding stops at", "left"), ("operator", "left"), ("because", "left"))
+        shown = found["opaque"] if screen.verbose else found["opaque"][:12]
+        for item in shown:
+            stops.add_row(item["node"], item["operator"], item["reason"])
+        screen.out.print()
+        screen.out.print(stops)
+        if len(shown) < len(found["opaque"]):
+            screen.out.print(f"... and {len(found['opaque']) - len(shown)} more (-v shows all)", style="dim")

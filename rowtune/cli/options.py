@@ -1,0 +1,61 @@
+"""Flags that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="zoo:NAME, package.module:factory, an .onnx file, or a .pt2 file (which can run code).",
+    ),
+]
+PlanPath = Annotated[Path, typer.Argument(metavar="[PLAN]", help="A plan written by search.")]
+ModelArgs = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="K=V", help="Argument of the factory; repeatable.")
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", metavar="[NAME:]NxCxHxW", help="Input shape, where the model does not fix it; repeatable."
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="float32, float64, bfloat16 or float16; the model's own by default.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0.")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget", metavar="SIZE|PERCENT", help="8GB (8e9 bytes), 8GiB (2^33), or 25% of plain's peak."
+    ),
+]
+Reserve = Annotated[
+    str,
+    typer.Option(
+        "--reserve", metavar="SIZE", help="Memory of the budget left for what is not in this model."
+    ),
+]
+LossName = Annotated[
+    str,
+    typer.Option(
+        "--loss",
+        help="cross_entropy, mse, l1, smooth_l1, bce_with_logits, dice_ce (options as in "
+        "cross_entropy:ignore_index=255), or module:function. By default from the output's shape.",
+    ),
+]
+OptimizerName = Annotated[
+    str,
+    typer.Option(
+        "--optimizer", help="sgd, adam, adamw or rmsprop with options, as in sgd:lr=0.01,momentum=0.9."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail, and tracebacks.")]

@@ -1,0 +1,80 @@
+"""Where words, tables and JSON go: progress to stderr, results to stdout, or one JSON object instead."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+# Colours by meaning, the same in every table and chart.
+GOOD, BAD, SOFT, ACCENT = "green", "red", "dim", "cyan"
+MARKS = {"keep": ("k", "yellow"), "checkpoint": ("c", "magenta"), "rows": ("•", "cyan")}
+
+
+@dataclass(frozen=True)
+class Screen:
+    """`out` is for results, `err` for progress; with `as_json` results are only the one object."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    out: Console = field(init=False)
+    err: Console = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "err", Console(file=sys.stderr, quiet=self.quiet, highlight=False))
+        out = (
+            Console(file=sys.stderr, quiet=True)
+            if self.as_json
+            else Console(file=sys.stdout, highlight=False)
+        )
+        object.__setattr__(self, "out", out)
+
+    def note(self, text: str) -> None:
+        """A line of progress."""
+        self.err.print(f"[{SOFT}]•[/] {escape(text)}", soft_wrap=True)
+
+    def notes(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.note(text)
+
+    def json(self, value: dict[str, Any]) -> None:
+        """The one object, where asked for; infinities and nan become null."""
+        if self.as_json:
+            print(json.dumps(_finite(value)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Names and values in two columns, without lines."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=SOFT, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value if isinstance(value, Text) else escape(value))
+    return table
+
+
+def plain_table(*columns: tuple[str, str]) -> Table:
+    """A table with a rule under its head and nothing else; columns are (name, left or right)."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, side in columns:
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    return table

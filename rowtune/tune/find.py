@@ -1,0 +1,158 @@
+"""From a workload and a budget to a plan file: the search with its real parts put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rowtune.cost.memory import predict
+from rowtune.errors import UsageError
+from rowtune.plan.file import MEASURED, PlanFile, save_plan
+from rowtune.plan.lower import lower
+from rowtune.plan.plan import Plan
+from rowtune.plan.space import space
+from rowtune.tune.device import device_name
+from rowtune.tune.measure import plain_peak
+from rowtune.tune.output import check_replaceable
+from rowtune.tune.records import Record, RecordFile
+from rowtune.tune.sizes import format_bytes
+from rowtune.tune.step import Workload
+from rowtune.tune.study import Progress, SearchResult, Task, search
+from rowtune.tune.supervisor import Worker
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float."""
+
+    work: Workload
+    budget: int | float
+    out: Path
+    trials: int = 40
+    timeout: float = float("inf")
+    seed: int = 0
+    reserve: int = 0
+    fresh: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    file: PlanFile
+    result: SearchResult
+
+
+def records_path(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.records.jsonl")
+
+
+def budget_bytes(request: Request) -> int:
+    """The budget in bytes; UsageError where the reserve leaves nothing of it."""
+    budget = request.budget
+    size = int(budget * plain_peak(request.work)) if isinstance(budget, float) else budget
+    if size <= request.reserve:
+        raise UsageError(
+            f"--reserve {format_bytes(request.reserve)} leaves nothing of the budget {format_bytes(size)}"
+        )
+    return size
+
+
+def study_identity(work: Workload) -> dict[str, Any]:
+    """What must be equal for a measurement to be used again."""
+    problem = work.problem
+    return {
+        "fingerprint": work.graph.fingerprint,
+        "inputs": [str(spec) for spec in problem.inputs],
+        "dtype": problem.dtype,
+        "device": problem.device,
+        "machine": device_name(problem.device),
+        "loss": problem.loss,
+        "optimizer": problem.optimizer,
+        "torch": str(torch.__version__),
+    }
+
+
+def find(request: Request, progress: Callable[[Progress], None] = lambda _: None) -> Found:
+    """Search and write the plan; an existing one is replaced only by a finished one.
+
+    Raises:
+        UsageError: the output belongs to something else.
+        InfeasibleError: no plan fits.
+    """
+    work, out = request.work, request.out
+    check_replaceable(out, work.graph.fingerprint, request.force)
+    budget = budget_bytes(request)
+    records = RecordFile(records_path(out), study_identity(work), fresh=request.fresh or _foreign(request))
+    slots = work.optimizer.slots
+    with Worker(work.problem, budget - request.reserve) as worker:
+        result = search(
+            Task(
+                space=space(work.graph),
+                predict=lambda plan: predict(lower(work.graph, plan), slots),
+                measure=worker.measure,
+                records=records,
+                limit=budget - request.reserve,
+                trials=request.trials,
+                timeout=request.timeout,
+                seed=request.seed,
+                progress=progress,
+            )
+        )
+    file = _plan_file(request, budget, result)
+    save_plan(file, out)
+    return Found(file, result)
+
+
+def _foreign(request: Request) -> bool:
+    """With --force, records of another study go the way of the plan they belong to."""
+    path = records_path(request.out)
+    if not (request.force and path.exists()):
+        return False
+    try:
+        RecordFile(path, study_identity(request.work))
+    except Exception:
+        return True
+    return False
+
+
+def _plan_file(request: Request, budget: int, result: SearchResult) -> PlanFile:
+    work, best, plain = request.work, result.best, result.plain
+    assert best.decisions is not None
+    plan = Plan.from_dict(dict(best.decisions))
+    cost = predict(lower(work.graph, plan), work.optimizer.slots)
+    measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
+    measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
+    measured["plain_step_seconds"] = plain.step_seconds if plain else None
+    # A model's file in the plan's folder is named without the folder: the two can then move together.
+    problem = work.problem
+    model = Path(problem.model.text)
+    if problem.model.kind in ("onnx", "pt2") and model.parent.resolve() == request.out.parent.resolve():
+        problem = replace(problem, model=replace(problem.model, text=model.name))
+    return PlanFile(
+        problem=problem,
+        fingerprint=work.graph.fingerprint,
+        budget_bytes=budget,
+        plan=plan,
+        predicted={
+            "peak_bytes": cost.peak_bytes,
+            "activation_bytes": cost.activation_bytes,
+            "seconds": cost.seconds,
+            "peak_at": cost.peak_at,
+        },
+        measured=measured,
+        front=tuple(_front_member(record) for record in result.front),
+        study=records_path(request.out).name,
+        reserve_bytes=request.reserve,
+    )
+
+
+def _front_member(record: Record) -> dict[str, Any]:
+    return {
+        "peak_bytes": record.peak_bytes,
+        "step_seconds": record.step_seconds,
+        "decisions": dict(record.decisions or {}),
+    }
