@@ -6,7 +6,9 @@ step      problem -> workload: module, graph, loss, optimizer, batch; one traini
 meter     exact bytes of live tensors, the allocator's peak
 verify    gradients of a plan against the plain network
 measure   verify, time and meter one plan
-worker    the process that measures, and its parent's side
+worker    the process that measures; supervisor: its parent's side
 records   what was measured, appended to a file
 study     Optuna over the plan's knobs
+find      workload + budget -> plan file; output: may it be written?
+train     training under a plan
 """

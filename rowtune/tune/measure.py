@@ -10,14 +10,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from rowtune.cost.memory import predict
-from rowtune.errors import ModelError, RowtuneError
+from rowtune.errors import ModelError
 from rowtune.importers.source import TensorSpec
 from rowtune.plan.file import Problem
 from rowtune.plan.lower import lower
@@ -25,33 +24,15 @@ from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.runtime.module import apply
 from rowtune.tune.device import cap_memory, free_bytes, synchronize
+from rowtune.tune.measurement import Effort, Measurement, failure
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Batch, Plain, Workload, prepare, run_step
 from rowtune.tune.verify import Check, Verifier
-
-Status = Literal["ok", "oom", "crash", "timeout", "wrong", "rejected"]
-Effort = Literal["quick", "full"]
 
 # Seconds of timed steps, and the most of them.
 TIME_BOX: dict[str, tuple[float, int]] = {"quick": (3.0, 5), "full": (10.0, 15)}
 # Verification keeps a second set of gradients and what the plain network saves.
 REFERENCE_HEADROOM = 1.4
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What one plan cost; `status` and `reason` say why there are no figures."""
-
-    status: Status
-    reason: str = ""
-    peak_bytes: int | None = None
-    activation_bytes: int | None = None
-    allocator_peak_bytes: int | None = None
-    step_seconds: float | None = None
-    max_relative_error: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Bench:
@@ -130,19 +111,6 @@ class Bench:
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def failure(error: BaseException) -> Measurement:
-    """The status an exception stands for."""
-    text = (str(error).strip().splitlines() or [""])[0][:300]
-    memory = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        m in str(error).lower() for m in memory
-    ):
-        return Measurement("oom", text or "out of memory")
-    if isinstance(error, RowtuneError):
-        return Measurement("rejected", text)
-    return Measurement("crash", f"{type(error).__name__}: {text}")
 
 
 def median_seconds(step: Callable[[], None], device: str, box: float, most: int) -> float:

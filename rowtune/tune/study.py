@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import optuna
 
-from rowtune.errors import InfeasibleError, RowtuneError, UsageError
+from rowtune.errors import InfeasibleError, ModelError, RowtuneError, UsageError
 from rowtune.plan.plan import Plan
-from rowtune.tune.measure import Effort, Measurement
+from rowtune.tune.measurement import Effort, Measurement
 from rowtune.tune.records import PLAIN, Record, RecordFile, digest, front
 from rowtune.tune.sizes import format_bytes
 
@@ -140,7 +140,7 @@ class _Run:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=task.seed)
         self.study = optuna.create_study(direction="minimize", sampler=sampler)
-        self.choices = {
+        self.choices: dict[str, Any] = {
             knob.name: optuna.distributions.CategoricalDistribution(tuple(knob.choices))
             for knob in task.space.knobs
         }
@@ -307,9 +307,13 @@ def _infeasible(task: Task, run: _Run) -> RowtuneError:
     known = [(size, r) for size, r in sized if size]
     if not known and run.left() <= 0:
         return UsageError(f"--timeout {task.timeout:.0f} ended before one plan was measured; give more time")
-    if not known:
-        reasons = "; ".join(sorted({f"{r.status}: {r.reason}" for r in seen})[:3])
-        return InfeasibleError(f"no plan could be run: {reasons}")
+    failed = [r for r in seen if r.status not in ("ok", "rejected")]
+    if not known or (failed and not any(r.ok for r in seen)):
+        reasons = "; ".join(sorted({f"{r.status}: {r.reason}" for r in failed or seen})[:3])
+        plain = task.records.plain()
+        if plain is not None and plain.status == "crash":
+            return ModelError(f"the model cannot be trained, with or without a plan: {plain.reason}")
+        return InfeasibleError(f"no plan that is predicted to fit could be run: {reasons}")
     size, record = min(known, key=lambda item: item[0])
     how = "measured" if record.ok else "predicted"
     where = f", set by {record.peak_at}" if record.peak_at else ""

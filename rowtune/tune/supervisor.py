@@ -20,7 +20,7 @@ from typing import IO, Any
 from rowtune.errors import ModelError
 from rowtune.plan.file import Problem
 from rowtune.plan.plan import Plan
-from rowtune.tune.measure import Effort, Measurement
+from rowtune.tune.measurement import Effort, Measurement
 
 OPEN_TIMEOUT = 600.0
 

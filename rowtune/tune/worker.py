@@ -36,7 +36,8 @@ def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None
     """One reply line a request."""
     from rowtune.plan.file import Problem
     from rowtune.plan.plan import Plan
-    from rowtune.tune.measure import Bench, Measurement, failure
+    from rowtune.tune.measure import Bench
+    from rowtune.tune.measurement import Measurement, failure
 
     bench: Bench | None = None
     while True:

@@ -1,0 +1,167 @@
+"""plan.json: round trip, strict reading, whole writing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowtune.errors import PlanError
+from rowtune.importers.source import Source, TensorSpec
+from rowtune.plan.file import PlanFile, Problem, dumps, load_plan, save_plan
+from rowtune.plan.plan import Plan, Segment
+
+PLAN = Plan((Segment("conv2d", "relu", "rows", band_rows=8, halo="cache"), Segment("pool", "loss")))
+FILE = PlanFile(
+    problem=Problem(
+        Source("zoo", "unet", (("base", 4), ("sizes", (3, 5)))),
+        (TensorSpec("input", (1, 3, 64, 64)),),
+        "cpu",
+        "mse",
+        "sgd:lr=0.01",
+        3,
+    ),
+    fingerprint="abc",
+    budget_bytes=10_000,
+    plan=PLAN,
+    predicted={"peak_bytes": 9000, "activation_bytes": 5000, "seconds": 0.5, "peak_at": "relu"},
+    measured={"peak_bytes": 9100, "step_seconds": 0.25, "plain_peak_bytes": None, "max_relative_error": 1e-6},
+    front=({"peak_bytes": 9100, "step_seconds": 0.25, "decisions": PLAN.to_dict()},),
+    study="plan.records.jsonl",
+)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    save_plan(FILE, path)
+    assert load_plan(path) == FILE
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_person_can_read_it() -> None:
+    text = dumps(FILE.to_dict())
+    assert json.loads(text) == json.loads(json.dumps(FILE.to_dict()))
+    assert '{"first": "conv2d", "last": "relu", "policy": "rows", "band_rows": 8, "halo": "cache"}' in text
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def edit(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """The file's JSON with one place changed (deleted where value is `...`)."""
+    data: Any = json.loads(json.dumps(FILE.to_dict()))
+    at = data
+    for key in path[:-1]:
+        at = at[key]
+    if value is ...:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return dict(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("schema",), 2, "schema 2"),
+        (("schema",), ..., "schema None"),
+        (("surprise",), 1, "unknown key 'surprise'"),
+        (("loss",), ..., "missing key 'loss'"),
+        (("budget_bytes",), "8GB", "budget_bytes"),
+        (("budget_bytes",), -1, "budget_bytes"),
+        (("budget_bytes",), True, "budget_bytes"),
+        (("model", "kind"), "pickle", "model.kind"),
+        (("model", "args"), [], "args"),
+        (("inputs", 0, "shape"), [1, 3, 0, 4], "shape"),
+        (("inputs", 0, "shape"), [1, 3, 4.5, 4], "shape"),
+        (("inputs", 0, "dtype"), "nn", "dtype"),
+        (("inputs", 0, "extra"), 1, "an input"),
+        (("decisions", "segments", 0, "policy"), "magic", "policy"),
+        (("decisions", "segments", 0, "band_rows"), 0, "band_rows"),
+        (("decisions", "segments", 0, "band_rows"), -4, "band_rows"),
+        (("decisions", "segments", 0, "band_rows"), 2.5, "band_rows"),
+        (("decisions", "segments", 0, "halo"), "none", "halo"),
+        (("decisions", "segments", 0, "first"), ..., "segment"),
+        (("decisions", "segments"), {}, "segments"),
+        (("decisions", "axis"), 0, "axis"),
+        (("decisions",), None, "decisions"),
+        (("measured", "peak_bytes"), "much", "measured.peak_bytes"),
+        (("measured", "peak_bytes"), -1, "measured.peak_bytes"),
+        (("measured", "mood"), 1, "unknown key 'mood'"),
+        (("front", 0, "decisions", "segments", 0, "halo"), 3, "halo"),
+        (("front", 0, "peak_bytes"), ..., "front"),
+        (("seed",), "x", "seed"),
+        (("device",), None, "device"),
+        (("versions",), [], "versions"),
+    ],
+)
+def test_whatever_is_wrong_is_named(tmp_path: Path, path: tuple[Any, ...], value: Any, says: str) -> None:
+    target = tmp_path / "plan.json"
+    target.write_text(json.dumps(edit(path, value)))
+    with pytest.raises(PlanError, match=says) as caught:
+        load_plan(target)
+    assert "\n" not in str(caught.value) and str(target) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe\x00",
+        b'{"schema": NaN}',
+        pickle.dumps({"schema": 1}),
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_json_object_is_no_plan(tmp_path: Path, content: bytes) -> None:
+    target = tmp_path / "plan.json"
+    target.write_bytes(content)
+    with pytest.raises(PlanError):
+        load_plan(target)
+
+
+def test_a_truncated_plan_is_refused_at_every_length(tmp_path: Path) -> None:
+    text = dumps(FILE.to_dict())
+    target = tmp_path / "plan.json"
+    for length in range(0, len(text) - 1, 37):
+        target.write_text(text[:length])
+        with pytest.raises(PlanError):
+            load_plan(target)
+
+
+def test_a_failed_write_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    save_plan(FILE, path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_plan(replace(FILE, budget_bytes=5), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_infinities_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        save_plan(replace(FILE, measured={"step_seconds": float("inf")}), tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_found_beside_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(FILE.problem, model=Source("onnx", "net.onnx"))
+    (tmp_path / "deep").mkdir()
+    path = tmp_path / "deep" / "plan.json"
+    save_plan(replace(FILE, problem=problem), path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match=r"net\.onnx"):
+        load_plan(path)
+    (tmp_path / "deep" / "net.onnx").write_bytes(b"")
+    assert Path(load_plan(path).problem.model.text) == tmp_path / "deep" / "net.onnx"

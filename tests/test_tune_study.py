@@ -1,0 +1,283 @@
+"""The search, on a space whose costs are arithmetic: no model, no worker, no clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowtune.errors import InfeasibleError, ModelError, UsageError
+from rowtune.plan.plan import Plan, Segment
+from rowtune.tune.measurement import Measurement
+from rowtune.tune.records import RecordFile, digest
+from rowtune.tune.study import Interrupted, Progress, SearchResult, Task, round_up, search
+
+BANDS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Knob:
+    name: str
+    choices: tuple[Any, ...]
+
+
+class Space:
+    """Two rows segments: their bands decide memory (grows) and time (falls)."""
+
+    knobs = (Knob("a", BANDS), Knob("b", BANDS), Knob("halo", ("sweep", "cache")))
+
+    def plan(self, values: dict[str, Any]) -> Plan:
+        return Plan(
+            (
+                Segment("x", "y", "rows", values["a"], values["halo"]),
+                Segment("z", "w", "rows", values["b"], values["halo"]),
+            )
+        )
+
+    def guesses(self) -> list[dict[str, Any]]:
+        return [{"a": 128, "b": 128, "halo": "sweep"}, {"a": 1, "b": 1, "halo": "sweep"}]
+
+
+def true_peak(plan: Plan) -> int:
+    a, b = (s.band_rows for s in plan.segments)
+    return 1000 * (10 + max(a, 2 * b)) + (500 if plan.segments[0].halo == "cache" else 0)
+
+
+def true_seconds(plan: Plan) -> float:
+    a, b = (s.band_rows for s in plan.segments)
+    return 1.0 + 2.0 / a + 4.0 / b
+
+
+@dataclass(frozen=True)
+class Cost:
+    peak_bytes: int
+    seconds: float
+    peak_at: str = "conv7"
+
+
+class Bench:
+    """Counts what it is asked; `fail` turns some plans into failures."""
+
+    def __init__(self, fail: Callable[[Plan, int], Measurement | None] = lambda plan, n: None) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.fail = fail
+
+    def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
+        if plan is None:
+            self.asked.append(("plain", effort))
+            return Measurement("ok", "", 500_000, 400_000, None, 0.9)
+        self.asked.append((digest(plan), effort))
+        failed = self.fail(plan, len(self.asked))
+        return failed or Measurement("ok", "", true_peak(plan), 10, None, true_seconds(plan), 1e-6)
+
+    def runs(self, effort: str) -> list[str]:
+        return [name for name, how in self.asked if how == effort and name != "plain"]
+
+
+def task(bench: Bench, limit: int = 50_000, path: Path | None = None, **changes: Any) -> Task:
+    made = Task(
+        space=Space(),
+        predict=lambda plan: Cost(true_peak(plan), true_seconds(plan)),
+        measure=bench,
+        records=RecordFile(path, {"study": 1}),
+        limit=limit,
+        trials=25,
+    )
+    return replace(made, **changes)
+
+
+def optimum(limit: int) -> float:
+    plans = [
+        Space().plan({"a": a, "b": b, "halo": halo})
+        for a in BANDS
+        for b in BANDS
+        for halo in ("sweep", "cache")
+    ]
+    return min(true_seconds(p) for p in plans if true_peak(p) <= limit)
+
+
+def test_it_finds_a_plan_close_to_the_best_that_fits() -> None:
+    bench = Bench()
+    result = search(task(bench))
+    assert result.best.peak_bytes is not None and result.best.peak_bytes <= 50_000
+    assert (result.best.step_seconds or math.inf) <= 1.1 * optimum(50_000)
+    assert result.plain is not None and result.plain.step_seconds == 0.9
+
+
+def test_no_plan_is_measured_twice_and_the_winner_once_more() -> None:
+    bench = Bench()
+    result = search(task(bench))
+    quick = bench.runs("quick")
+    assert len(quick) == len(set(quick)) == result.measured == 25
+    assert bench.runs("full") == [result.best.digest] and result.best.effort == "full"
+    assert bench.asked[0] == ("plain", "quick") and bench.asked.count(("plain", "quick")) == 1
+
+
+def test_what_is_predicted_far_over_the_budget_is_recorded_and_not_run() -> None:
+    bench = Bench()
+    result = search(task(bench))
+    rejected = [r for r in result.records if r.status == "rejected"]
+    assert rejected and all(r.peak_bytes is None and r.reason for r in rejected)
+    assert not {r.digest for r in rejected} & set(bench.runs("quick"))
+    assert all((r.predicted_bytes or 0) > 50_000 for r in rejected)
+
+
+def test_the_same_seed_tries_the_same_plans() -> None:
+    first, again = Bench(), Bench()
+    search(task(first, seed=5))
+    search(task(again, seed=5))
+    assert first.asked == again.asked
+
+
+def test_a_finished_study_is_replayed_without_running_anything(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    before = search(task(Bench(), path=path))
+    bench = Bench()
+    after = search(task(bench, path=path))
+    assert bench.asked == [] and after.best == before.best and after.front == before.front
+
+
+def test_a_resumed_study_measures_only_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    search(task(Bench(), path=path, trials=10))
+    bench = Bench()
+    result = search(task(bench, path=path, trials=16))
+    assert len(bench.runs("quick")) == 6 and result.measured == 16
+    assert ("plain", "quick") not in bench.asked
+
+
+def test_another_budget_reuses_measurements_and_never_returns_one_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    wide = search(task(Bench(), limit=150_000, path=path))
+    bench = Bench()
+    tight = search(task(bench, limit=20_000, path=path, trials=40))
+    assert (tight.best.peak_bytes or 0) <= 20_000 < (wide.best.peak_bytes or 0)
+    assert not set(bench.runs("quick")) & {r.digest for r in wide.records if r.ok}
+    # ... and what the tight budget rejected is open again under a wide one.
+    wider = Bench()
+    result = search(task(wider, limit=150_000, path=path, trials=60))
+    rejected = {r.digest for r in tight.records if r.status == "rejected"}
+    assert rejected & set(wider.runs("quick")) and (result.best.step_seconds or 9) <= (
+        wide.best.step_seconds or 0
+    )
+
+
+def test_failures_are_recorded_and_never_win() -> None:
+    def fail(plan: Plan, n: int) -> Measurement | None:
+        kinds = {0: "oom", 1: "crash", 2: "timeout", 3: "wrong"}
+        return Measurement(kinds[n % 6], "because") if n % 6 in kinds else None  # type: ignore[arg-type]
+
+    result = search(task(Bench(fail)))
+    assert {"oom", "crash", "timeout", "wrong", "ok"} <= {r.status for r in result.records}
+    assert result.best.ok and all(
+        r.reason == "because" for r in result.records if r.status in ("oom", "wrong")
+    )
+
+
+def test_a_winner_that_fails_its_second_measurement_is_not_the_answer() -> None:
+    fastest: list[str] = []
+
+    class Fickle(Bench):
+        def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
+            made = super().__call__(plan, effort, timeout)
+            if effort == "full" and not fastest:
+                fastest.append(self.asked[-1][0])
+                return replace(made, peak_bytes=60_000)
+            return made
+
+    result = search(task(Fickle()))
+    assert fastest and result.best.digest != fastest[0] and (result.best.peak_bytes or 0) <= 50_000
+
+
+def test_nothing_fits_names_the_least_budget_and_the_tensor() -> None:
+    with pytest.raises(InfeasibleError, match=r"conv7.*--budget 12\.2kB"):
+        search(task(Bench(), limit=5_000))
+
+
+def test_nothing_runs_says_why() -> None:
+    broken = Bench(lambda plan, n: Measurement("crash", "SIGSEGV in conv7"))
+    with pytest.raises(InfeasibleError, match="SIGSEGV in conv7"):
+        search(task(broken, trials=5))
+
+    class Hopeless(Bench):
+        def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
+            return Measurement("crash", "ValueError in forward")
+
+    with pytest.raises(ModelError, match="ValueError in forward"):
+        search(task(Hopeless(), trials=5))
+
+
+def test_a_space_smaller_than_the_trials_ends() -> None:
+    class Tiny(Space):
+        knobs = (Knob("a", (4, 8)), Knob("b", (4,)), Knob("halo", ("sweep",)))
+
+        def guesses(self) -> list[dict[str, Any]]:
+            return [{"a": 128, "b": 1, "halo": "sweep"}]  # not a choice: ignored
+
+    assert search(task(Bench(), space=Tiny())).measured == 2
+
+
+def interrupt_at(count: int) -> Callable[[Plan, int], Measurement | None]:
+    def fail(plan: Plan, n: int) -> Measurement | None:
+        if n == count:
+            raise KeyboardInterrupt
+        return None
+
+    return fail
+
+
+def test_an_interrupt_keeps_the_best_so_far(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    result = search(task(Bench(interrupt_at(8)), path=path))
+    assert result.interrupted and result.measured == 6 and result.best.ok
+    resumed = search(task(Bench(), path=path))
+    assert not resumed.interrupted and resumed.measured == 25
+
+
+def test_an_interrupt_before_anything_fits() -> None:
+    with pytest.raises(Interrupted):
+        search(task(Bench(interrupt_at(2))))
+
+
+def test_no_time_at_all_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--timeout"):
+        search(task(Bench(), timeout=0.0))
+
+
+def test_a_trial_cut_off_by_the_end_of_the_search_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("rowtune.tune.study.time.monotonic", lambda: clock[0])
+
+    class Slow(Bench):
+        def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
+            made = super().__call__(plan, effort, timeout)
+            if effort == "quick" and timeout < 10:
+                clock[0] += timeout
+                return Measurement("timeout", "stopped")
+            clock[0] += 10
+            return made
+
+    result: SearchResult = search(task(Slow(), timeout=45))
+    assert result.measured == 3 and {r.status for r in result.records} <= {"ok", "rejected"}
+
+
+def test_progress_counts_and_shows_the_best() -> None:
+    seen: list[Progress] = []
+    search(task(Bench(), progress=seen.append))
+    done = [p for p in seen if p.record is not None]
+    assert [p.measured for p in done] == sorted(p.measured for p in done) and done[-1].best is not None
+    times = [p.best.step_seconds or 0 for p in done if p.best]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(12_000, "12.2kB"), (5, "6B"), (999, "1.01kB"), (8_000_000_000, "8.08GB")]
+)
+def test_the_budget_advised_is_enough(size: int, text: str) -> None:
+    from rowtune.tune.sizes import parse_size
+
+    assert round_up(size) == text and parse_size(text) >= size
