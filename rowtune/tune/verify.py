@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rowtune.graph.losses import Loss
 from rowtune.tune.step import Plain
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 _SEED = 20240119
 
 Planned = Callable[[nn.Module], nn.Module]

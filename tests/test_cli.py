@@ -1,0 +1,250 @@
+"""The command line on a small network: search, run, report, verify, inspect, and what each prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rowtune.cli.app import app
+
+MODEL = ["zoo:unet", "--model-arg", "base=4", "--model-arg", "depth=1", "--shape", "1x3x48x32"]
+DATA = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+def pairs(n=6, height=48):
+    x = torch.randn(n, 3, height, 32)
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+def loader():
+    return DataLoader(pairs(), batch_size=2)
+
+def wrong_channels():
+    return [(torch.randn(1, 5, 48, 32), torch.zeros(1, 48, 32, dtype=torch.long))]
+
+def empty():
+    return []
+"""
+
+
+def call(*words: str, code: int = 0) -> Any:
+    """Run a command with --json; the one object it prints."""
+    result = CliRunner().invoke(app, [*words, "--json"])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("cli")
+    (path / "cli_data.py").write_text(DATA)
+    before = Path.cwd()
+    os.chdir(path)
+    yield path
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def searched(folder: Path) -> Any:
+    return call("search", *MODEL, "--budget", "70%", "--trials", "4", "--seed", "1", "--device", "cpu")
+
+
+def test_search_says_what_it_found(folder: Path, searched: Any) -> None:
+    keys = {
+        "status",
+        "plan",
+        "peak_bytes",
+        "step_seconds",
+        "plain_peak_bytes",
+        "plain_step_seconds",
+        "trials",
+    }
+    assert keys <= set(searched)
+    assert searched["status"] == "ok" and searched["trials"] == 4
+    assert 0 < searched["peak_bytes"] <= searched["budget_bytes"] < searched["plain_peak_bytes"]
+    assert searched["max_relative_error"] < 1e-3
+    plan = json.loads((folder / searched["plan"]).read_text())
+    assert plan["measured"]["peak_bytes"] == searched["peak_bytes"]
+    assert plan["loss"] == searched["loss"] == "cross_entropy" and "momentum=0.9" in plan["optimizer"]
+
+
+def test_the_same_search_again_runs_nothing(folder: Path, searched: Any) -> None:
+    records = (folder / "plan.records.jsonl").read_bytes()
+    assert (
+        call("search", *MODEL, "--budget", "70%", "--trials", "4", "--seed", "1", "--device", "cpu")
+        == searched
+    )
+    assert (folder / "plan.records.jsonl").read_bytes() == records
+
+
+def test_run_stays_within_the_budget_and_learns(folder: Path, searched: Any) -> None:
+    made = call("run", "plan.json", "--steps", "6", "--lr", "0.05")
+    assert made["status"] == "ok" and made["steps"] == 6
+    assert made["peak_bytes"] == searched["peak_bytes"] and made["budget_bytes"] == searched["budget_bytes"]
+    first = call("run", "plan.json", "--steps", "1")
+    assert made["loss"] < first["loss"] and made["step_seconds"] > 0
+
+
+def test_run_says_when_the_budget_is_broken(folder: Path, searched: Any) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["budget_bytes"] = 1000
+    (folder / "tight.json").write_text(json.dumps(plan))
+    assert call("run", "tight.json", "--steps", "2", code=4)["status"] == "over_budget"
+
+
+def test_run_on_data_and_save(folder: Path, searched: Any) -> None:
+    from safetensors.torch import load_file
+
+    made = call("run", "plan.json", "--data", "cli_data:loader", "--epochs", "2", "--save", "w.safetensors")
+    assert made["steps"] == 6 and made["weights"] == "w.safetensors"
+    from rowtune import zoo
+
+    state = zoo.build("unet", base=4, depth=1).state_dict()
+    assert {k: v.shape for k, v in load_file("w.safetensors").items()} == {
+        k: v.shape for k, v in state.items()
+    }
+    assert call("run", "plan.json", "--data", "cli_data:pairs", "--steps", "8")["steps"] == 6
+
+
+def test_run_replaces_weights_only_when_told(folder: Path, searched: Any) -> None:
+    (folder / "kept.safetensors").write_text("precious")
+    failed = call("run", "plan.json", "--save", "kept.safetensors", code=2)
+    assert "--force" in failed["error"] and (folder / "kept.safetensors").read_text() == "precious"
+    call("run", "plan.json", "--steps", "1", "--save", "kept.safetensors", "--force")
+    assert (folder / "kept.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--data", "cli_data:nothing"], 2),
+        (["--data", "cli_data:empty"], 2),
+        (["--data", "cli_data:wrong_channels"], 3),
+        (["--epochs", "2"], 2),
+        (["--steps", "0"], 2),
+        (["--optimizer", "magic"], 2),
+        (["--save", "no/such/folder.safetensors"], 2),
+        (["--device", "cuda:7"], 2),
+    ],
+)
+def test_run_refuses(folder: Path, searched: Any, words: list[str], code: int) -> None:
+    assert call("run", "plan.json", *words, code=code)["status"] == "error"
+
+
+def test_verify(folder: Path, searched: Any) -> None:
+    made = call("verify", "plan.json")
+    assert made["status"] == "ok" and made["max_relative_error"] < 1e-3
+    assert {"loss", "head.weight"} <= set(made["checked"])
+    assert call("verify", "plan.json", "--dtype", "float64")["max_relative_error"] < 1e-10
+
+
+def test_report_shows_what_was_tried(folder: Path, searched: Any) -> None:
+    made = call("report", "plan.json")
+    assert made["measured"]["peak_bytes"] == searched["peak_bytes"] and made["front"]
+    assert sum(t["status"] == "ok" for t in made["trials"]) >= 4
+    for columns in ("80", "120"):
+        shown = CliRunner().invoke(app, ["report"], env={"COLUMNS": columns})
+        assert shown.exit_code == 0
+        lines = shown.stdout.splitlines()
+        assert max(map(len, lines)) <= int(columns)
+        assert any("★" in line for line in lines) and any("┊" in line for line in lines)
+        assert "budget" in shown.stdout and "plain PyTorch" in shown.stdout
+
+
+def test_report_without_its_records_shows_the_front(folder: Path, searched: Any) -> None:
+    (folder / "alone").mkdir()
+    (folder / "alone" / "plan.json").write_text((folder / "plan.json").read_text())
+    made = call("report", "alone/plan.json")
+    assert len(made["trials"]) == len(made["front"])
+
+
+def test_inspect(folder: Path) -> None:
+    made = call("inspect", *MODEL)
+    assert made["inputs"] == [{"name": "input", "shape": [1, 3, 48, 32], "dtype": "float32"}]
+    assert made["parameters"] > 100 and made["norm_layers"] == 0 and made["segments"] and made["opaque"] == []
+    normed = call("inspect", "zoo:unet_bn", *MODEL[1:])
+    assert normed["norm_layers"] > 0
+    assert {o["operator"] for o in normed["opaque"]} and all(o["reason"] for o in normed["opaque"])
+
+
+def test_nothing_fits(folder: Path) -> None:
+    made = call("search", *MODEL, "--budget", "2kB", "--trials", "3", "-o", "no.json", code=4)
+    assert made["status"] == "infeasible" and "--budget" in made["error"]
+    assert not (folder / "no.json").exists()
+
+
+def test_help_and_import_do_not_load_torch() -> None:
+    code = "import sys, rowtune.cli.app; assert not {'torch', 'optuna', 'onnx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def start_search(folder: Path, out: str) -> subprocess.Popen[str]:
+    words = [
+        sys.executable,
+        "-m",
+        "rowtune.cli",
+        "search",
+        *MODEL,
+        "--budget",
+        "70%",
+        "--trials",
+        "200",
+        "-o",
+        out,
+    ]
+    words += ["--device", "cpu"]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_records(path: Path, lines: int) -> None:
+    end = time.monotonic() + 100
+    while time.monotonic() < end:
+        if path.exists() and len(path.read_text().splitlines()) > lines:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never had {lines} records")
+
+
+def test_a_kill_in_mid_search_loses_no_finished_trial(folder: Path) -> None:
+    process = start_search(folder, "killed.json")
+    records = folder / "killed.records.jsonl"
+    try:
+        wait_for_records(records, 4)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    before = [json.loads(line) for line in records.read_text().splitlines()[1:] if line.endswith("}")]
+    ran = [r for r in before if r["status"] != "rejected" and r["digest"] != "plain"]
+    assert ran and not (folder / "killed.json").exists()
+    trials = str(len(ran) + 1)
+    made = call(
+        "search", *MODEL, "--budget", "70%", "--trials", trials, "-o", "killed.json", "--device", "cpu"
+    )
+    after = [json.loads(line) for line in records.read_text().splitlines()[1:]]
+    assert after[: len(before)] == before and made["trials"] == int(trials)
+    quick = [r["digest"] for r in after if r["effort"] == "quick"]
+    assert len(quick) == len(set(quick))
+
+
+def test_an_interrupt_writes_the_best_so_far(folder: Path) -> None:
+    process = start_search(folder, "stopped.json")
+    try:
+        wait_for_records(folder / "stopped.records.jsonl", 5)
+    finally:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err + out
+    plan = json.loads((folder / "stopped.json").read_text())
+    assert plan["measured"]["peak_bytes"] <= plan["budget_bytes"]

@@ -1,0 +1,152 @@
+"""The verifier finds every kind of wrong, and calls nothing wrong that is not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rowtune.graph.losses import parse
+from rowtune.tune.step import Plain, parse_optimizer
+from rowtune.tune.verify import Verifier, compare, outcome
+
+LOSS = parse("mse")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)
+    )
+
+
+def batch() -> tuple[tuple[Tensor, ...], Tensor]:
+    made = torch.Generator().manual_seed(1)
+    return (torch.randn(2, 3, 8, 8, generator=made),), torch.randn(2, 2, 8, 8, generator=made)
+
+
+class Altered(Plain):
+    """The plain network with something done to its gradients after backward has reached them."""
+
+    def __init__(self, module: nn.Module, change: Callable[[nn.Module], None]) -> None:
+        super().__init__(module, LOSS)
+        self.change = change
+
+    def forward(self, *inputs: Tensor, targets: Tensor) -> Tensor:
+        self.change(self.module)
+        return super().forward(*inputs, targets=targets)
+
+
+def hooked(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], nn.Module]:
+    def planned(model: nn.Module) -> nn.Module:
+        def attach(module: nn.Module) -> None:
+            handle = module.get_parameter(name).register_hook(lambda g: (handle.remove(), change(g))[1])
+
+        return Altered(model, attach)
+
+    return planned
+
+
+def test_the_plain_network_is_exact() -> None:
+    check = Verifier(network(), LOSS, batch()).check(lambda m: Plain(m, LOSS))
+    assert check.ok and check.max_relative_error == 0.0
+    parameters = {f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")}
+    buffers = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert set(check.checked) == {"loss"} | parameters | buffers
+    assert check.inputs == "2x3x8x8"
+
+
+def test_one_wrong_element_is_found_and_named() -> None:
+    def change(g: Tensor) -> Tensor:
+        g = g.clone()
+        g.view(-1)[5] += 0.01 * g.abs().max()
+        return g
+
+    check = Verifier(network(), LOSS, batch()).check(hooked("3.weight", change))
+    assert not check.ok and check.worst == "3.weight"
+    assert check.dtype == "float64" and check.max_relative_error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_summation_noise_is_not_wrong_but_the_same_in_float64_is() -> None:
+    noise: Callable[[Tensor], Tensor] = lambda g: g * (1 + 1e-5)  # noqa: E731
+    verifier = Verifier(network(), LOSS, batch())
+    assert verifier.check(hooked("0.weight", noise)).ok
+    assert not verifier.check(hooked("0.weight", noise), torch.float64).ok
+
+
+def test_a_float32_disagreement_that_float64_does_not_share_is_no_error() -> None:
+    flip: Callable[[Tensor], Tensor] = lambda g: g * 1.01 if g.dtype == torch.float32 else g  # noqa: E731
+    check = Verifier(network(), LOSS, batch()).check(hooked("0.weight", flip))
+    assert check.ok and check.dtype == "float64"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_are_wrong(value: float) -> None:
+    check = Verifier(network(), LOSS, batch()).check(hooked("0.weight", lambda g: g * value))
+    assert not check.ok and check.max_relative_error == float("inf")
+
+
+def test_a_missing_gradient_and_a_running_statistic_updated_twice_are_wrong() -> None:
+    model = network()
+    expected = outcome(model, Plain(model, LOSS), *batch())
+    fewer = {k: v for k, v in expected.gradients.items() if k != "0.bias"}
+    lost = compare(expected, type(expected)(expected.loss, fewer, expected.buffers), torch.float32)
+    assert not lost.ok and lost.worst == "0.bias"
+
+    class Twice(Plain):
+        def forward(self, *inputs: Tensor, targets: Tensor) -> Tensor:
+            super().forward(*inputs, targets=targets)
+            return super().forward(*inputs, targets=targets)
+
+    check = Verifier(network(), LOSS, batch()).check(lambda m: Twice(m, LOSS))
+    assert not check.ok and check.worst in ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+
+
+def test_a_bias_before_a_batch_norm_is_measured_by_the_largest_gradient() -> None:
+    """Its true gradient is zero; what is left is noise, and a plain ratio of noise is noise."""
+    model = network()
+    expected = outcome(model, Plain(model, LOSS), *batch())
+    bias = expected.gradients["0.bias"]
+    assert bias.abs().max() < 1e-6
+    got = type(expected)(expected.loss, {**expected.gradients, "0.bias": -bias}, expected.buffers)
+    assert compare(expected, got, torch.float32).ok
+
+
+def test_checking_leaves_the_model_as_it_was() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    Verifier(model, LOSS, batch()).check(lambda m: Plain(m, LOSS), torch.float64)
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_have_no_gradient_in_either() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    check = Verifier(model, LOSS, batch()).check(lambda m: Plain(m, LOSS))
+    assert check.ok and "0.weight" not in check.checked
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [
+        ("sgd", 0),
+        ("sgd:momentum=0.9", 1),
+        ("adam", 2),
+        ("adamw:amsgrad=true", 3),
+        ("rmsprop:momentum=0.5", 2),
+    ],
+)
+def test_optimizer_slots_are_what_the_optimizer_keeps(text: str, slots: int) -> None:
+    spec = parse_optimizer(text)
+    weight = nn.Parameter(torch.zeros(1000))
+    optimizer = spec.make([weight])
+    weight.grad = torch.ones(1000)
+    optimizer.step()
+    kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    assert sum(t.numel() == 1000 for t in kept) == spec.slots == slots
+    assert parse_optimizer(str(spec)) == spec
