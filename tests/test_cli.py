@@ -13,27 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
 
-MODEL = ["zoo:unet", "--model-arg", "base=4", "--model-arg", "depth=1", "--shape", "1x3x48x32"]
+MODEL = ["zoo:unet", "--model-arg", "base=4", "--model-arg", "depth=1", "--shape", "1x3x64x16"]
 DATA = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-def pairs(n=6, height=48):
-    x = torch.randn(n, 3, height, 32)
+def pairs():
+    x = torch.randn(6, 3, 64, 16)
     return TensorDataset(x, (x[:, 0] > 0).long())
 
 def loader():
-    return DataLoader(pairs(), batch_size=2)
+    return DataLoader(pairs(), batch_size=1)
 
 def wrong_channels():
-    return [(torch.randn(1, 5, 48, 32), torch.zeros(1, 48, 32, dtype=torch.long))]
+    return [(torch.randn(1, 5, 64, 16), torch.zeros(1, 64, 16, dtype=torch.long))]
 
 def empty():
     return []
+
+
+def big():
+    return [(torch.randn(4, 3, 64, 32), torch.zeros(4, 64, 32, dtype=torch.long))] * 2
 """
 
 
@@ -49,15 +54,19 @@ def call(*words: str, code: int = 0) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("cli")
     (path / "cli_data.py").write_text(DATA)
-    before = Path.cwd()
+    before, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(path)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers: tiny networks, busy machines
+    torch.set_num_threads(1)
     yield path
+    torch.set_num_threads(threads)
+    del os.environ["OMP_NUM_THREADS"]
     os.chdir(before)
 
 
 @pytest.fixture(scope="module")
 def searched(folder: Path) -> Any:
-    return call("search", *MODEL, "--budget", "70%", "--trials", "4", "--seed", "1", "--device", "cpu")
+    return call("search", *MODEL, "--budget", "80%", "--trials", "4", "--seed", "1", "--device", "cpu")
 
 
 def test_search_says_what_it_found(folder: Path, searched: Any) -> None:
@@ -82,7 +91,7 @@ def test_search_says_what_it_found(folder: Path, searched: Any) -> None:
 def test_the_same_search_again_runs_nothing(folder: Path, searched: Any) -> None:
     records = (folder / "plan.records.jsonl").read_bytes()
     assert (
-        call("search", *MODEL, "--budget", "70%", "--trials", "4", "--seed", "1", "--device", "cpu")
+        call("search", *MODEL, "--budget", "80%", "--trials", "4", "--seed", "1", "--device", "cpu")
         == searched
     )
     assert (folder / "plan.records.jsonl").read_bytes() == records
@@ -107,14 +116,19 @@ def test_run_on_data_and_save(folder: Path, searched: Any) -> None:
     from safetensors.torch import load_file
 
     made = call("run", "plan.json", "--data", "cli_data:loader", "--epochs", "2", "--save", "w.safetensors")
-    assert made["steps"] == 6 and made["weights"] == "w.safetensors"
+    assert made["steps"] == 12 and made["weights"] == "w.safetensors"
     from rowtune import zoo
 
     state = zoo.build("unet", base=4, depth=1).state_dict()
     assert {k: v.shape for k, v in load_file("w.safetensors").items()} == {
         k: v.shape for k, v in state.items()
     }
-    assert call("run", "plan.json", "--data", "cli_data:pairs", "--steps", "8")["steps"] == 6
+    assert call("run", "plan.json", "--data", "cli_data:pairs", "--steps", "8")["steps"] == 8
+
+
+def test_run_on_larger_batches_measures_them(folder: Path, searched: Any) -> None:
+    made = call("run", "plan.json", "--data", "cli_data:big", code=4)
+    assert made["status"] == "over_budget" and made["peak_bytes"] > searched["peak_bytes"]
 
 
 def test_run_replaces_weights_only_when_told(folder: Path, searched: Any) -> None:
@@ -171,7 +185,7 @@ def test_report_without_its_records_shows_the_front(folder: Path, searched: Any)
 
 def test_inspect(folder: Path) -> None:
     made = call("inspect", *MODEL)
-    assert made["inputs"] == [{"name": "input", "shape": [1, 3, 48, 32], "dtype": "float32"}]
+    assert made["inputs"] == [{"name": "input", "shape": [1, 3, 64, 16], "dtype": "float32"}]
     assert made["parameters"] > 100 and made["norm_layers"] == 0 and made["segments"] and made["opaque"] == []
     normed = call("inspect", "zoo:unet_bn", *MODEL[1:])
     assert normed["norm_layers"] > 0
@@ -197,7 +211,7 @@ def start_search(folder: Path, out: str) -> subprocess.Popen[str]:
         "search",
         *MODEL,
         "--budget",
-        "70%",
+        "80%",
         "--trials",
         "200",
         "-o",
@@ -229,7 +243,7 @@ def test_a_kill_in_mid_search_loses_no_finished_trial(folder: Path) -> None:
     assert ran and not (folder / "killed.json").exists()
     trials = str(len(ran) + 1)
     made = call(
-        "search", *MODEL, "--budget", "70%", "--trials", trials, "-o", "killed.json", "--device", "cpu"
+        "search", *MODEL, "--budget", "80%", "--trials", trials, "-o", "killed.json", "--device", "cpu"
     )
     after = [json.loads(line) for line in records.read_text().splitlines()[1:]]
     assert after[: len(before)] == before and made["trials"] == int(trials)

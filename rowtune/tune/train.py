@@ -24,6 +24,7 @@ from rowtune.runtime.module import apply
 from rowtune.tune.device import cap_memory, resolve_device, synchronize
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Batch, OptimizerSpec, Workload, parse_optimizer, prepare, run_step
+from rowtune.tune.verify import outcome
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ class _Loop:
             nonlocal loss
             loss = run_step(self.runner, self.optimizer, inputs, target)
 
+        if self.total == 1:  # the first call also lowers the plan, which is not the step's memory
+            outcome(self.work.module, self.runner, inputs, target)
         metered = self.done == min(1, (self.total or 2) - 1)
         start = time.perf_counter()
         try:
