@@ -18,7 +18,7 @@ from rowtune.importers.onnx_module import Branch, Constant, Program, Ref, Step, 
 from rowtune.importers.onnx_names import GENERATED, Paths, is_path
 from rowtune.importers.onnx_node import DTYPES, Node, Static
 from rowtune.importers.onnx_ops import CONTROL, NORMS, NOT_FOLDED, OPERATORS
-from rowtune.importers.onnx_rewrite import Raw, Sharing, fuse_linear, name_sharers
+from rowtune.importers.onnx_rewrite import Raw, Sharing, as_cast, fuse_linear, name_sharers, trim
 
 # Inputs that are weights whatever kind of constant feeds them.
 WEIGHT_SLOTS: dict[str, frozenset[int]] = {
@@ -30,6 +30,9 @@ WEIGHT_SLOTS: dict[str, frozenset[int]] = {
     "PRelu": frozenset({1}),
     "rowtune.Linear": frozenset({1, 2}),
 }
+
+# What these compute is what they were given, in another form.
+SAME_VALUES = frozenset({"Identity", "Reshape", "Transpose", "Unsqueeze"})
 
 # Inputs that are running statistics.
 STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
@@ -43,6 +46,15 @@ STATIC_SLOTS: dict[str, frozenset[int]] = {
     "Range": frozenset({0, 1, 2}),
     "Resize": frozenset({1, 2}),
     "Upsample": frozenset({1}),
+}
+
+
+# Operators whose first output has the element type of their first input (CastLike: of its second).
+KEEPS_TYPE = frozenset(OPERATORS) - {
+    *("ArgMax", "ArgMin", "Bernoulli", "Cast", "Constant", "ConstantOfShape", "Equal", "EyeLike", "Greater"),
+    *("GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonZero", "OneHot", "RandomNormal", "Size"),
+    *("RandomNormalLike", "RandomUniform", "RandomUniformLike", "SequenceAt", "SequenceConstruct", "Shape"),
+    *("ConcatFromSequence", "SequenceLength", "SplitToSequence", "Where"),
 }
 
 
@@ -68,6 +80,8 @@ class _Builder:
         self.initial: dict[str, onnx.TensorProto] = {t.name: t for t in graph.initializer}
         self.known: dict[str, Static] = {}
         self.source: dict[str, str] = {}  # the operator that a known value came from
+        self.kinds = {i.name: i.type.tensor_type.elem_type for i in graph.input}
+        self.kinds |= {name: t.data_type for name, t in self.initial.items()}
         self.paths = Paths()
         self.refs: dict[tuple[str, str], Ref] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -78,6 +92,7 @@ class _Builder:
     def build(self) -> Built:
         outputs = [o.name for o in self.graph.output]
         raws = self.read(self.graph.node)
+        trim(raws, set(outputs))
         sharing = self.separate(raws, set(outputs))
         raws = fuse_linear(raws, self.weight_shape, set(outputs))
         self.refuse(raws)
@@ -122,6 +137,9 @@ class _Builder:
     def fold(self, raw: Raw) -> bool:
         """Compute the node now if all its inputs are known; the shape of a weight is, its values are not."""
         op = raw.node.op
+        self.type_of(raw)
+        if op == "CastLike" and raw.inputs[1] in self.kinds:
+            raw = as_cast(raw, self.kinds[raw.inputs[1]])
         if op in ("Shape", "Size") and raw.inputs[0] in self.initial:
             values: list[Static | None] = [np.broadcast_to(0, tuple(self.initial[raw.inputs[0]].dims))]
         elif op in NOT_FOLDED or op in CONTROL or "::" in op:
@@ -134,8 +152,15 @@ class _Builder:
                 return False
         results = evaluate(raw.node, raw.proto, values)
         for name, value in zip([o for o in raw.outputs if o], results, strict=False):
-            self.known[name], self.source[name] = value, op
+            self.known[name] = value
+            self.source[name] = self.source.get(raw.inputs[0], op) if op in SAME_VALUES else op
         return True
+
+    def type_of(self, raw: Raw) -> None:
+        """Follow element types through operators that keep them: enough to tell what CastLike casts to."""
+        follows = raw.inputs[1] if raw.node.op == "CastLike" else raw.inputs[0] if raw.inputs else ""
+        if raw.outputs and follows in self.kinds and raw.node.op in KEEPS_TYPE:
+            self.kinds[raw.outputs[0]] = self.kinds[follows]
 
     def choose(self, raw: Raw, raws: list[Raw]) -> bool:
         """Put the branch of an If with a constant condition in its place; compile both otherwise."""
@@ -226,7 +251,10 @@ class _Builder:
         value = self.constant(name)
         if value is None and name not in self.initial:
             return name
-        if slot in WEIGHT_SLOTS.get(op, ()) and self.floating(name):
+        # Weights that were emptied out of a file: a scale and a shift are no constants of the network.
+        emptied = op in ("Mul", "Add") and self.source.get(name) == "ConstantOfShape"
+        emptied = emptied and value is not None and value.size > 1
+        if (emptied or slot in WEIGHT_SLOTS.get(op, ())) and self.floating(name):
             if value is not None and slot == 2 and _is_absent(value, self.source.get(name, "")):
                 return None
             return self.store(name, "parameter")

@@ -28,7 +28,8 @@ OLDEST_OPSET = 7
 NO_NORM = (
     "no normalisation layer found: if the network has batch norm, the exporter fused it into the "
     "convolutions; to keep it, export with torch.onnx.export(model, args, file, dynamo=False, "
-    "training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False) or with dynamo=True, optimize=False"
+    "training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False) or with dynamo=True, "
+    "optimize=False"
 )
 
 
@@ -86,8 +87,8 @@ def from_proto(proto: onnx.ModelProto, opset: int, name: str = "the model") -> O
         notes.append(NO_NORM)
     if built.separated:
         notes.append(
-            f"{built.separated} weight(s) that the exporter merged because they started out equal are trained "
-            "separately"
+            f"{built.separated} weight(s) that the exporter merged because they started out equal "
+            "are trained separately"
         )
     fixed = len(built.program.constants)
     if fixed:

@@ -1,4 +1,4 @@
-"""Two rewrites of an ONNX graph before it becomes steps.
+"""Rewrites of an ONNX graph before it becomes steps.
 
 Exporters merge initial values that are equal (all zero biases of one size become one tensor); trained like
 that, layers would share a bias. And they write a linear layer as Transpose, MatMul and Add.
@@ -36,6 +36,28 @@ class Sharing:
 
     copies: dict[str, onnx.TensorProto] = field(default_factory=dict)
     separated: int = 0
+
+
+# Further outputs of these cost something, or need the operator in another form.
+OPTIONAL_OUTPUTS = frozenset({"BatchNormalization", "Dropout", "LayerNormalization", "MaxPool"})
+
+
+def trim(raws: list[Raw], outputs: set[str]) -> None:
+    """Forget optional outputs that nobody reads: exporters list masks and statistics all the same."""
+    read = {name for raw in raws for name in raw.inputs} | outputs
+    read |= {n for raw in raws for side in raw.branches or () for n in _read_inside(side[0]) | set(side[1])}
+    for raw in raws:
+        if raw.node.op in OPTIONAL_OUTPUTS:
+            while len(raw.outputs) > 1 and raw.outputs[-1] not in read:
+                raw.outputs.pop()
+            raw.node = replace(raw.node, outputs=len(raw.outputs))
+
+
+def as_cast(raw: Raw, element: int) -> Raw:
+    """CastLike with the type it casts to known: a Cast, which a constant needs no data for."""
+    proto = onnx.helper.make_node("Cast", raw.inputs[:1], raw.outputs, to=element)
+    node = replace(raw.node, op="Cast", attrs={"to": element})
+    return Raw(node, proto, raw.inputs[:1], raw.outputs)
 
 
 def name_sharers(
