@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rowtune.graph.losses import parse
-from rowtune.tune.step import Plain, parse_optimizer
+from rowtune.importers.source import parse_source
+from rowtune.plan.uniform import uniform_plan
+from rowtune.runtime.module import apply
+from rowtune.tune.measure import Bench, plain_peak, reference_batch
+from rowtune.tune.step import Plain, define, parse_optimizer
 from rowtune.tune.verify import Verifier, compare, outcome
 
 LOSS = parse("mse")
@@ -150,3 +155,32 @@ def test_optimizer_slots_are_what_the_optimizer_keeps(text: str, slots: int) -> 
     kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     assert sum(t.numel() == 1000 for t in kept) == spec.slots == slots
     assert parse_optimizer(str(spec)) == spec
+
+
+def test_where_plain_does_not_fit_plans_are_verified_on_narrower_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = define(parse_source("zoo:unet", ["base=4", "depth=1"]), ["1x3x16x512"])
+    room = [10**9]
+    monkeypatch.setattr("rowtune.tune.measure.free_bytes", lambda device: room[0])
+    assert reference_batch(work, "cpu")[0][0].shape == (1, 3, 16, 512)
+    room[0] = plain_peak(work) // 3
+    inputs, target = reference_batch(work, "cpu")
+    assert inputs[0].shape == (1, 3, 16, 64) and target.shape == (1, 16, 64)
+    plan = uniform_plan(work.graph, "rows", 4)
+    check = Verifier(work.module, work.loss, (inputs, target)).check(lambda m: apply(m, plan, work.loss))
+    assert check.ok and check.inputs == "1x3x16x64"
+
+
+def test_dropout_is_compared_with_a_plan_that_keeps_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dropping.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Dropout(0.5), nn.Conv2d(3, 2, 1))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bench = Bench(define(parse_source("dropping:net"), ["1x2x16x8"]).problem)
+    plan = uniform_plan(bench.work.graph, "rows", 4)
+    check = bench.check(plan)
+    assert check.ok and "random" in check.note

@@ -36,6 +36,7 @@ def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None
     """One reply line a request."""
     from rowtune.plan.file import Problem
     from rowtune.plan.plan import Plan
+    from rowtune.tune.device import cap_memory
     from rowtune.tune.measure import Bench
     from rowtune.tune.measurement import Measurement, failure
 
@@ -44,7 +45,10 @@ def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None
         request = requests.get()
         try:
             if request["do"] == "open":
-                bench = Bench(Problem.from_dict(request["problem"]), request["budget"])
+                problem = Problem.from_dict(request["problem"])
+                if problem.device == "cpu":
+                    cap_memory("cpu", None)
+                bench = Bench(problem, request["budget"])
                 answer = Measurement("ok")
             else:
                 assert bench is not None
