@@ -45,10 +45,10 @@ class Drop(NamedTuple):
 
 
 class Stash(NamedTuple):
-    """Keep these rows of the line buffers until backward (the boundary rows of LR-CNN's 2PS)."""
+    """Keep the live rows of these line buffers until backward (the boundary rows of LR-CNN's 2PS)."""
 
     band: int
-    rows: tuple[tuple[str, Rows], ...]
+    values: tuple[str, ...]
 
 
 class Restore(NamedTuple):

@@ -18,10 +18,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from rowtune.graph.graph import Graph
 from rowtune.plan.groups import Group
+from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Banded, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype, run_whole
-from rowtune.runtime.lines import Homes, Lines, PieceGradients
+from rowtune.runtime.lines import Lines, PieceGradients
 
 
 @dataclass
@@ -177,7 +178,7 @@ class BandedRun:
         self.images = ALL_IMAGES if total else images
         self.lines = Lines(self.dims)
         self.tapes: dict[int, Tape] = {}
-        self.shares = PieceGradients(self.dims, _homes(self.program))
+        self.shares = PieceGradients(self.dims, homes_of(self.program))
         self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
 
     def _carriers(self) -> frozenset[str]:
@@ -202,12 +203,7 @@ class BandedRun:
                 self._restore(step)
 
     def _stash(self, step: Stash) -> None:
-        kept = []
-        for name, rows in step.rows:
-            tensor, joined = self.lines.get(name, rows)
-            # After the drops a chunk starts at the rows to keep, so its memory is shared, not copied.
-            kept.append((name, rows, tensor))
-        self.stash[step.band] = kept
+        self.stash[step.band] = [(n, *chunk) for n in step.values for chunk in self.lines.chunks[n]]
 
     def _restore(self, step: Restore) -> None:
         self.lines.clear()
@@ -234,7 +230,7 @@ class BandedRun:
             return
         if self.collect and name in self.segment.part.outputs:
             self._write(name, rows, tensor.detach())
-        if _read_inside(self.program, name):
+        if read_inside(self.program, name):
             self.lines.put(name, rows, tensor.detach())
 
     def _write(self, name: str, rows: Rows, tensor: Tensor) -> None:
@@ -393,25 +389,3 @@ class BandedRun:
             total = torch.zeros_like(full, dtype=g.dtype)
             self.gradients.inputs[name] = total
         self._part(name, total, rows).add_(g)
-
-
-def _homes(program: Banded) -> dict[str, Homes]:
-    """Which backward piece makes which rows of each value, in row order."""
-    cached = program.__dict__.get("_homes")
-    if cached is None:
-        found: dict[str, list[tuple[Rows, int]]] = {}
-        for step in program.backward:
-            if type(step) is Run:
-                for name, rows in program.pieces[step.piece].outputs:
-                    found.setdefault(name, []).append((rows, step.piece))
-        cached = {name: Homes([rows.lo for rows, _ in sorted(p)], sorted(p)) for name, p in found.items()}
-        program.__dict__["_homes"] = cached
-    return cached  # type: ignore[no-any-return]
-
-
-def _read_inside(program: Banded, name: str) -> bool:
-    cached = program.__dict__.get("_inner")
-    if cached is None:
-        cached = frozenset(n for group in program.groups for n in group.reads)
-        program.__dict__["_inner"] = cached
-    return name in cached

@@ -7,13 +7,13 @@ window that spans chunks is joined for the step that reads it and dropped again.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rowtune.plan.homes import Homes
 from rowtune.rows import Rows
 
 
@@ -86,13 +86,6 @@ class Share(NamedTuple):
     owned: bool
 
 
-class Homes(NamedTuple):
-    """The pieces that make a value's rows, in row order, and where each begins."""
-
-    starts: list[int]
-    pieces: list[tuple[Rows, int]]
-
-
 class PieceGradients:
     """Gradients of inner values, kept by the piece that made the rows until that piece runs its tape."""
 
@@ -103,20 +96,12 @@ class PieceGradients:
     def add(self, name: str, rows: Rows, grad: Tensor, owned: bool) -> None:
         """Hand each overlapped piece its share of the gradient of `rows`."""
         dim = self.dims[name]
-        homes = self.homes[name]
-        first = max(bisect_right(homes.starts, rows.lo) - 1, 0)
-        for home, piece in homes.pieces[first:]:
+        for home, piece in self.homes[name].overlapping(rows, dim is None):
             if dim is None:
                 self.shares.setdefault((piece, name), []).append(Share(home, grad, owned))
-                return
-            if home.lo >= rows.hi:
-                return
-            lo, hi = max(home.lo, rows.lo), min(home.hi, rows.hi)
-            if lo >= hi:
                 continue
-            part = grad
-            if Rows(lo, hi) != rows:
-                part = grad.narrow(dim, lo - rows.lo, hi - lo)
+            lo, hi = max(home.lo, rows.lo), min(home.hi, rows.hi)
+            part = grad if Rows(lo, hi) == rows else grad.narrow(dim, lo - rows.lo, hi - lo)
             if Rows(lo, hi) == home:
                 self.shares.setdefault((piece, name), []).append(Share(home, part, owned))
             else:  # a few rows: copied, to let go of the slab they came in

@@ -57,6 +57,16 @@ def border(window: Affine, rows: Rows, got: Rows) -> tuple[int, int]:
     return top, stop - start - top - got.size
 
 
+def _spare_rows(pads: tuple[int, int], padding: int, stride: int, got: Rows) -> int | None:
+    """Where a band at the border of the image needs padding on one side only: pad both sides all the same,
+    compute a row or two too many and drop them, rather than copy the slice to pad it (autograd would keep the
+    copy). Returns the first row to take, or None where this does not apply."""
+    top, bottom = pads
+    if top == bottom or not got.size or max(top, bottom) > padding or (padding - top) % stride:
+        return None
+    return (padding - top) // stride
+
+
 def conv(q: Question) -> RowRule | Opaque:
     """aten.conv1d / conv2d / conv3d with any stride, padding (also `same`), dilation and groups."""
     x, w = q.node.args[0].name, q.node.args[1].name
@@ -76,10 +86,14 @@ def conv(q: Question) -> RowRule | Opaque:
     def run(slab: Slab) -> Tensor:
         args = replace(slab.node.args, slab.tensors.__getitem__)
         bias = args[2] if len(args) > 2 else replace(slab.node.kwargs, slab.tensors.__getitem__).get("bias")
-        here = list(pads)
+        here, spare = list(pads), pads[i][0] if pads[i][0] == pads[i][1] else 0
         here[i] = border(window, slab.rows, slab.reads[x])
+        first = _spare_rows(here[i], spare, stride[i], slab.reads[x])
+        if first is not None:
+            here[i] = (spare, spare)
         image, plain = _asymmetric(args[0], here)
-        return function(image, args[1], bias, stride, plain, dilation, groups)  # type: ignore[no-any-return]
+        out = function(image, args[1], bias, stride, plain, dilation, groups)
+        return out if first is None else out.narrow(dim, first, slab.rows.size)  # type: ignore[no-any-return]
 
     reads = {n: WHOLE for n in q.node.inputs} | {x: Read(dim, window)}
     return RowRule(dim, reads, run)
@@ -185,6 +199,11 @@ def max_pool(q: Question) -> RowRule | Opaque:
         top, bottom = border(window, slab.rows, slab.reads[x])
         pad[i] = 0
         image = slab.tensors[x]
+        first = _spare_rows((top, bottom), padding[i], stride[i], slab.reads[x])
+        if first is not None:
+            pad[i] = padding[i]
+            out = slab.node.target(image, kernel, stride, pad, dilation, ceil)
+            return out.narrow(dim, first, slab.rows.size)  # type: ignore[no-any-return]
         if top == bottom and top <= kernel[i] // 2:
             pad[i] = top
         else:

@@ -41,7 +41,7 @@ def _with_stashes(forward: list[Step], live: list[dict[str, Rows]], made: Schedu
     for step in [*forward, None]:
         ends = dropping and (step is None or isinstance(step, Run))
         if ends and band < len(live) - 1:
-            out.append(Stash(band, tuple(live[band].items())))
+            out.append(Stash(band, tuple(live[band])))
             band += 1
         dropping = step is not None and not isinstance(step, Run)
         if step is not None:

@@ -1,0 +1,1 @@
+"""PREDICTED: bytes and seconds of a program, from sizes alone."""

@@ -1,0 +1,273 @@
+"""The sizes of a rows segment: its steps, over line buffers of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from rowtune.cost.heap import Heap
+from rowtune.cost.profile import NodeProfile
+from rowtune.cost.tape import TapeSizes, backward, forward
+from rowtune.graph.graph import Graph, Node
+from rowtune.plan.groups import Group
+from rowtune.plan.homes import homes_of, read_inside
+from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.rows import Rows
+
+
+@dataclass
+class _Line:
+    """Chunks of one value: their rows and blocks, oldest first."""
+
+    chunks: list[tuple[Rows, int]] = field(default_factory=list)
+
+
+class BandedSizes:
+    """Mirrors runtime.banded.BandedRun, with blocks of a Heap in place of tensors."""
+
+    def __init__(
+        self, heap: Heap, graph: Graph, profiles: Mapping[str, NodeProfile], segment: SegmentProgram
+    ) -> None:
+        assert segment.banded is not None
+        self.heap, self.graph, self.profiles, self.segment = heap, graph, profiles, segment
+        self.program = segment.banded
+        self.bands, self.image_bands = self.program.bands, self.program.images
+        self.outside = frozenset(segment.part.inputs)
+        self.sums = frozenset(self.program.sums)
+        self.done = False
+        self.weight_grads: dict[str, int] = {}
+        self.input_grads: dict[str, int] = {}
+        self.held: list[int] = []
+        self.outputs: dict[str, int] = {}
+        self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
+        self.wanted = graph.needs_grad
+        self.fraction = 1.0
+
+    # -- the two passes --------------------------------------------------------------------------------------
+
+    def forward(self, env: dict[str, int]) -> None:
+        """Adds the segment's outputs to `env`."""
+        single = self.program.single_sweep
+        for name in self.program.sums:
+            self.outputs[name] = self.heap.new(self.graph.values[name].bytes)
+        for images in self.program.image_ranges:
+            self._images(images)
+            self.stashes.append(self.stash)
+            self._steps(self.program.backward if single else self.program.forward, collect=True)
+            self._clear()
+        self.done = single
+        for name in self.segment.part.outputs:
+            if name not in self.outputs:
+                self.outputs[name] = self.heap.new(self.graph.values[name].bytes)
+        for name, block in self.outputs.items():
+            if name in self.segment.part.outputs:
+                env[name] = block
+            else:
+                self.heap.drop(block)
+        self.outputs = {}
+
+    def hold(self, env: Mapping[str, int]) -> None:
+        """Inputs live on until backward."""
+        self.held = [self.heap.ref(env[n]) for n in self.segment.part.inputs if n in env]
+
+    def release(self) -> None:
+        for block in self.held:
+            self.heap.drop(block)
+        self.held = []
+
+    def backward(self, outer: Mapping[str, int]) -> None:
+        self.outer = frozenset(outer)
+        for i, images in enumerate(self.program.image_ranges):
+            self._images(images)
+            self.stash = self.stashes[i] if self.stashes else {}
+            self._steps(self.program.backward, collect=False)
+            self._clear()
+
+    def _images(self, images: Rows) -> None:
+        total = self.program.image_ranges[-1].hi
+        self.fraction = images.size / total
+        self.lines: dict[str, _Line] = {}
+        self.tapes: dict[int, tuple[TapeSizes, dict[str, int]]] = {}
+        self.shares: dict[tuple[int, str], list[tuple[Rows, int]]] = {}
+        self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
+        if not self.done:
+            self.outer = getattr(self, "outer", frozenset())
+
+    def _clear(self) -> None:
+        for line in self.lines.values():
+            for _, block in line.chunks:
+                self.heap.drop(block)
+        self.lines = {}
+
+    def _steps(self, steps: tuple[Step, ...], collect: bool) -> None:
+        for step in steps:
+            if type(step) is Run:
+                self._run(step, collect)
+            elif type(step) is Back:
+                self._back(step.piece)
+            elif type(step) is Drop:
+                self._drop_below(step.value, step.below)
+            elif type(step) is Stash:
+                self.stash[step.band] = [
+                    (n, rows, self.heap.ref(b)) for n in step.values for rows, b in self.lines[n].chunks
+                ]
+            elif type(step) is Restore:
+                self._clear()
+                for name, rows, block in self.stash.pop(step.band, ()):
+                    self.lines.setdefault(name, _Line()).chunks.append((rows, block))
+
+    # -- sizes -----------------------------------------------------------------------------------------------
+
+    def _bytes(self, name: str, rows: Rows | None) -> int:
+        value = self.graph.values[name]
+        size = float(value.bytes)
+        dim = self.bands.dims[name]
+        if dim is not None and rows is not None:
+            size *= rows.size / max(value.shape[dim], 1)
+        at = self.image_bands.dims[name]
+        if at is not None and at != dim:
+            size *= self.fraction
+        return int(size)
+
+    def _share(self, piece: Piece) -> Callable[[Node], float]:
+        def share(node: Node) -> float:
+            rows = piece.ranges.get(node.name)
+            if rows is None:
+                return 0.0
+            return self.fraction * rows.size / self.bands.height(self.graph.values[node.name])
+
+        return share
+
+    def _size(self, piece: Piece) -> Callable[[str], int]:
+        return lambda name: self._bytes(name, piece.ranges.get(name, Rows(0, 0)))
+
+    # -- lines -----------------------------------------------------------------------------------------------
+
+    def _window(self, name: str, rows: Rows) -> tuple[int, bool]:
+        """(a reference to the window's block, whether it was joined)."""
+        found = [b for r, b in self.lines[name].chunks if r.lo < rows.hi and rows.lo < r.hi]
+        if len(found) == 1 or self.bands.dims[name] is None:
+            return self.heap.ref(found[-1]), False
+        return self.heap.new(self._bytes(name, rows)), True
+
+    def _drop_below(self, name: str, below: int) -> None:
+        line = self.lines.get(name)
+        if line is None:
+            return
+        kept = []
+        for rows, block in line.chunks:
+            if rows.hi <= below:
+                self.heap.drop(block)
+            elif rows.lo < below and self.bands.dims[name] is not None:
+                tail = Rows(below, rows.hi)
+                copy = self.heap.new(self._bytes(name, tail))
+                self.heap.drop(block)
+                kept.append((tail, copy))
+            else:
+                kept.append((rows, block))
+        line.chunks = kept
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def _run(self, step: Run, collect: bool) -> None:
+        piece = self.program.pieces[step.piece]
+        group = self.program.groups[piece.group]
+        blocks: dict[str, int] = {}
+        joined: set[str] = set()
+        for name in group.reads:
+            rows = piece.ranges.get(name)
+            if rows is None or name in self.outside or not rows.size:
+                continue
+            blocks[name], fresh = self._window(name, rows)
+            if fresh:
+                joined.add(name)
+        grad = (lambda n: n in self.wanted) if step.tape else (lambda n: False)
+        active = [(n, d) for n, d in zip(group.nodes, group.last_use, strict=True) if n.name in piece.ranges]
+        tape = forward(
+            self.heap, self.graph, self.profiles, [n for n, _ in active], [d for _, d in active], blocks,
+            self._size(piece), self._share(piece), grad, frozenset(joined),
+        )  # fmt: skip
+        if step.tape:
+            self.tapes[step.piece] = (tape, {})
+        self._deliver(piece, group, blocks, collect)
+
+    def _deliver(self, piece: Piece, group: Group, blocks: dict[str, int], collect: bool) -> None:
+        for name, rows in piece.outputs:
+            block = blocks.pop(name)
+            if collect and name in self.segment.part.outputs and name not in self.sums:
+                if self._bytes(name, rows) == self.graph.values[name].bytes:
+                    self.outputs[name] = self.heap.ref(block)
+                elif name not in self.outputs:
+                    self.outputs[name] = self.heap.new(self.graph.values[name].bytes)
+            if read_inside(self.program, name):
+                self.lines.setdefault(name, _Line()).chunks.append((rows, block))
+            else:
+                self.heap.drop(block)
+        for block in blocks.values():
+            self.heap.drop(block)
+
+    # -- tapes -----------------------------------------------------------------------------------------------
+
+    def _back(self, number: int) -> None:
+        piece = self.program.pieces[number]
+        tape, grads = self.tapes.pop(number)
+        for name, rows in piece.outputs:
+            seed = self._seed(number, name, rows)
+            if seed is not None:
+                grads[name] = seed
+        weights: list[int] = []
+
+        def weight(name: str) -> None:
+            weights.append(self._weight(name))
+
+        backward(
+            self.heap, self.graph, self.profiles, tape, grads, self._size(piece), self._share(piece),
+            lambda n: n in self.wanted, weight,
+        )  # fmt: skip
+        for name, block in grads.items():
+            self._scatter(name, piece.ranges[name], block)
+        for block in weights:
+            if block >= 0:
+                self.heap.drop(block)
+        for name, rows in piece.outputs:
+            line = self.lines.get(name)
+            for r, block in line.chunks if line else ():
+                if r.lo == rows.lo:
+                    self.heap.drop(block)
+            if line:
+                line.chunks = [(r, b) for r, b in line.chunks if r.lo != rows.lo]
+
+    def _weight(self, name: str) -> int:
+        """The first gradient of a weight becomes its sum; later ones live for a moment."""
+        size = self.graph.values[name].bytes
+        if name in self.weight_grads:
+            return self.heap.new(size)
+        self.weight_grads[name] = self.heap.new(size, state=True)
+        return -1
+
+    def _seed(self, number: int, name: str, rows: Rows) -> int | None:
+        if name in self.sums:
+            return self.heap.new(0)
+        shares = self.shares.pop((number, name), [])
+        if not shares:
+            return self.heap.new(0) if name in self.outer else None
+        full = [b for r, b in shares if r == rows]
+        base = self.heap.ref(full[0]) if full else self.heap.new(self._bytes(name, rows))
+        for _, block in shares:
+            self.heap.drop(block)
+        return base
+
+    def _scatter(self, name: str, rows: Rows, block: int) -> None:
+        if name in self.outside:
+            if name not in self.input_grads:
+                self.input_grads[name] = self.heap.new(self.graph.values[name].bytes)
+            self.heap.drop(block)
+            return
+        for home, piece in homes_of(self.program)[name].overlapping(rows, self.bands.dims[name] is None):
+            shared = Rows(max(home.lo, rows.lo), min(home.hi, rows.hi))
+            if shared == home or self.bands.dims[name] is None:
+                self.shares.setdefault((piece, name), []).append((home, self.heap.ref(block)))
+            else:
+                copy = self.heap.new(self._bytes(name, shared))
+                self.shares.setdefault((piece, name), []).append((shared, copy))
+        self.heap.drop(block)
