@@ -1,0 +1,210 @@
+"""The knobs that a search turns, and the plan that follows from a setting of them.
+
+The network is divided at two cuts into three zones; each zone has a policy and a band height, and a few knobs
+hold for all. The tuple of knobs and their choices depend on the graph alone, so they are the same in every
+trial of a study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from rowtune.graph.bands import banding
+from rowtune.graph.cuts import legal_cut, why_not
+from rowtune.graph.graph import Graph
+from rowtune.plan.plan import Plan, Segment
+
+Setting = dict[str, str | int]
+
+ZONES = ("front", "middle", "back")
+POLICIES = ("keep", "checkpoint", "rows/sweep", "rows/cache", "rows/recompute")
+BANDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+CUTS = 12
+
+
+@dataclass(frozen=True)
+class Knob:
+    name: str
+    choices: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class PlanSpace:
+    graph: Graph
+    axis: int
+    cuts: tuple[int, ...]
+    knobs: tuple[Knob, ...]
+
+    def plan(self, values: Mapping[str, str | int]) -> Plan:
+        """The plan of one setting. Zones may be empty; neighbours alike in every respect are one segment."""
+        n = len(self.graph.nodes)
+        first, second = sorted((int(values["cut1"]), int(values["cut2"])))
+        segments: list[Segment] = []
+        for zone, start, stop in zip(ZONES, (0, first, second), (first, second, n), strict=True):
+            if start < stop:
+                segments += self._zone(values, zone, start, stop)
+        return Plan(tuple(self._merged(segments)), self.axis, layout=values.get("layout", "contiguous"))  # type: ignore[arg-type]
+
+    def _zone(self, values: Mapping[str, str | int], zone: str, start: int, stop: int) -> list[Segment]:
+        policy, images = str(values[zone]), int(values.get("images", 0))
+        if policy == "keep":
+            return [self._segment(start, stop, "keep")]
+        if policy == "checkpoint":
+            inner = [c for c in self.cuts if start < c < stop]
+            return [self._segment(a, b, "checkpoint") for a, b in self._pairs(start, inner, stop)]
+        halo = policy.partition("/")[2]
+        band, tapes = int(values[f"{zone}_band"]), str(values.get("tapes", "split"))
+        made: list[Segment] = []
+        at = start
+        for a, b in self._bandable(start, stop):
+            if a > at:
+                made.append(self._segment(at, a, "keep"))
+            first, last = self.graph.nodes[a].name, self.graph.nodes[b - 1].name
+            split = images if images and not why_not(self.graph, a, b, 0) else 0
+            made.append(Segment(first, last, "rows", band, halo, split, tapes))  # type: ignore[arg-type]
+            at = b
+        if at < stop:
+            made.append(self._segment(at, stop, "keep"))
+        return made
+
+    def _segment(self, start: int, stop: int, policy: str) -> Segment:
+        return Segment(self.graph.nodes[start].name, self.graph.nodes[stop - 1].name, policy)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _pairs(start: int, inner: list[int], stop: int) -> list[tuple[int, int]]:
+        points = [start, *inner, stop]
+        return list(zip(points[:-1], points[1:], strict=True))
+
+    def _bandable(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Runs of a zone that can be rows segments and are worth it (a halo or more than one node)."""
+        found = []
+        at = start
+        while at < stop:
+            end = at + 1
+            while end <= stop and not why_not(self.graph, at, end, self.axis):
+                end += 1
+            end -= 1
+            while end > at and not (legal_cut(self.graph, end) and not why_not(self.graph, at, end, self.axis)):
+                end -= 1
+            if end > at + 1:
+                found.append((at, end))
+            at = max(end, at + 1)
+        return found
+
+    def _merged(self, segments: list[Segment]) -> list[Segment]:
+        """Two keep or equal rows segments in a row are one, where the union can be banded."""
+        out: list[Segment] = []
+        for segment in segments:
+            if out and self._same(out[-1], segment):
+                last = out.pop()
+                segment = Segment(last.first, segment.last, segment.policy, segment.band_rows, segment.halo,
+                                  segment.images, segment.tapes)  # fmt: skip
+            out.append(segment)
+        return out
+
+    def _same(self, a: Segment, b: Segment) -> bool:
+        alike = (a.policy, a.band_rows, a.halo, a.images, a.tapes) == (
+            b.policy, b.band_rows, b.halo, b.images, b.tapes,
+        )  # fmt: skip
+        if not alike or a.policy == "checkpoint":
+            return False
+        start, stop = self.graph.index[a.first], self.graph.index[b.last] + 1
+        return a.policy == "keep" or not why_not(self.graph, start, stop, self.axis)
+
+    # -- warm starts -----------------------------------------------------------------------------------------
+
+    def guesses(self) -> list[Setting]:
+        """Good plans to try first: plain, checkpoint, one sweep over everything that can be banded, and rows
+        on the memory-heavy front with each halo, the rest kept or checkpointed."""
+        n = len(self.graph.nodes)
+        found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
+        for band in (32, 8, 128):
+            found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band))
+        heavy = self._front(0.2)
+        for halo in ("rows/sweep", "rows/cache", "rows/recompute"):
+            found.append(self._guess(heavy, n, halo, "keep", "keep", 16))
+            found.append(self._guess(self._front(0.4), heavy, halo, halo, "checkpoint", 16))
+        for band in (8, 32):
+            found.append(self._guess(self._front(0.5), heavy, "rows/sweep", "rows/sweep", "keep", band))
+        found.append(self._guess(self._front(0.6), n, "rows/sweep", "checkpoint", "keep", 8))
+        unique: list[Setting] = []
+        for setting in found:
+            if setting not in unique:
+                unique.append(setting)
+        return unique
+
+    def _front(self, rest: float) -> int:
+        """The first cut after which at most `rest` of all activation bytes are made."""
+        sizes = [self.graph.values[node.name].bytes for node in self.graph.nodes]
+        total, after = sum(sizes), sum(sizes)
+        at = 0
+        for cut in self.cuts:
+            after -= sum(sizes[at:cut])
+            at = cut
+            if after <= rest * total:
+                return cut
+        return len(sizes)
+
+    def _guess(self, cut1: int, cut2: int, front: str, middle: str, back: str, band: int = 16) -> Setting:
+        made: Setting = {knob.name: knob.choices[0] for knob in self.knobs}
+        made |= {"cut1": cut1, "cut2": cut2, "front": front, "middle": middle, "back": back}
+        for zone in ZONES:
+            choices = [int(c) for c in self._choices[f"{zone}_band"]]
+            made[f"{zone}_band"] = min(choices, key=lambda c: abs(c - band))
+        return made
+
+    @cached_property
+    def _choices(self) -> dict[str, tuple[str | int, ...]]:
+        return {knob.name: knob.choices for knob in self.knobs}
+
+
+def space(graph: Graph, axis: int = 2) -> PlanSpace:
+    """The knobs for a training graph (with its loss)."""
+    cuts = candidate_cuts(graph, CUTS)
+    bands = banding(graph, axis)
+    heights = [bands.height(graph.values[n.name]) for n in graph.nodes]
+    tallest = max([*heights, 2])
+    band_choices: tuple[str | int, ...] = tuple(b for b in BANDS if b <= tallest)
+    batch = max((graph.values[i].shape[0] for i in graph.inputs if graph.values[i].shape), default=1)
+    images: tuple[str | int, ...] = tuple(k for k in (0, 1, 2, 4, 8, 16) if k < batch)
+    places: tuple[str | int, ...] = (0, *cuts, len(graph.nodes))
+    knobs = [Knob("cut1", places), Knob("cut2", places)]
+    knobs += [Knob(zone, POLICIES) for zone in ZONES]
+    knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
+    knobs += [Knob("tapes", ("split", "whole"))]
+    if len(images) > 1:
+        knobs.append(Knob("images", images))
+    return PlanSpace(graph, axis, cuts, tuple(knobs))
+
+
+def candidate_cuts(graph: Graph, most: int) -> tuple[int, ...]:
+    """At most `most` places for a segment to end: the network in as many parts of equal bytes, and in each
+    part the legal cut that the fewest bytes cross."""
+    crossing = crossing_bytes(graph)
+    sizes = [graph.values[node.name].bytes for node in graph.nodes]
+    total, so_far = max(sum(sizes), 1), 0
+    best: dict[int, tuple[int, int]] = {}
+    for position in range(1, len(graph.nodes)):
+        so_far += sizes[position - 1]
+        part = min(so_far * most // total, most - 1)
+        if legal_cut(graph, position):
+            here = (crossing[position], -position)
+            best[part] = min(best.get(part, here), here)
+    return tuple(sorted(-position for _, position in best.values()))
+
+
+def crossing_bytes(graph: Graph) -> list[int]:
+    """Bytes of activations alive across each position, 0 to len(nodes)."""
+    change = [0] * (len(graph.nodes) + 2)
+    for i, node in enumerate(graph.nodes):
+        readers = graph.consumers[node.name]
+        if readers:
+            change[i + 1] += graph.values[node.name].bytes
+            change[min(max(readers), len(graph.nodes)) + 1] -= graph.values[node.name].bytes
+    out, live = [], 0
+    for position in range(len(graph.nodes) + 1):
+        live += change[position]
+        out.append(live)
+    return out
