@@ -320,6 +320,21 @@ def test_if_with_a_constant_condition_and_weights_inside(tmp_path: Path) -> None
     assert [p.numel() for p in module.parameters()] == [4]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["legacy train", "dynamo unoptimised", "dynamo default"])
+def test_group_norm_comes_back_whole(how: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()).double()
+    nn.init.normal_(model[1].weight)  # type: ignore[arg-type]
+    nn.init.normal_(model[1].bias)  # type: ignore[arg-type]
+    x = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    loaded = load_onnx(export(model, x, tmp_path / "m.onnx", how))
+    assert_close(loaded.module(x), model(x))
+    assert sum(p.numel() for p in loaded.module.parameters()) == sum(p.numel() for p in model.parameters())
+    exported = torch.export.export(loaded.module, (x,), strict=False)
+    names = {str(n.target) for n in exported.graph.nodes if n.op == "call_function"}
+    assert "aten.group_norm.default" in names and loaded.norm_layers == 1
+
+
 @pytest.mark.parametrize(("value", "count"), [([1.0] * 4, 2), ([1.0, 2.0, 3.0, 4.0], 1)])
 def test_only_initial_fills_are_taken_apart(value: list[float], count: int, tmp_path: Path) -> None:
     nodes = [helper.make_node("Mul", ["x", "w"], ["t"]), helper.make_node("Mul", ["t", "w"], ["y"])]

@@ -18,7 +18,15 @@ from rowtune.importers.onnx_module import Branch, Constant, Program, Ref, Step, 
 from rowtune.importers.onnx_names import GENERATED, Paths, is_path
 from rowtune.importers.onnx_node import DTYPES, Node, Static
 from rowtune.importers.onnx_ops import CONTROL, NORMS, NOT_FOLDED, OPERATORS
-from rowtune.importers.onnx_rewrite import Raw, Sharing, as_cast, fuse_linear, name_sharers, trim
+from rowtune.importers.onnx_rewrite import (
+    Raw,
+    Sharing,
+    as_cast,
+    fuse_group_norm,
+    fuse_linear,
+    name_sharers,
+    trim,
+)
 
 # Inputs that are weights whatever kind of constant feeds them.
 WEIGHT_SLOTS: dict[str, frozenset[int]] = {
@@ -93,8 +101,10 @@ class _Builder:
         outputs = [o.name for o in self.graph.output]
         raws = self.read(self.graph.node)
         trim(raws, set(outputs))
+        self.neutral(raws)
         sharing = self.separate(raws, set(outputs))
         raws = fuse_linear(raws, self.weight_shape, set(outputs))
+        raws = fuse_group_norm(raws, self.known, set(outputs))
         self.refuse(raws)
         steps = self.resolve(raws)
         refs = tuple(self.ref(name, "output", 0) for name in outputs)
@@ -159,8 +169,9 @@ class _Builder:
     def type_of(self, raw: Raw) -> None:
         """Follow element types through operators that keep them: enough to tell what CastLike casts to."""
         follows = raw.inputs[1] if raw.node.op == "CastLike" else raw.inputs[0] if raw.inputs else ""
-        if raw.outputs and follows in self.kinds and raw.node.op in KEEPS_TYPE:
-            self.kinds[raw.outputs[0]] = self.kinds[follows]
+        if follows in self.kinds and raw.node.op in KEEPS_TYPE:
+            for name in raw.outputs if raw.node.op == "Split" else raw.outputs[:1]:
+                self.kinds[name] = self.kinds[follows]
 
     def choose(self, raw: Raw, raws: list[Raw]) -> bool:
         """Put the branch of an If with a constant condition in its place; compile both otherwise."""
@@ -208,6 +219,17 @@ class _Builder:
         sharing = name_sharers(raws, weights, outputs, is_path)
         self.initial.update(sharing.copies)
         return sharing
+
+    def neutral(self, raws: list[Raw]) -> None:
+        """Scales of one and shifts of zero under made-up names: norms without weights of their own."""
+        for raw in raws:
+            if raw.node.op not in NORMS or raw.node.op == "BatchNormalization":
+                continue
+            for name, value in zip(raw.inputs[1:3], (1.0, 0.0), strict=False):
+                if self.weight_shape(name) is not None and GENERATED.search(name):
+                    found = array(self.initial[name])
+                    if bool((found == value).all()):
+                        self.known[name], self.source[name] = found, "initializer"
 
     def weight_shape(self, name: str) -> tuple[int, ...] | None:
         """Dimensions of a trainable stored tensor, None for anything else."""
@@ -265,6 +287,7 @@ class _Builder:
         if value is None:
             return self.store(name, "parameter")
         small = value.size <= 1 or not any(value.strides) or slot in STATIC_SLOTS.get(op, ())
+        small = small or op in NORMS  # most of these are a scale of one and a shift of zero
         return Constant(value) if small or not self.floating(name) else self.store(name, "constant")
 
     def floating(self, name: str) -> bool:

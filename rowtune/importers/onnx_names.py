@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 # Names that exporters make up; a single number under such a name is a constant, not a weight.
-GENERATED = re.compile(r"^_?val_\d+$|::|/|:\d+$|^\d+$|(?i:const)")
+GENERATED = re.compile(r"^_?val_\d+$|::|/|:\d+$|^\d+$|(?i:const)|scalar_tensor|_default(_\d+)?$")
 
 _RESERVED = frozenset(dir(nn.Module()))
 

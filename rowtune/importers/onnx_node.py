@@ -117,6 +117,12 @@ def plain(value: Any) -> Any:
     return number if isinstance(number, bool | int | float) else float(number)
 
 
+def rows(x: Tensor, axis: int, start: int, count: int) -> Tensor:
+    """`count` entries of an axis; plain slicing, which every tracer knows."""
+    whole = start == 0 and count == x.shape[axis]
+    return x if whole else x[(slice(None),) * axis + (slice(start, start + count),)]
+
+
 def ints(node: Node, value: Value, what: str) -> list[int]:
     """A static list of integers; ModelError if it was computed from data."""
     if isinstance(value, np.ndarray):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Mode, Node, Value, ints, tensor, tensors
+from rowtune.importers.onnx_node import Mode, Node, Value, ints, is_static, rows, tensor, tensors
 
 
 def batch_norm(
@@ -32,9 +32,26 @@ def batch_norm(
     return y if node.outputs == 1 else (y, mean, var)
 
 
+def _unless(value: Value, neutral: float, x: Tensor) -> Tensor | None:
+    """A scale or shift as a tensor; None for the constant that changes nothing."""
+    return None if is_static(value) and bool((value == neutral).all()) else tensor(value, x)
+
+
 def instance_norm(node: Node, x: Tensor, scale: Value, bias: Value) -> Tensor:
     eps = node.get("epsilon", 1e-5)
-    return F.instance_norm(x, weight=tensor(scale, x), bias=tensor(bias, x), eps=eps)
+    return F.instance_norm(x, weight=_unless(scale, 1.0, x), bias=_unless(bias, 0.0, x), eps=eps)
+
+
+def group_norm_of_reshapes(node: Node, x: Tensor, target: Value) -> Tensor:
+    """Reshape to (N, groups, -1), instance norm, Reshape to `target`: exporters' group norm without scale.
+
+    If `target` is x's own shape this is group norm, which keeps the rows of an image apart; else as written.
+    """
+    groups, eps = node.get("groups"), node.get("epsilon", 1e-5)
+    sizes = [n or int(x.shape[i]) for i, n in enumerate(ints(node, target, "target shape"))]
+    if len(sizes) == x.dim() and all(n in (-1, size) for n, size in zip(sizes, x.shape, strict=True)):
+        return F.group_norm(x, groups, eps=eps)
+    return F.instance_norm(x.reshape(x.shape[0], groups, -1), eps=eps).reshape(sizes)
 
 
 def group_norm(node: Node, x: Tensor, scale: Value, bias: Value) -> Tensor:
@@ -53,11 +70,12 @@ def layer_norm(
     axis = node.get("axis", -1) % x.dim()
     sizes = x.shape[axis:]
     eps = node.get("epsilon", 1e-5)
-    weight, shift = tensor(scale, x), tensor(bias, x)
-    fits = weight.shape == sizes and (shift is None or shift.shape == sizes)
+    weight, shift = _unless(scale, 1.0, x), _unless(bias, 0.0, x)
+    fits = all(v is None or v.shape == sizes for v in (weight, shift))
     y = F.layer_norm(x, sizes, weight if fits else None, shift if fits else None, eps)
     if not fits:
-        y = y * weight if shift is None else y * weight + shift
+        y = y if weight is None else y * weight
+        y = y if shift is None else y + shift
     if node.outputs == 1:
         return y
     axes = list(range(axis, x.dim()))
@@ -94,9 +112,9 @@ def lrn(node: Node, x: Tensor) -> Tensor:
     before, after = (size - 1) // 2, size // 2
     squares = F.pad(x.square(), [0, 0] * (x.dim() - 2) + [before, after])
     channels = x.shape[1]
-    total = squares.narrow(1, 0, channels)
+    total = rows(squares, 1, 0, channels)
     for shift in range(1, size):
-        total = total + squares.narrow(1, shift, channels)
+        total = total + rows(squares, 1, shift, channels)
     alpha, beta, bias = node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
     y: Tensor = x / (bias + total * (alpha / size)) ** beta
     return y

@@ -15,7 +15,7 @@ from rowtune.importers import onnx_resize as resize
 from rowtune.importers import onnx_shape as shape
 from rowtune.importers import onnx_window as window
 from rowtune.importers.onnx_norm import reduction
-from rowtune.importers.onnx_pointwise import binary, comparison, unary, variadic
+from rowtune.importers.onnx_pointwise import binary, comparison, extreme, unary, variadic
 
 Operator = Callable[..., Any]
 
@@ -93,9 +93,9 @@ OPERATORS: dict[str, Operator] = {
     "GreaterOrEqual": binary(operator.ge),
     "Less": binary(operator.lt),
     "LessOrEqual": binary(operator.le),
-    "Max": variadic(torch.maximum),
+    "Max": extreme(torch.maximum, "min"),
     "Mean": point.mean,
-    "Min": variadic(torch.minimum),
+    "Min": extreme(torch.minimum, "max"),
     "Mod": point.mod,
     "Mul": binary(operator.mul),
     "Or": comparison(torch.logical_or),
@@ -170,8 +170,9 @@ OPERATORS: dict[str, Operator] = {
     "Transpose": shape.transpose,
     "Trilu": shape.trilu,
     "Unsqueeze": shape.unsqueeze,
-    # not ONNX: what the importer makes of MatMul (+ Add) with a weight
+    # not ONNX: what the importer makes of MatMul (+ Add) with a weight, and of a group norm taken apart
     "rowtune.Linear": norm.linear,
+    "rowtune.GroupNorm": norm.group_norm_of_reshapes,
 }
 
 # Called with `mode=`: training or not, and the device.
@@ -190,5 +191,6 @@ NORMS = frozenset(
         "InstanceNormalization",
         "LayerNormalization",
         "RMSNormalization",
+        "rowtune.GroupNorm",
     }
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Node, Value, number, operands, tensor, tensors, torch_dtype
+from rowtune.importers.onnx_node import Node, Value, number, operands, tensor, tensors, to_tensor, torch_dtype
 
 
 def unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -30,6 +30,21 @@ def comparison(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Te
 
 def variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda node, *values: reduce(function, tensors(values))
+
+
+def extreme(function: Callable[[Tensor, Tensor], Tensor], bound: str) -> Callable[..., Tensor]:
+    """Max and Min; against one constant number they are a clamp, which is what was exported."""
+
+    def choose(node: Node, *values: Value) -> Tensor:
+        if len(values) == 2:
+            for x, limit in (values, values[::-1]):
+                left, right = operands(x, limit)
+                if isinstance(left, Tensor) and isinstance(right, bool | int | float):
+                    low, high = (right, None) if bound == "min" else (None, right)
+                    return torch.clamp(left, low, high)
+        return reduce(function, tensors(values))
+
+    return choose
 
 
 def div(node: Node, a: Value, b: Value) -> Tensor:
@@ -66,8 +81,11 @@ def clip(node: Node, x: Tensor, low: Value = None, high: Value = None) -> Tensor
 
 
 def where(node: Node, condition: Value, a: Value, b: Value) -> Tensor:
-    chosen, left, right = tensors((condition, a, b))
-    return torch.where(chosen, left, right)
+    left, right = operands(a, b)
+    if isinstance(condition, Tensor) and (isinstance(left, Tensor) or isinstance(right, Tensor)):
+        return torch.where(condition, left, right)
+    chosen, yes, no = tensors((condition, a, b))
+    return torch.where(chosen, yes, no)
 
 
 def cast(node: Node, x: Tensor) -> Tensor:
@@ -75,11 +93,14 @@ def cast(node: Node, x: Tensor) -> Tensor:
     return x if x.dtype == kind else x.to(kind)
 
 
-def cast_like(node: Node, x: Value, like: Value) -> Tensor:
-    if isinstance(x, Tensor) and isinstance(like, Tensor):
-        return x if x.dtype == like.dtype else x.to(like.dtype)
-    value, target = tensors((x, like))
-    return value.to(target.dtype)
+def cast_like(node: Node, x: Value, like: Value) -> Value:
+    target = like.dtype if isinstance(like, Tensor) else to_tensor(like).dtype
+    if isinstance(x, Tensor):
+        return x if x.dtype == target else x.to(target)
+    if target is torch.bfloat16:
+        return to_tensor(x).to(target)
+    # A number stays a number: nothing of it is left in an exported graph.
+    return x.astype(str(target).removeprefix("torch."))
 
 
 def bit_shift(node: Node, a: Value, b: Value) -> Tensor:

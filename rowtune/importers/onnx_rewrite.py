@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import onnx
 
 from rowtune.importers.onnx_fold import array
-from rowtune.importers.onnx_node import Node
+from rowtune.importers.onnx_node import Node, Static
 
 # The input that tells two layers of this kind apart.
 PRIMARY = {"BatchNormalization": 1, "Conv": 1, "ConvTranspose": 1, "Gemm": 1}
@@ -219,3 +219,38 @@ def _read_inside(raws: list[Raw]) -> set[str]:
         for inner, outs in raw.branches or ():
             names |= _read_inside(inner) | set(outs)
     return names
+
+
+def fuse_group_norm(raws: list[Raw], known: Mapping[str, Static], outputs: set[str]) -> list[Raw]:
+    """Reshape to (N, groups, -1), an instance norm without scale, Reshape back: one group norm.
+
+    Written out, it lays all rows of an image into one axis, and no plan could cut it into bands.
+    """
+    maker = {raw.outputs[0]: raw for raw in raws if raw.outputs}
+    readers = Counter(name for raw in raws for name in raw.inputs)
+    gone: set[int] = set()
+    result: list[Raw] = []
+    for raw in raws:
+        norm = maker.get(raw.inputs[0]) if raw.node.op == "Reshape" and len(raw.inputs) == 2 else None
+        first = maker.get(norm.inputs[0]) if norm is not None else None
+        groups = _groups(norm, first, known) if norm is not None and first is not None else 0
+        between = [r.outputs[0] for r in (norm, first) if r is not None]
+        if norm and first and groups and not any(readers[o] != 1 or o in outputs for o in between):
+            attrs = {"groups": groups, "epsilon": norm.node.get("epsilon", 1e-5)}
+            node = replace(norm.node, op="rowtune.GroupNorm", attrs=attrs)
+            gone |= {id(norm), id(first)}
+            raw = Raw(node, raw.proto, [first.inputs[0], raw.inputs[1]], raw.outputs)
+        result.append(raw)
+    return [raw for raw in result if id(raw) not in gone]
+
+
+def _groups(norm: Raw, first: Raw, known: Mapping[str, Static]) -> int:
+    """The number of groups if these two are the first half of a group norm, else 0."""
+    if norm.node.op != "InstanceNormalization" or first.node.op != "Reshape" or len(first.inputs) != 2:
+        return 0
+    target, scale, shift = (known.get(name) for name in (first.inputs[1], norm.inputs[1], norm.inputs[2]))
+    if target is None or scale is None or shift is None or target.shape != (3,) or target[2] != -1:
+        return 0
+    if int(target[0]) != 0 or not bool((scale == 1).all()) or bool(shift.any()):
+        return 0
+    return int(target[1])

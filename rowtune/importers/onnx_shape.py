@@ -18,6 +18,7 @@ from rowtune.importers.onnx_node import (
     ints,
     is_static,
     number,
+    rows,
     tensors,
     torch_dtype,
 )
@@ -163,8 +164,8 @@ def gather(node: Node, x: Value, indices: Value) -> Tensor:
     if axis == 0 and data.dim() == 2:
         return F.embedding(at, data)
     axis = axis % data.dim()
-    rows = data.index_select(axis, at.reshape(-1))
-    return rows.reshape(*data.shape[:axis], *at.shape, *data.shape[axis + 1 :])
+    found = data.index_select(axis, at.reshape(-1))
+    return found.reshape(*data.shape[:axis], *at.shape, *data.shape[axis + 1 :])
 
 
 def _gather_static(x: Tensor, axis: int, indices: Static) -> Tensor:
@@ -173,10 +174,10 @@ def _gather_static(x: Tensor, axis: int, indices: Static) -> Tensor:
     if indices.ndim == 0:
         return x.select(axis, wanted[0])
     if wanted and wanted == list(range(wanted[0], wanted[0] + len(wanted))):
-        rows = x.narrow(axis, wanted[0], len(wanted))
+        found = rows(x, axis, wanted[0], len(wanted))
     else:
-        rows = x.index_select(axis, torch.tensor(wanted, dtype=torch.int64, device=x.device))
-    return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+        found = x.index_select(axis, torch.tensor(wanted, dtype=torch.int64, device=x.device))
+    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
 def gather_elements(node: Node, x: Value, indices: Value) -> Tensor:

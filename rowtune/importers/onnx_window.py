@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Node, Value, ints, tensor, tensors
+from rowtune.importers.onnx_node import Node, Value, ints, rows, tensor, tensors
 
 CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -84,7 +84,7 @@ def conv_transpose(node: Node, x: Value, weight: Value, bias: Value = None) -> T
         raise node.error("its output padding exceeds its uneven padding, which torch cannot express")
     y = function(x, weight, bias, strides, 0, 0, group, dilations)
     for axis, (b, c) in enumerate(zip(begin, crop, strict=True)):
-        y = y.narrow(axis + 2, b, y.shape[axis + 2] - b - c)
+        y = rows(y, axis + 2, b, y.shape[axis + 2] - b - c)
     return y
 
 
