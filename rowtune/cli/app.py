@@ -91,4 +91,8 @@ app.command("demo")(guarded(demo.command))
 
 def main() -> None:
     """Entry point of `rowtune` and `python main.py`."""
+    # OpenMP's threads spin for milliseconds between operators. On a machine that does anything else as well,
+    # that makes many small operators ten times slower; read once, when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     app()
