@@ -65,6 +65,7 @@ def load_onnx(path: str | os.PathLike[str]) -> OnnxModel:
     file = Path(path)
     proto = _parse(file)
     opset = _opset(proto, file)
+    _check_names(proto, file)
     _check_external(proto, file)
     _check(proto, file)
     try:
@@ -132,21 +133,45 @@ def _opset(proto: onnx.ModelProto, file: Path) -> int:
     return int(versions[0])
 
 
-def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
-    """All stored tensors: weights, constants, those of branches and functions."""
+def _graphs(message: Any) -> Iterator[Any]:
+    """The main graph, local functions, and the branches in them."""
     if isinstance(message, onnx.ModelProto):
-        yield from _tensors(message.graph)
-        for function in message.functions:
-            yield from _tensors(function)
+        for part in (message.graph, *message.functions):
+            yield from _graphs(part)
         return
-    yield from getattr(message, "initializer", ())
-    for sparse in getattr(message, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
+    yield message
     for node in message.node:
         for item in node.attribute:
-            yield from (item.t, *item.tensors)
             for graph in (item.g, *item.graphs):
-                yield from _tensors(graph)
+                if graph.ByteSize():
+                    yield from _graphs(graph)
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All stored tensors: weights, constants, those of branches and functions."""
+    for graph in _graphs(proto):
+        yield from getattr(graph, "initializer", ())
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for item in node.attribute:
+                yield from (item.t, *item.tensors)
+
+
+def _check_names(proto: onnx.ModelProto, file: Path) -> None:
+    """protobuf hands out names that are no UTF-8 as bytes; nothing later expects that."""
+    for graph in _graphs(proto):
+        texts = [item.name for key in ("initializer", "input", "output") for item in _named(graph, key)]
+        for node in graph.node:
+            texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+            texts += [item.name for item in node.attribute]
+        if any(isinstance(text, bytes) for text in texts):
+            raise ModelError(f"{file} is damaged: it has names that are not text; export it again")
+
+
+def _named(graph: Any, key: str) -> Any:
+    """Functions list the names of their inputs and outputs, graphs list values that have one."""
+    return [] if isinstance(graph, onnx.FunctionProto) else getattr(graph, key)
 
 
 def _check_external(proto: onnx.ModelProto, file: Path) -> None:
