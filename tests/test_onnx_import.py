@@ -320,7 +320,6 @@ def test_if_with_a_constant_condition_and_weights_inside(tmp_path: Path) -> None
     assert [p.numel() for p in module.parameters()] == [4]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["legacy train", "dynamo unoptimised", "dynamo default"])
 def test_group_norm_comes_back_whole(how: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()).double()
@@ -448,6 +447,20 @@ def test_module_can_be_moved_copied_and_counted(tmp_path: Path) -> None:
     assert loaded.norm_names[0] == "down.0.1"
     with pytest.raises(ModelError):
         loaded.module(x, x)
+
+
+def test_constants_follow_a_cast_of_the_module(tmp_path: Path) -> None:
+    table = np.float32([[1.0, 2.0], [3.0, 4.0]])
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(table)),
+        helper.make_node("Add", ["x", "c"], ["a"]),
+        helper.make_node("Max", ["a", "two"], ["y"]),
+    ]
+    module = load(make(nodes, {"two": np.float32(2.0).reshape(1, 1)}, (1, 1, 2, 2)), tmp_path)
+    x = torch.rand(1, 1, 2, 2, dtype=torch.float64)
+    y = module.double()(x)
+    assert y.dtype == torch.float64
+    assert_close(y, torch.maximum(x + torch.from_numpy(table), torch.tensor(2.0, dtype=torch.float64)))
 
 
 # --- bad input

@@ -85,15 +85,20 @@ def to_tensor(array: Static, device: torch.device | None = None) -> Tensor:
     return torch.tensor(np.ascontiguousarray(array).reshape(array.shape), device=device)
 
 
-def tensor(value: Value, like: Tensor) -> Tensor:
-    return to_tensor(value, like.device) if isinstance(value, np.ndarray) else value
+def tensor(value: Value, like: Tensor) -> Any:
+    """A static as a tensor like another: of its device and, among floats, its type (a module may be cast)."""
+    if not isinstance(value, np.ndarray):
+        return value
+    made = to_tensor(value, like.device)
+    return made.to(like.dtype) if made.is_floating_point() and like.is_floating_point() else made
 
 
 def tensors(values: tuple[Value, ...]) -> list[Tensor]:
     """All values as tensors on the device of those that are tensors already."""
     like = next((v for v in values if isinstance(v, Tensor)), None)
-    device = None if like is None else like.device
-    return [to_tensor(v, device) if isinstance(v, np.ndarray) else v for v in values]
+    if like is None:
+        return [to_tensor(v) if isinstance(v, np.ndarray) else v for v in values]
+    return [tensor(v, like) for v in values]
 
 
 def operands(a: Value, b: Value) -> tuple[Any, Any]:
@@ -108,7 +113,7 @@ def operands(a: Value, b: Value) -> tuple[Any, Any]:
 def _number_or_tensor(value: Static, like: Tensor) -> Any:
     if value.size == 1 and value.ndim <= like.dim():
         return plain(value.reshape(-1)[0])
-    return to_tensor(value, like.device)
+    return tensor(value, like)
 
 
 def plain(value: Any) -> Any:

@@ -90,7 +90,8 @@ def rms_norm(node: Node, x: Tensor, scale: Value) -> Tensor:
     eps = node.get("epsilon", 1e-5)
     if weight.shape == x.shape[axis:]:
         return F.rms_norm(x, x.shape[axis:], weight, eps)
-    return F.rms_norm(x, x.shape[axis:], None, eps) * weight
+    y: Tensor = F.rms_norm(x, x.shape[axis:], None, eps) * weight
+    return y
 
 
 def lp_normalization(node: Node, x: Tensor) -> Tensor:
