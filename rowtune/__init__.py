@@ -1,3 +1,43 @@
-"""rowtune: train convolutional networks that do not fit, exactly, under a memory budget."""
+"""rowtune: train convolutional networks that do not fit, exactly, under a memory budget.
+
+    graph = rowtune.trace(model, inputs)                       what is computed
+    plan = rowtune.uniform_plan(graph, "rows", band_rows=16)   how (or `rowtune search` finds one)
+    module = rowtune.apply(model, plan)                        an nn.Module that computes it that way
+
+Importing this package does not import torch; the names below do, when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rowtune import zoo as zoo
+    from rowtune.importers.trace import trace as trace
+    from rowtune.plan.lower import lower as lower
+    from rowtune.plan.plan import Plan as Plan
+    from rowtune.plan.plan import Segment as Segment
+    from rowtune.plan.uniform import uniform_plan as uniform_plan
+    from rowtune.runtime.module import apply as apply
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Plan": "rowtune.plan.plan",
+    "Segment": "rowtune.plan.plan",
+    "apply": "rowtune.runtime.module",
+    "lower": "rowtune.plan.lower",
+    "trace": "rowtune.importers.trace",
+    "uniform_plan": "rowtune.plan.uniform",
+}
+
+__all__ = ["Plan", "Segment", "__version__", "apply", "lower", "trace", "uniform_plan", "zoo"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module("rowtune.zoo")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rowtune' has no attribute {name!r}")

@@ -104,8 +104,8 @@ def _literal(text: str) -> Argument:
             return convert(text)
         except ValueError:
             pass
-    parts = [_literal(part) for part in text.split(",") if part]
-    if "," in text and parts and all(type(part) in (int, float) for part in parts):
+    parts = [_literal(part) for part in text.split(",") if part] if "," in text else []
+    if parts and all(type(part) in (int, float) for part in parts):
         return tuple(parts)  # type: ignore[arg-type]
     return text
 
@@ -198,14 +198,14 @@ def _pt2(source: Source, seed: int) -> Found:
 
 
 def _onnx(source: Source, seed: int) -> Found:
-    from rowtune.importers.onnx import load_onnx
+    from rowtune.importers.onnx_file import load_onnx
 
     model = load_onnx(source.text)
     inputs: list[tuple[str, Shape | None, str]] = []
     for spec in model.inputs:
         inputs.append((spec.name, tuple(spec.shape), str(spec.dtype).removeprefix("torch.")))
     model.module.train()
-    return model.module, inputs, tuple(model.notes), tuple(model.norm_layers)
+    return model.module, inputs, tuple(model.notes), tuple(model.norm_names)
 
 
 _LOADERS: Mapping[str, Any] = {"zoo": _zoo, "factory": _factory, "pt2": _pt2, "onnx": _onnx}

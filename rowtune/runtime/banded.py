@@ -72,7 +72,8 @@ class BandedRun:
         self.bands: Banded = segment.banded
         self.tensors = tensors
         self.wanted = wanted
-        self.evaluator = Evaluator(graph, self.program.bands, self.program.images, seed)
+        device = next(iter(tensors.values())).device
+        self.evaluator = Evaluator(graph, self.program.bands, self.program.images, seed, device)
         self.seed = seed
         self.token = torch.zeros((), requires_grad=True)
         self.dims = self.program.bands.dims
@@ -218,7 +219,7 @@ class BandedRun:
         else:
             slabs = {n: self._slab(n, piece.ranges[n])[0] for n in group.reads if n in piece.ranges}
             with torch.no_grad():
-                outputs = self.evaluator.run(group, piece.ranges, slabs, self.whole, self.images)
+                outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.whole, self.images)
         for name, rows in piece.outputs:
             self._deliver(name, rows, outputs[name])
 
@@ -265,9 +266,9 @@ class BandedRun:
         with torch.enable_grad():
             if joined:
                 with saved_tensors_hooks(self._pack(joined), self._unpack):
-                    outputs = self.evaluator.run(group, piece.ranges, slabs, self.leaves, self.images)
+                    outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
             else:
-                outputs = self.evaluator.run(group, piece.ranges, slabs, self.leaves, self.images)
+                outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
         weights = dict.fromkeys(n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole)
         kept = {n: t for n, t in outputs.items() if t.requires_grad}
         self.tapes[number] = Tape(edges, list(weights), kept)
@@ -297,17 +298,8 @@ class BandedRun:
         if name in self.tensors:
             return self._part(name, self.tensors[name], rows), False
         if not rows.size:  # a window that lies in padding altogether
-            return self._empty(name), False
+            return self.evaluator.empty(name, self.images), False
         return self.lines.get(name, rows)
-
-    def _empty(self, name: str) -> Tensor:
-        value, dim, at = self.graph.values[name], self.dims[name], self.program.images.dims[name]
-        shape = list(value.shape)
-        if dim is not None:
-            shape[dim] = 0
-        if at is not None and self.images != ALL_IMAGES and at != dim:
-            shape[at] = self.images.size
-        return torch.zeros(shape, dtype=value.dtype, device=next(iter(self.tensors.values())).device)
 
     def _part(self, name: str, full: Tensor, rows: Rows) -> Tensor:
         """The rows and images at work, of a whole tensor."""

@@ -44,18 +44,21 @@ def _dropout(node: Node, args: tuple[Any, ...], seed: int) -> Tensor:
 class Evaluator:
     """Runs groups on slices of rows `ranges` and images `images`."""
 
-    def __init__(self, graph: Graph, bands: Banding, images: Banding, seed: int) -> None:
-        self.graph, self.bands, self.image_bands, self.seed = graph, bands, images, seed
+    def __init__(
+        self, graph: Graph, bands: Banding, images: Banding, seed: int, device: torch.device
+    ) -> None:
+        self.graph, self.bands, self.image_bands, self.seed, self.device = graph, bands, images, seed, device
 
     def run(
         self,
         group: Group,
+        wanted: tuple[tuple[str, Rows], ...],
         ranges: Mapping[str, Rows],
         slabs: MutableMapping[str, Tensor],
         whole: Mapping[str, Tensor],
         images: Rows,
     ) -> dict[str, Tensor]:
-        """The group's outputs.
+        """The group's outputs, just the rows `wanted`.
 
         Args:
             ranges: rows of each value in the group and of what it reads.
@@ -72,7 +75,14 @@ class Evaluator:
                 slabs.pop(name, None)
                 if name not in group.outputs:
                     made.pop(name, None)
-        return {name: made[name] for name in group.outputs if name in made}
+        return {name: self._rows_of(name, made[name], ranges[name], rows) for name, rows in wanted}
+
+    def _rows_of(self, name: str, made: Tensor, have: Rows, rows: Rows) -> Tensor:
+        """An output that is also read inside the group may have been made for more rows than it hands on."""
+        dim = self.bands.dims[name]
+        if dim is None or have == rows:
+            return made
+        return made.narrow(dim, rows.lo - have.lo, rows.size)
 
     def _node(
         self,
@@ -87,21 +97,31 @@ class Evaluator:
         tensors: dict[str, Tensor] = {}
         reads: dict[str, Rows] = {}
         for name, read in rule.reads.items():
-            tensor = slabs[name] if name in slabs else whole[name]
+            tensor = slabs[name] if name in slabs else whole[name] if name in whole else None
+            if tensor is None:  # a window that lies in padding altogether
+                tensor = self.empty(name, images)
             if read.dim is not None and read.window is not None:
                 got = need(read.window, *rows)
                 start = ranges[name].lo if name in slabs and self.bands.dims[name] is not None else 0
-                if got.lo != start or got.size != tensor.shape[read.dim]:
-                    tensor = tensor.narrow(read.dim, got.lo - start, got.size)
+                if got.size != tensor.shape[read.dim] or (got.size and got.lo != start):
+                    tensor = tensor.narrow(read.dim, got.lo - start if got.size else 0, got.size)
                 reads[name] = got
             tensors[name] = tensor
         shape = self._shape(node, rule.dim, rows, images)
         if node.op == "dropout" and bool(node.args[2]) and node.args[1]:
             x = tensors[node.inputs[0]]
             return dropout_slab(x, float(node.args[1]), self.seed, node.name, rule.dim, rows, images)
-        if rule.reduces and images != ALL_IMAGES:
-            return rule.run(Slab(node, tensors, rows, reads, shape, images))
         return rule.run(Slab(node, tensors, rows, reads, shape, images))
+
+    def empty(self, name: str, images: Rows) -> Tensor:
+        """No rows of a value."""
+        value, dim, at = self.graph.values[name], self.bands.dims[name], self.image_bands.dims[name]
+        shape = list(value.shape)
+        if dim is not None:
+            shape[dim] = 0
+        if at is not None and at != dim and images != ALL_IMAGES:
+            shape[at] = images.size
+        return torch.zeros(shape, dtype=value.dtype, device=self.device)
 
     def _shape(self, node: Node, dim: int | None, rows: Rows, images: Rows) -> tuple[int, ...]:
         shape = list(self.graph.values[node.name].shape)

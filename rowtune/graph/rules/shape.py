@@ -36,6 +36,17 @@ def permute(q: Question) -> RowRule | Opaque:
     return _moved(q, order.index(dim) if dim is not None else None, "permute")
 
 
+def movedim(q: Question) -> RowRule | Opaque:
+    x = q.node.inputs[0]
+    rank, dim = len(q.shape(x)), q.dims[x]
+    source, target = (q.arg(k, n, 0) for k, n in ((1, "source"), (2, "destination")))
+    source = [int(d) % rank for d in ([source] if isinstance(source, int) else source)]
+    target = [int(d) % rank for d in ([target] if isinstance(target, int) else target)]
+    rest = iter(d for d in range(rank) if d not in source)
+    order = [source[target.index(d)] if d in target else next(rest) for d in range(rank)]
+    return _moved(q, order.index(dim) if dim is not None else None, "movedim")
+
+
 def transpose(q: Question) -> RowRule | Opaque:
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
@@ -223,7 +234,11 @@ def channel_shuffle(q: Question) -> RowRule | Opaque:
 
 SHAPES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "permute": permute,
+    "movedim": movedim,
+    "moveaxis": movedim,
     "transpose": transpose,
+    "swapaxes": transpose,
+    "swapdims": transpose,
     "t": transpose,
     "numpy_T": transpose,
     "view": view,

@@ -1,0 +1,25 @@
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Shrinking a failing network takes minutes and CI's log of torch's tracer megabytes; a failing example is
+# small enough as drawn.
+phases = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
+hypothesis.settings.register_profile("default", phases=phases, deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("default")
+logging.getLogger("torch").setLevel(logging.WARNING)
+logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests run side by side, and bits must not depend on the number of cores."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
