@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError
@@ -32,8 +33,9 @@ def trace(
 ) -> Graph:
     """Export `model` (which may be a submodule of a larger one) for these example inputs.
 
-    `inputs` may be nested tuples and dicts of tensors; only sizes and types are read. The model's own
-    training flags are put back afterwards.
+    `inputs` may be nested tuples and dicts of tensors; only sizes and types are read, and inputs on the meta
+    device stand for ones on the model's own, without memory. The model's own training flags are put back
+    afterwards.
 
     Raises:
         ModelError: the model cannot be exported, or changes an activation through a view.
@@ -43,7 +45,8 @@ def trace(
         model.train(training)
     try:
         with _quiet():
-            exported = torch.export.export(model, inputs, named or {}, strict=False)
+            given = _without_data(model, (inputs, named or {}))
+            exported = torch.export.export(model, *given, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
@@ -54,6 +57,20 @@ def trace(
         for module, flag in was_training:
             module.training = flag
     return _Reader(exported, model, training).graph()
+
+
+def _without_data(model: nn.Module, inputs: Any) -> Any:
+    """Meta tensors as fake tensors on the model's device, where torch.export would find two devices."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    if device.type == "meta" or not any(t.is_meta for t in given):
+        return inputs
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def fake(t: Tensor) -> Tensor:
+            return torch.empty_like(t, device=device) if t.is_meta else mode.from_tensor(t)
+
+        return pytree.tree_map_only(Tensor, fake, inputs)
 
 
 def _shapes(inputs: Any) -> str:
