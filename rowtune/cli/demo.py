@@ -25,7 +25,7 @@ def command(
     budget: Annotated[str, typer.Option("--budget", help="As for search.")] = "25%",
     trials: Annotated[int, typer.Option("--trials", min=1, help="Plans to measure.")] = 12,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps with the plan.")] = 8,
-    timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds of search.")] = 90.0,
+    timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds of search.")] = 75.0,
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,

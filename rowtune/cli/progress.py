@@ -29,8 +29,12 @@ def policies(decisions: Any) -> str:
         word = s["policy"]
         if word == "rows":
             word = f"rows {s['band_rows']} {s.get('halo', 'sweep')}"
+            word += f" x{s['images']}" if s.get("images") else ""
+            word += " whole tapes" if s.get("tapes") == "whole" else ""
         if not words or words[-1] != word:
             words.append(word)
+    layout = (decisions or {}).get("layout", "contiguous")
+    words += [layout] if layout != "contiguous" else []
     return " + ".join(words) or "plain PyTorch"
 
 

@@ -111,24 +111,32 @@ def kind(decisions: Mapping[str, Any] | None) -> str:
 
 
 def _points(file: PlanFile, records: Sequence[Record]) -> list[Point]:
+    from rowtune.tune.records import front
+
     chosen = file.plan.to_dict()
+    best = {record.digest for record in front(records)}
     points = []
     for record in records:
         if not record.ok or record.decisions == chosen:
             continue
-        mark, style = MARKS[kind(record.decisions)] if record.decisions else (PLAIN, f"bold {BAD}")
+        mark, style = MARKS[kind(record.decisions)] if record.decisions else (PLAIN, BAD)
+        style = f"bold {style}" if record.digest in best else f"dim {style}"
         points.append(Point(record.peak_bytes or 0, record.step_seconds or 0.0, mark, style))
-    points.sort(key=lambda p: p.mark == PLAIN)
+    points.sort(key=lambda p: (p.mark == PLAIN, p.style.startswith("bold")))
     if file.measured.get("peak_bytes") and file.measured.get("step_seconds"):
-        best = Point(file.measured["peak_bytes"], file.measured["step_seconds"], CHOSEN, f"bold {GOOD}")
-        points.append(best)
+        points.append(
+            Point(file.measured["peak_bytes"], file.measured["step_seconds"], CHOSEN, f"bold {GOOD}")
+        )
     return points
 
 
 def _legend(points: Sequence[Point]) -> Text:
     names = {PLAIN: "plain PyTorch", CHOSEN: "chosen"} | {mark: policy for policy, (mark, _) in MARKS.items()}
     seen = {p.mark: p.style for p in points}
-    return legend([*((m, seen[m], n) for m, n in names.items() if m in seen), ("┊", BAD, "budget")])
+    entries = [(mark, seen[mark].removeprefix("dim "), name) for mark, name in names.items() if mark in seen]
+    text = legend([*entries, ("┊", BAD, "budget")])
+    text.append("dim: another plan is both smaller and faster", SOFT)
+    return text
 
 
 def _segments(segments: Sequence[Mapping[str, Any]]) -> Any:

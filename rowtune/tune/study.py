@@ -25,7 +25,7 @@ from rowtune.tune.sizes import format_bytes
 # A plan is run unless it is predicted to take this much more than the budget.
 REJECT_ABOVE = 1.15
 # The winner is measured again with care; if that changes who is fastest, so is the next one, so many times.
-FINALS = 4
+FINALS = 3
 # Proposals per measured trial after which the space counts as exhausted.
 PATIENCE = 60
 
