@@ -203,6 +203,19 @@ def test_help_and_import_do_not_load_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_demo_goes_the_whole_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SIZE", 64), ("BASE", 4), ("DEPTH", 1)):
+        monkeypatch.setattr(f"rowtune.cli.demo.{name}", value)
+    made = call("demo", "--trials", "2", "--steps", "3", "--budget", "75%")
+    assert made["status"] == "ok" and made["steps"] == 3 and made["peak_bytes"] <= made["budget_bytes"]
+    assert {p.name for p in (folder / "rowtune-demo").iterdir()} == {
+        "unet.onnx",
+        "plan.json",
+        "plan.records.jsonl",
+    }
+    assert call("verify", "rowtune-demo/plan.json")["status"] == "ok"
+
+
 def start_search(folder: Path, out: str) -> subprocess.Popen[str]:
     words = [
         sys.executable,

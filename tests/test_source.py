@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,25 @@ def test_inputs_are_the_same_for_the_same_seed() -> None:
 def test_an_absurd_shape_is_an_error_of_one_line() -> None:
     with pytest.raises(UsageError, match="does not fit"):
         inputs((TensorSpec("a", (1, 3, 10**9, 10**9)),))
+
+
+def test_onnx_asks_for_open_sizes_and_counts_norm_layers(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    path = str(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            net,
+            (torch.randn(1, 3, 16, 16),),
+            path,
+            dynamo=False,
+            input_names=["image"],
+            dynamic_axes={"image": {0: "batch", 2: "height"}},
+            training=torch.onnx.TrainingMode.TRAINING,
+            do_constant_folding=False,
+        )
+    with pytest.raises(UsageError, match="--shape image:1x3x512x16"):
+        load(parse_source(path))
+    loaded = load(parse_source(path), ["image:2x3x24x16"])
+    assert loaded.inputs == (TensorSpec("image", (2, 3, 24, 16)),) and len(loaded.norm_layers) == 1
+    assert loaded.module.training and loaded.module(*inputs(loaded.inputs)).shape == (2, 4, 24, 16)

@@ -24,20 +24,15 @@ def command(
     verbose: options.Verbose = False,
 ) -> None:
     """Say what a model is, and where and why banding stops."""
-    from rowtune.importers.source import parse_source
+    from rowtune.importers.source import PT2_WARNING, parse_source
     from rowtune.tune.step import define
 
     screen = Screen(as_json, quiet, verbose)
-    work = define(
-        parse_source(model, model_arg or ()),
-        shape or (),
-        dtype=dtype,
-        loss=loss,
-        optimizer=optimizer,
-        seed=seed,
-    )
+    source = parse_source(model, model_arg or ())
+    screen.opening(source)
+    work = define(source, shape or (), dtype=dtype, loss=loss, optimizer=optimizer, seed=seed)
     found = describe(work)
-    screen.notes(work.loaded.notes)
+    screen.notes(note for note in work.loaded.notes if note != PT2_WARNING)
     _show(screen, work, found)
     screen.json(found)
 

@@ -77,9 +77,11 @@ def train_shown(screen: Screen, file: PlanFile, wanted: object, device: str, sha
     from rowtune.tune.train import Options, open_plan, train
 
     assert isinstance(wanted, Options)
+    screen.opening(file.problem.model)
     work, predicted = open_plan(file, device, shapes)
     limit = file.budget_bytes - file.reserve_bytes
-    screen.notes(work.loaded.notes)
+    if screen.verbose:
+        screen.notes(work.loaded.notes)
     problem = work.problem
     spec = wanted.optimizer or problem.optimizer
     screen.err.print(

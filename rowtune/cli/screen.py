@@ -7,12 +7,15 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rowtune.importers.source import Source
 
 # Colours by meaning, the same in every table and chart.
 GOOD, BAD, SOFT, ACCENT = "green", "red", "dim", "cyan"
@@ -45,6 +48,14 @@ class Screen:
     def notes(self, texts: Iterable[str]) -> None:
         for text in texts:
             self.note(text)
+
+    def opening(self, source: Source) -> None:
+        """Said before a model is loaded, while there is still time to think again."""
+        from rowtune.importers.source import PT2_WARNING
+
+        if source.kind == "pt2":
+            self.note(PT2_WARNING)
+        self.err.print("[dim]importing and tracing the model ...[/]")
 
     def json(self, value: dict[str, Any]) -> None:
         """The one object, where asked for; infinities and nan become null."""

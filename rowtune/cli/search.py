@@ -57,7 +57,7 @@ def command(
     from rowtune.tune.device import resolve_device
     from rowtune.tune.step import define
 
-    screen.err.print("[dim]importing and tracing the model ...[/]")
+    screen.opening(source)
     work = define(
         source,
         shape or (),
@@ -76,11 +76,12 @@ def command(
 
 def find_shown(screen: Screen, request: Request, *, default_loss: bool, default_optimizer: bool) -> Found:
     """Search with a live display, then say what was found."""
+    from rowtune.importers.source import PT2_WARNING
     from rowtune.tune.find import budget_bytes, find
     from rowtune.tune.study import Interrupted
 
     problem = request.work.problem
-    screen.notes(request.work.loaded.notes)
+    screen.notes(note for note in request.work.loaded.notes if note != PT2_WARNING)
     budget = budget_bytes(request)
     screen.err.print(
         facts(

@@ -31,6 +31,7 @@ def command(
     from rowtune.tune.measure import Bench
     from rowtune.tune.train import open_plan
 
+    screen.opening(file.problem.model)
     work, _ = open_plan(file, device)
     screen.err.print("[dim]running the plan and the plain network ...[/]")
     check = Bench(work.problem).check(file.plan, getattr(torch, dtype) if dtype else None)

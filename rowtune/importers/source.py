@@ -23,6 +23,8 @@ from rowtune.errors import ModelError, RowtuneError, UsageError
 Kind = Literal["zoo", "factory", "pt2", "onnx"]
 Argument = int | float | bool | str | tuple[int | float, ...]
 
+PT2_WARNING = "a .pt2 file can execute code when it is loaded: open only files from people you trust"
+
 _NORMS = ("BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm", "SyncBatchNorm")
 _DTYPES = {str(t).split(".")[1]: t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
@@ -189,7 +191,7 @@ def _pt2(source: Source, seed: int) -> Found:
         for node in exported.graph.nodes
         if re.search(r"(batch|group|layer|instance|rms)_norm", node.name)
     ]
-    notes = ["a .pt2 file can execute code when it is loaded: open only files from people you trust"]
+    notes = [PT2_WARNING]
     if any("batch_norm" in node.name and node.args[5] is False for node in calls):
         notes.append(
             "exported in eval mode: batch norm uses its running statistics; export model.train() to train it"

@@ -76,7 +76,7 @@ class Task:
     limit: int
     trials: int = 40
     timeout: float = math.inf
-    trial_timeout: float = 600.0
+    trial_timeout: float = 1800.0
     seed: int = 0
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
