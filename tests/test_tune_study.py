@@ -193,6 +193,17 @@ def test_a_winner_that_fails_its_second_measurement_is_not_the_answer() -> None:
     assert fastest and result.best.digest != fastest[0] and (result.best.peak_bytes or 0) <= 50_000
 
 
+def test_a_plan_that_cannot_be_predicted_costs_only_itself() -> None:
+    def predict(plan: Plan) -> Cost:
+        if plan.segments[0].band_rows == 4:
+            raise KeyError("relu_12")
+        return Cost(true_peak(plan), true_seconds(plan))
+
+    result = search(task(Bench(), predict=predict, trials=40))
+    crashed = [r for r in result.records if r.status == "crash"]
+    assert crashed and all("relu_12" in r.reason for r in crashed) and result.best.ok
+
+
 def test_nothing_fits_names_the_least_budget_and_the_tensor() -> None:
     with pytest.raises(InfeasibleError, match=r"conv7.*--budget 12\.2kB"):
         search(task(Bench(), limit=5_000))

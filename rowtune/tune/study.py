@@ -229,6 +229,8 @@ class _Run:
             cost = self.task.predict(plan)
         except RowtuneError as error:
             return replace(record, reason=str(error))
+        except Exception as error:  # one plan that cannot be predicted must not cost the search
+            return replace(record, status="crash", reason=f"prediction: {type(error).__name__}: {error}")
         record = replace(
             record, predicted_bytes=cost.peak_bytes, predicted_seconds=cost.seconds, peak_at=cost.peak_at
         )
