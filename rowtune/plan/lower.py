@@ -7,6 +7,7 @@ from rowtune.graph.bands import Banding, banding
 from rowtune.graph.cuts import Stretch, legal_cut, stretch, why_not
 from rowtune.graph.graph import Graph, Node
 from rowtune.graph.rules import Opaque
+from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.policies import SCHEDULES
 from rowtune.plan.policies.schedule import Request
@@ -17,7 +18,8 @@ from rowtune.rows import Rows
 def lower(graph: Graph, plan: Plan) -> Program:
     """The program of a plan on a graph.
 
-    Segments that lie beyond the graph's last node (a loss that this call leaves out) are left out.
+    A plan made with a loss serves calls without one, where the loss is left out, and the other way round,
+    where the loss joins the last segment if it can be banded with it.
 
     Raises:
         PlanError: segments do not cover the nodes in order, or a rows segment holds an operator that cannot
@@ -33,24 +35,36 @@ def _spans(graph: Graph, plan: Plan) -> list[tuple[Segment, int, int]]:
     at = 0
     for segment in plan.segments:
         start = graph.index.get(segment.first)
-        if start is None and at == len(graph.nodes):
-            continue  # the loss, in a call without one
+        if segment.first in (SUMS, LOSS) and start is None:
+            continue
         if start != at:
             raise PlanError(
                 f"segments cover the nodes in order: {segment.first!r} should be "
                 f"{graph.nodes[at].name if at < len(graph.nodes) else 'nothing'!r}"
             )
-        last = graph.index.get(segment.last)
-        stop = len(graph.nodes) if last is None and not graph.targets else (last if last is not None else -1) + 1
+        lossless = segment.last in (SUMS, LOSS) and not graph.targets
+        stop = len(graph.nodes) if lossless else graph.index.get(segment.last, -1) + 1
         if stop <= at:
             raise PlanError(f"segment {segment.first}..{segment.last} ends before it begins")
         if not legal_cut(graph, stop):
             raise PlanError(f"no segment may end after {segment.last}: an operator's several outputs would be torn")
         spans.append((segment, at, stop))
         at = stop
+    if at == graph.index.get(SUMS):
+        return _with_loss(graph, plan, spans)
     if at != len(graph.nodes):
         raise PlanError(f"no segment covers {graph.nodes[at].name} and what follows it")
     return spans
+
+
+def _with_loss(
+    graph: Graph, plan: Plan, spans: list[tuple[Segment, int, int]]
+) -> list[tuple[Segment, int, int]]:
+    end = len(graph.nodes)
+    segment, start, stop = spans[-1]
+    if segment.policy == "rows" and not why_not(graph, start, end, plan.axis):
+        return [*spans[:-1], (segment, start, end)]
+    return [*spans, (Segment(SUMS, LOSS), stop, end)]
 
 
 def _segment(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int) -> SegmentProgram:

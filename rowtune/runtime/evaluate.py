@@ -27,7 +27,8 @@ def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time
     if node.effect and not first_time:
         if node.op != "batch_norm":
             return args[0]
-        args = (*args[:3], None, None, *args[5:])
+        # Copies: checkpoint counts the tensors that autograd saves, and the statistics are among them.
+        args = (*args[:3], args[3].clone(), args[4].clone(), *args[5:])
     if node.random:
         with seeded(seed, node.name, args, kwargs):
             return node.target(*args, **kwargs)

@@ -58,6 +58,10 @@ class RowtuneModule(nn.Module):
         self._fingerprint = fingerprint
         self._programs: dict[Any, Program] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their programs anew."""
+        return {**self.__dict__, "_programs": {}}
+
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)
         self.__dict__["_model"].training = mode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -137,21 +137,32 @@ class _BandedSegment(torch.autograd.Function):
 def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     tensors = ctx.saved_tensors  # raises if one was changed in place since forward
     run = call.run
-    assert run is not None
+    if run is None:
+        raise RowtuneError("backward through a rows segment runs once, also with retain_graph=True")
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
     with call.autocast():
         made = run.backward(given)
     call.run = None
-    return _in_order(call, made, tensors, ctx.needs)
+    return _in_order(call, made, tensors, ctx.needs, _reached(call, given))
+
+
+def _reached(call: _Call, given: Iterable[str]) -> set[str]:
+    """Values that outputs with a gradient depend on. The others have no gradient, as opposed to a zero one:
+    an optimizer leaves them alone."""
+    found = set(given)
+    for node in reversed(call.segment.part.nodes):
+        if node.name in found:
+            found |= set(node.inputs)
+    return found
 
 
 def _in_order(
-    call: _Call, made: Gradients, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]
+    call: _Call, made: Gradients, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], reached: set[str]
 ) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for name, tensor, need in zip(call.names, tensors, needs, strict=True):
         g = made.inputs.pop(name, None) if name in made.inputs else made.weights.pop(name, None)
-        if not need:
+        if not need or name not in reached:
             found.append(None)
         elif g is None:
             found.append(torch.zeros_like(tensor))
