@@ -58,7 +58,7 @@ def command(
     trained = train_shown(
         screen, file, Options(steps, epochs, data, optimizer, lr, save), device, shape or []
     )
-    screen.json({**asdict(trained), "weights": str(save) if save else None})
+    screen.json({**asdict(trained), "weights": str(save) if save and trained.steps else None})
     return EXIT[trained.status]
 
 
