@@ -159,7 +159,7 @@ def test_bad_input(folder: Path, words: list[str], code: int, says: str) -> None
         ({"fingerprint": "0123456789abcdef"}, "search again"),
         ({"model": {"kind": "factory", "source": "cli_factories:other", "args": {}}}, "search again"),
         ({"device": "cuda:5"}, "cuda:5"),
-        ({"decisions": {"segments": [{"first": "conv2d", "last": "conv2d", "policy": "keep"}]}}, "loss_sums"),
+        ({"decisions": {"segments": [{"first": "conv2d", "last": "missing", "policy": "keep"}]}}, "missing"),
         ({"decisions": {"segments": [{"first": "nonsense", "last": "loss", "policy": "keep"}]}}, "nonsense"),
         ({"decisions": {"segments": [{"first": "conv2d", "last": "loss", "policy": "rows"}]}}, "band_rows"),
         ({"decisions": {"segments": []}}, "conv2d"),

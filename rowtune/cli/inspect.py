@@ -10,6 +10,9 @@ from rowtune.cli.screen import Screen, facts, plain_table
 if TYPE_CHECKING:
     from rowtune.tune.step import Workload
 
+# Stretches shown without -v: the largest.
+MOST = 12
+
 
 def command(
     model: options.Model,
@@ -87,19 +90,37 @@ def _show(screen: Screen, work: Workload, found: dict[str, Any]) -> None:
             ]
         )
     )
+    _segments(screen, found["segments"])
+    if found["opaque"]:
+        _opaque(screen, found["opaque"])
+
+
+def _segments(screen: Screen, segments: list[dict[str, Any]]) -> None:
+    from rowtune.tune.sizes import format_bytes
+
     table = plain_table(
         ("rows can run from", "left"), ("to", "left"), ("nodes", "right"), ("outputs", "right")
     )
-    for s in found["segments"]:
+    largest = sorted(segments, key=lambda s: s["bytes"], reverse=True)
+    shown = segments if screen.verbose else [s for s in segments if s in largest[:MOST]]
+    for s in shown:
         table.add_row(s["first"], s["last"], str(s["nodes"]), format_bytes(s["bytes"]))
     screen.out.print()
-    screen.out.print(table if found["segments"] else "No stretch of this network can be banded by rows.")
-    if found["opaque"]:
-        stops = plain_table(("banding stops at", "left"), ("operator", "left"), ("because", "left"))
-        shown = found["opaque"] if screen.verbose else found["opaque"][:12]
-        for item in shown:
-            stops.add_row(item["node"], item["operator"], item["reason"])
-        screen.out.print()
-        screen.out.print(stops)
-        if len(shown) < len(found["opaque"]):
-            screen.out.print(f"... and {len(found['opaque']) - len(shown)} more (-v shows all)", style="dim")
+    screen.out.print(table if segments else "No stretch of this network can be banded by rows.")
+    if len(shown) < len(segments):
+        screen.out.print(f"... and {len(segments) - MOST} smaller ones (-v shows all)", style="dim")
+
+
+def _opaque(screen: Screen, opaque: list[dict[str, str]]) -> None:
+    """One line an operator and reason, with its first node; every node with -v."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in opaque:
+        groups.setdefault((item["operator"], item["reason"]), []).append(item["node"])
+    table = plain_table(
+        ("banding stops at", "left"), ("times", "right"), ("nodes", "left"), ("because", "left")
+    )
+    for (operator, reason), nodes in groups.items():
+        names = ", ".join(nodes) if screen.verbose or len(nodes) < 3 else f"{nodes[0]} ... {nodes[-1]}"
+        table.add_row(operator, str(len(nodes)), names, reason)
+    screen.out.print()
+    screen.out.print(table)
