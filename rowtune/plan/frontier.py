@@ -39,12 +39,13 @@ def frontiers(groups: list[Group], outputs: frozenset[str], band_rows: int) -> F
     tallest = max(height_of(groups[i]) for i in tops)
     bands = -(-tallest // band_rows)
     planned = {i: band_ends(height_of(groups[i]), bands, tallest, band_rows) for i in tops}
-    ends, ideal = [], []
+    ends: list[tuple[int, ...]] = []
     for r in range(bands):
-        ends.append(_forward(groups, {i: planned[i][r] for i in tops}, last=r == bands - 1))
+        made = _forward(groups, {i: planned[i][r] for i in tops}, last=r == bands - 1)
+        if [made] != ends[-1:]:  # a tall output can be ahead already, for a low one's sake: no band then
+            ends.append(made)
     final = ends[-1]
-    for r in range(bands):
-        ideal.append(_backward(groups, readers, ends[r], final))
+    ideal = [_backward(groups, readers, reached, final) for reached in ends]
     return Frontiers(tuple(ends), tuple(ideal), readers)
 
 

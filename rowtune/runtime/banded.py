@@ -129,7 +129,9 @@ class BandedRun:
             return {}
         leaves = self._sum_leaves(self.sums)
         post = self._run_post(leaves)
-        outs = [(post[o], g) for o, g in grads.items() if o in post and post[o].requires_grad]
+        outs = [
+            (post[o], g) for o, g in grads.items() if o in post and o not in leaves and post[o].requires_grad
+        ]
         direct = {n: grads[n] for n in leaves if n in grads}
         if not outs:
             return direct
