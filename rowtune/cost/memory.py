@@ -94,10 +94,16 @@ class _Step:
         checkpointed = segment.decision.policy == "checkpoint"
         blocks = self.env
         held: list[int] = []
-        if checkpointed:
+        if checkpointed and any(self._saves(node.name) for node in segment.part.nodes):
             held = [self.heap.ref(blocks[n]) for n in segment.part.inputs if n in blocks]
         tape = self._nodes(segment, blocks, grad=not checkpointed)
         return held if checkpointed else tape
+
+    def _saves(self, name: str) -> bool:
+        """Whether autograd keeps anything for a node; if for none, checkpoint has nothing to recompute and
+        lets go of its inputs."""
+        profile = self.profiles[name]
+        return self.grad(name) and bool(profile.saves or profile.extra)
 
     def _nodes(self, segment: SegmentProgram, blocks: dict[str, int], grad: bool) -> TapeSizes:
         wanted = self.grad if grad else lambda name: False
