@@ -215,6 +215,7 @@ class BandedSizes:
             seed = self._seed(number, name, rows)
             if seed is not None:
                 grads[name] = seed
+        seeds = [self.heap.ref(block) for block in grads.values()]  # held by the call until the tape has run
         weights: list[int] = []
 
         def weight(name: str) -> None:
@@ -224,6 +225,8 @@ class BandedSizes:
             self.heap, self.graph, self.profiles, tape, grads, self._size(piece), self._share(piece),
             lambda n: n in self.wanted, weight,
         )  # fmt: skip
+        for block in seeds:
+            self.heap.drop(block)
         for name, block in grads.items():
             self._scatter(name, piece.ranges[name], block)
         for block in weights:

@@ -105,9 +105,10 @@ class BandedRun:
 
     def _finish(self) -> dict[str, Tensor]:
         self.lines.clear()
+        outputs, self.outputs = self.outputs, {}  # backward does not need them
         with torch.no_grad():
             post = self._run_post(self.sums)
-        return {o: post[o] if o in post else self.outputs[o] for o in self.segment.part.outputs}
+        return {o: post[o] if o in post else outputs[o] for o in self.segment.part.outputs}
 
     # -- backward ------------------------------------------------------------------------------------------
 
