@@ -10,7 +10,7 @@ from rowtune.cost.profile import NodeProfile
 from rowtune.cost.tape import TapeSizes, backward, forward
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
-from rowtune.plan.homes import homes_of, read_inside
+from rowtune.plan.homes import homes_of, read_inside, wasteful
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 
@@ -174,6 +174,8 @@ class BandedSizes:
         group = self.program.groups[piece.group]
         blocks: dict[str, int] = {}
         joined: set[str] = set()
+        if step.tape:
+            self._drop_chunks(piece)
         for name in group.reads:
             rows = piece.ranges.get(name)
             if rows is None or name in self.outside or not rows.size:
@@ -232,13 +234,17 @@ class BandedSizes:
         for block in weights:
             if block >= 0:
                 self.heap.drop(block)
+        self._drop_chunks(piece)
+
+    def _drop_chunks(self, piece: Piece) -> None:
         for name, rows in piece.outputs:
             line = self.lines.get(name)
-            for r, block in line.chunks if line else ():
+            if line is None:
+                continue
+            for r, block in line.chunks:
                 if r.lo == rows.lo:
                     self.heap.drop(block)
-            if line:
-                line.chunks = [(r, b) for r, b in line.chunks if r.lo != rows.lo]
+            line.chunks = [(r, b) for r, b in line.chunks if r.lo != rows.lo]
 
     def _weight(self, name: str) -> int:
         """The first gradient of a weight becomes its sum; later ones live for a moment."""
@@ -268,9 +274,9 @@ class BandedSizes:
             return
         for home, piece in homes_of(self.program)[name].overlapping(rows, self.bands.dims[name] is None):
             shared = Rows(max(home.lo, rows.lo), min(home.hi, rows.hi))
-            if shared == home or self.bands.dims[name] is None:
-                self.shares.setdefault((piece, name), []).append((home, self.heap.ref(block)))
-            else:
-                copy = self.heap.new(self._bytes(name, shared))
-                self.shares.setdefault((piece, name), []).append((shared, copy))
+            used = self._bytes(name, shared)
+            whole = self.bands.dims[name] is None
+            copied = not whole and wasteful(used, self.heap.size[block])
+            share = self.heap.new(used) if copied else self.heap.ref(block)
+            self.shares.setdefault((piece, name), []).append((home if whole else shared, share))
         self.heap.drop(block)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch
@@ -102,19 +103,28 @@ def make_group(graph: Graph, bands: Banding, nodes: tuple[Node, ...], outputs: t
     return Group(nodes, outputs, heights, reads, drops, whole, bands)
 
 
-def fuse(graph: Graph, bands: Banding, part: Stretch) -> list[Group]:
-    """Groups of a sweep: each node starts one, or joins the step that makes its only banded input."""
+def fuse(graph: Graph, bands: Banding, part: Stretch, halos: int = 0) -> list[Group]:
+    """Groups of a sweep: each node starts one, or joins the step that makes its only banded input.
+
+    Args:
+        halos: how many overlapping windows may join a step; their halo rows are computed twice.
+    """
     inside = {node.name for node in part.nodes}
     home: dict[str, int] = {}
     members: list[list[Node]] = []
+    spent: list[int] = []
     for node in part.nodes:
-        joined = _joins(graph, bands, part, node, inside, home, members)
+        joined = _joins(graph, bands, node, inside, home, members)
+        if joined is not None and not joined.disjoint and spent[joined.group] >= halos:
+            joined = None
         if joined is None:
             home[node.name] = len(members)
             members.append([node])
+            spent.append(0)
         else:
-            home[node.name] = joined
-            members[joined].append(node)
+            home[node.name] = joined.group
+            members[joined.group].append(node)
+            spent[joined.group] += not joined.disjoint
     ordered = _topological(members, home, inside)
     groups = []
     for nodes in ordered:
@@ -128,17 +138,21 @@ def fuse(graph: Graph, bands: Banding, part: Stretch) -> list[Group]:
     return groups
 
 
+class _Joined(NamedTuple):
+    group: int
+    disjoint: bool
+
+
 def _joins(
     graph: Graph,
     bands: Banding,
-    part: Stretch,
     node: Node,
     inside: set[str],
     home: dict[str, int],
     members: list[list[Node]],
-) -> int | None:
-    """The group that `node` may join: that of its latest producer, if only this node reads it and this node
-    reads every row of it once. All other inputs must be made by earlier groups."""
+) -> _Joined | None:
+    """The group that `node` may join: that of its latest producer, if only this node reads it, and whether
+    it reads every row of it once. All other inputs must be made by earlier groups."""
     rule = bands.rule(node.name)
     banded = [n for n in node.inputs if n in inside and bands.dims[n] is not None]
     if not banded or (rule.dim is None and not rule.reduces):
@@ -150,9 +164,7 @@ def _joins(
     if any(home[n] > target for n in node.inputs if n in inside):
         return None
     window = rule.reads[latest].window
-    if not isinstance(window, Affine) or not window.disjoint:
-        return None
-    return target
+    return _Joined(target, isinstance(window, Affine) and window.disjoint)
 
 
 def _topological(members: list[list[Node]], home: dict[str, int], inside: set[str]) -> list[list[Node]]:

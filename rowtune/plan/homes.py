@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rowtune.plan.program import Banded, Run
+from rowtune.plan.program import Back, Banded
 from rowtune.rows import Rows
 
 
@@ -36,7 +36,7 @@ def homes_of(program: Banded) -> dict[str, Homes]:
     if cached is None:
         found: dict[str, list[tuple[Rows, int]]] = {}
         for step in program.backward:
-            if type(step) is Run:
+            if type(step) is Back:
                 for name, rows in program.pieces[step.piece].outputs:
                     found.setdefault(name, []).append((rows, step.piece))
         cached = {name: Homes([rows.lo for rows, _ in sorted(p)], sorted(p)) for name, p in found.items()}
@@ -51,3 +51,8 @@ def read_inside(program: Banded, name: str) -> bool:
         cached = frozenset(n for group in program.groups for n in group.reads)
         program.__dict__["_inner"] = cached
     return name in cached
+
+
+def wasteful(used: int, held: int) -> bool:
+    """Whether a view uses too little of the memory that it keeps alive."""
+    return held * 4 > used * 5

@@ -13,7 +13,7 @@ from rowtune.errors import PlanError
 
 Policy = Literal["keep", "checkpoint", "rows"]
 Halo = Literal["recompute", "cache", "sweep"]
-Tapes = Literal["split", "whole"]
+Tapes = Literal["split", "whole", "late"]
 Layout = Literal["contiguous", "channels_last"]
 
 
@@ -26,7 +26,8 @@ class Segment:
     halo        recompute: every band on its own (LR-CNN's OverL); cache: boundary rows kept (2PS);
                 sweep: one pass of line buffers, forward ahead and backward a receptive field behind
     images      batch entries computed at a time, 0 for the whole batch
-    tapes       split: tapes end where gradients arrive (least memory); whole: one tape a band (fewer steps)
+    tapes       split: tapes end where gradients arrive; whole: one tape a band (fewer steps, more memory);
+                late: split, and made only when their gradient arrives (least memory, a forward more)
     band_cols   reserved: rows of a second band axis
     """
 

@@ -120,8 +120,8 @@ class PlanSpace:
         on the memory-heavy front with each halo, the rest kept or checkpointed."""
         n = len(self.graph.nodes)
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
-        for band in (32, 8, 128):
-            found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band))
+        for band, tapes in ((32, "split"), (8, "split"), (16, "late"), (128, "split"), (32, "late")):
+            found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
         heavy = self._front(0.2)
         for halo in ("rows/sweep", "rows/cache", "rows/recompute"):
             found.append(self._guess(heavy, n, halo, "keep", "keep", 16))
@@ -173,7 +173,7 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
     knobs = [Knob("cut1", places), Knob("cut2", places)]
     knobs += [Knob(zone, POLICIES) for zone in ZONES]
     knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
-    knobs += [Knob("tapes", ("split", "whole"))]
+    knobs += [Knob("tapes", ("split", "late", "whole"))]
     if len(images) > 1:
         knobs.append(Knob("images", images))
     return PlanSpace(graph, axis, cuts, tuple(knobs))

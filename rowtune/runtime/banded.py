@@ -217,6 +217,9 @@ class BandedRun:
     def _run(self, step: Run) -> None:
         piece = self.program.pieces[step.piece]
         group = self.program.groups[piece.group]
+        if step.tape:  # a late tape makes its rows again; all their readers are done
+            for name, rows in piece.outputs:
+                self.lines.drop(name, rows)
         if step.tape and any(o in self.carriers for o in group.outputs):
             outputs = self._run_tape(step.piece, piece, group)
         else:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rowtune.plan.homes import Homes
+from rowtune.plan.homes import Homes, wasteful
 from rowtune.rows import Rows
 
 
@@ -102,10 +102,13 @@ class PieceGradients:
                 continue
             lo, hi = max(home.lo, rows.lo), min(home.hi, rows.hi)
             part = grad if Rows(lo, hi) == rows else grad.narrow(dim, lo - rows.lo, hi - lo)
-            if Rows(lo, hi) == home:
-                self.shares.setdefault((piece, name), []).append(Share(home, part, owned))
-            else:  # a few rows: copied, to let go of the slab they came in
-                self.shares.setdefault((piece, name), []).append(Share(Rows(lo, hi), part.clone(), True))
+            # Copied where it would hold on to much more memory than its own: a few rows of a slab, or one
+            # half of the gradient of a cat.
+            if wasteful(part.numel() * part.itemsize, part.untyped_storage().nbytes()):
+                share = Share(Rows(lo, hi), part.clone(), True)
+            else:
+                share = Share(Rows(lo, hi), part, owned)
+            self.shares.setdefault((piece, name), []).append(share)
 
     def take(self, piece: int, name: str, rows: Rows, outer: Tensor | None) -> Tensor | None:
         """The whole gradient of a piece's rows, and forget it; `outer` comes from beyond the segment."""

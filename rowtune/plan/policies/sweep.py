@@ -14,7 +14,8 @@ from rowtune.rows import Rows, between
 
 
 def schedule(ask: Request) -> Schedule:
-    groups = fuse(ask.graph, ask.bands, ask.part)
+    late = ask.decision.tapes == "late"
+    groups = fuse(ask.graph, ask.bands, ask.part, halos=1 if late else 0)
     front = frontiers(groups, frozenset(ask.outputs), ask.band_rows)
     made = Schedule(tuple(groups))
     forward_pass(made, groups, front)
@@ -28,7 +29,7 @@ def split_points(groups: list[Group], front: Frontiers, tapes: str) -> list[list
     points = []
     for i in range(len(groups)):
         found = {ends[i] for ends in front.ends}
-        if tapes == "split":
+        if tapes != "whole":
             found |= {ideal[i] for ideal in front.ideal}
         points.append(sorted(found))
     return points
@@ -46,13 +47,18 @@ def _backward(made: Schedule, groups: list[Group], front: Frontiers, tapes: str)
             for a, b in zip(cuts[:-1], cuts[1:], strict=True):
                 if b > a:
                     piece = made.one(i, Rows(a, b))
-                    made.backward.append(Run(piece, tape=True))
+                    if tapes != "late":
+                        made.backward.append(Run(piece, tape=True))
+                    elif any(o in front.readers for o in groups[i].outputs):
+                        made.backward.append(Run(piece, tape=False))  # its rows now, its tape when it is due
                     waiting[i].append((piece, Rows(a, b)))
         before = list(ends)
         for i in range(len(groups) - 1, -1, -1):
             ready = gradient_end(groups[i], front.readers, groups, done, final, ends[i])
             while waiting[i] and waiting[i][0][1].hi <= ready:
                 piece, rows = waiting[i].pop(0)
+                if tapes == "late":
+                    made.backward.append(Run(piece, tape=True))
                 made.backward.append(Back(piece))
                 done[i] = rows.hi
     assert not any(waiting), "a tape is left over"
