@@ -12,7 +12,7 @@ from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
-from rowtune.rows import Rows
+from rowtune.rows import Rows, need
 
 
 @dataclass
@@ -141,6 +141,18 @@ class BandedSizes:
     def _size(self, piece: Piece) -> Callable[[str], int]:
         return lambda name: self._bytes(name, piece.ranges.get(name, Rows(0, 0)))
 
+    def _made(self, piece: Piece) -> Callable[[str], int]:
+        """Bytes a node computes for its rows, those that it drops again included."""
+
+        def made(name: str) -> int:
+            rule, rows = self.bands.rule(name), piece.ranges[name]
+            if rule.makes is None or not rows.size:
+                return self._bytes(name, rows)
+            window = next(r.window for r in rule.reads.values() if r.window is not None)
+            return self._bytes(name, Rows(0, rule.makes(rows, need(window, *rows))))
+
+        return made
+
     # -- lines -----------------------------------------------------------------------------------------------
 
     def _window(self, name: str, rows: Rows) -> tuple[int, bool]:
@@ -187,7 +199,7 @@ class BandedSizes:
         active = [(n, d) for n, d in zip(group.nodes, group.last_use, strict=True) if n.name in piece.ranges]
         tape = forward(
             self.heap, self.graph, self.profiles, [n for n, _ in active], [d for _, d in active], blocks,
-            self._size(piece), self._share(piece), grad, frozenset(joined),
+            self._made(piece), self._share(piece), grad, frozenset(joined),
         )  # fmt: skip
         if step.tape:
             self.tapes[step.piece] = (tape, {})
@@ -225,7 +237,7 @@ class BandedSizes:
 
         backward(
             self.heap, self.graph, self.profiles, tape, grads, self._size(piece), self._share(piece),
-            lambda n: n in self.wanted, weight,
+            lambda n: n in self.wanted, weight, self._made(piece),
         )  # fmt: skip
         for block in seeds:
             self.heap.drop(block)

@@ -73,14 +73,20 @@ def backward(
     share: Callable[[Node], float],
     grad: Callable[[str], bool],
     weight: Callable[[str], None],
+    made: Bytes | None = None,
 ) -> None:
     """Run the tape; `grads` maps values to the blocks of their gradients and ends with those of values made
-    outside. `weight` is told of each parameter gradient."""
+    outside. `weight` is told of each parameter gradient; `made` tells the bytes that a node computed to take
+    its rows from, where those are more."""
     for node in reversed(tape.nodes):
         profile = profiles[node.name]
         own = grads.pop(node.name, None)
         if own is not None and grad(node.name):
-            made: list[tuple[str, int]] = []
+            if made is not None and made(node.name) > size(node.name):
+                full = heap.new(made(node.name))  # zeros around the gradient of the rows taken
+                heap.drop(own)
+                own = full
+            found: list[tuple[str, int]] = []
             again = [heap.new(size(n)) for n in tape.joined.get(node.name, ())]
             for name in node.inputs:
                 if not grad(name):
@@ -88,13 +94,13 @@ def backward(
                 if graph.values[name].kind == "parameter":
                     weight(name)
                 elif name in profile.grad_alias:
-                    made.append((name, heap.ref(own)))
+                    found.append((name, heap.ref(own)))
                 else:
-                    made.append((name, heap.new(size(name))))
+                    found.append((name, heap.new(size(name))))
             heap.mark(int(profile.backward * share(node)))
             for block in again:
                 heap.drop(block)
-            for name, block in made:
+            for name, block in found:
                 _accumulate(heap, grads, name, block)
         for block in tape.saved.pop(node.name):
             heap.drop(block)

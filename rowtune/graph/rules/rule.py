@@ -56,13 +56,15 @@ class RowRule:
     """`dim` is the band dimension of the output (None: the output is used whole).
 
     With `reduces`, the output is a sum over bands: `run` gives the share of the rows it is handed.
-    `cheap` marks operators that may join the step of the operator before them.
+    `makes(rows, got)` is how many rows `run` computes from input rows `got` to take `rows` from, as a view
+    that keeps them all in memory; None where it makes no more than asked.
     """
 
     dim: int | None
     reads: Mapping[str, Read]
     run: Run = as_is
     reduces: bool = False
+    makes: Callable[[Rows, Rows], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,8 @@ def pixel_shuffle(q: Question) -> RowRule | Opaque:
         full = slab.call()
         return full.narrow(dim, slab.rows.lo - slab.reads[x].lo * factor, slab.rows.size)
 
-    return RowRule(dim, {x: Read(dim, Affine(rows, out_rows, 1, factor))}, run)
+    window = Affine(rows, out_rows, 1, factor)
+    return RowRule(dim, {x: Read(dim, window)}, run, makes=lambda rows, got: got.size * factor)
 
 
 def pad(q: Question) -> RowRule | Opaque:

@@ -67,6 +67,17 @@ def _spare_rows(pads: tuple[int, int], padding: int, stride: int, got: Rows) -> 
     return (padding - top) // stride
 
 
+def _makes(window: Affine, padding: int) -> Callable[[Rows, Rows], int]:
+    """Rows computed where `_spare_rows` applies."""
+
+    def makes(rows: Rows, got: Rows) -> int:
+        if _spare_rows(border(window, rows, got), padding, window.step, got) is None:
+            return rows.size
+        return (got.size + 2 * padding - (window.last - window.first) - 1) // window.step + 1
+
+    return makes
+
+
 def conv(q: Question) -> RowRule | Opaque:
     """aten.conv1d / conv2d / conv3d with any stride, padding (also `same`), dilation and groups."""
     x, w = q.node.args[0].name, q.node.args[1].name
@@ -82,11 +93,12 @@ def conv(q: Question) -> RowRule | Opaque:
     pads, groups, i = _weight_pads(q, spatial, dilation, kernel), int(q.arg(6, "groups", 1)), dim - 2
     window = convolution(q.shape(x)[dim], q.out[dim], kernel[i], stride[i], pads[i][0], dilation[i])
     function = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[spatial]
+    spare = pads[i][0] if pads[i][0] == pads[i][1] else 0
 
     def run(slab: Slab) -> Tensor:
         args = replace(slab.node.args, slab.tensors.__getitem__)
         bias = args[2] if len(args) > 2 else replace(slab.node.kwargs, slab.tensors.__getitem__).get("bias")
-        here, spare = list(pads), pads[i][0] if pads[i][0] == pads[i][1] else 0
+        here = list(pads)
         here[i] = border(window, slab.rows, slab.reads[x])
         first = _spare_rows(here[i], spare, stride[i], slab.reads[x])
         if first is not None:
@@ -96,7 +108,7 @@ def conv(q: Question) -> RowRule | Opaque:
         return out if first is None else out.narrow(dim, first, slab.rows.size)  # type: ignore[no-any-return]
 
     reads = {n: WHOLE for n in q.node.inputs} | {x: Read(dim, window)}
-    return RowRule(dim, reads, run)
+    return RowRule(dim, reads, run, makes=_makes(window, spare))
 
 
 def _asymmetric(x: Tensor, pads: list[tuple[int, int]]) -> tuple[Tensor, list[int]]:
@@ -146,8 +158,13 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
         first = slab.rows.lo - (got.lo * stride[i] - padding[i]) if got.size else shift
         return _crop(full, dim, first, slab.rows.size, bias)
 
+    def makes(rows: Rows, got: Rows) -> int:
+        full = (got.size - 1) * stride[i] + extent + 1
+        first = rows.lo - (got.lo * stride[i] - padding[i])
+        return full if got.size and first >= 0 and first + rows.size <= full else rows.size
+
     reads = {n: WHOLE for n in q.node.inputs} | {x: Read(dim, window)}
-    return RowRule(dim, reads, run)
+    return RowRule(dim, reads, run, makes=makes)
 
 
 def _crop(full: Tensor, dim: int, first: int, rows: int, bias: Tensor | None) -> Tensor:
@@ -210,7 +227,7 @@ def max_pool(q: Question) -> RowRule | Opaque:
             image = _pad_rows(image, dim, top, bottom, float("-inf"))
         return slab.node.target(image, kernel, stride, pad, dilation, ceil)  # type: ignore[no-any-return]
 
-    return RowRule(dim, {x: Read(dim, window)}, run)
+    return RowRule(dim, {x: Read(dim, window)}, run, makes=_makes(window, padding[i]))
 
 
 def avg_pool(q: Question) -> RowRule | Opaque:
