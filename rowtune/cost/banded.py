@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
 from rowtune.cost.profile import NodeProfile
-from rowtune.cost.tape import TapeSizes, backward, forward
+from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
@@ -153,6 +153,16 @@ class BandedSizes:
 
         return made
 
+    def _read(self, piece: Piece) -> Callable[[Node, str], int]:
+        """Bytes of an input that a node reads; another node of the piece may read more of it."""
+
+        def read(node: Node, name: str) -> int:
+            window = self.bands.rule(node.name).reads[name].window
+            rows = piece.ranges[name]
+            return self._bytes(name, rows if window is None else need(window, *piece.ranges[node.name]))
+
+        return read
+
     # -- lines -----------------------------------------------------------------------------------------------
 
     def _window(self, name: str, rows: Rows) -> tuple[int, bool]:
@@ -230,6 +240,9 @@ class BandedSizes:
             if seed is not None:
                 grads[name] = seed
         seeds = [self.heap.ref(block) for block in grads.values()]  # held by the call until the tape has run
+        for name, rows in piece.outputs:
+            if name in grads and self._bytes(name, rows) < self._bytes(name, piece.ranges[name]):
+                grads[name] = widened(self.heap, grads[name], self._bytes(name, piece.ranges[name]))
         weights: list[int] = []
 
         def weight(name: str) -> None:
@@ -237,7 +250,7 @@ class BandedSizes:
 
         backward(
             self.heap, self.graph, self.profiles, tape, grads, self._size(piece), self._share(piece),
-            lambda n: n in self.wanted, weight, self._made(piece),
+            lambda n: n in self.wanted, weight, self._made(piece), self._read(piece),
         )  # fmt: skip
         for block in seeds:
             self.heap.drop(block)

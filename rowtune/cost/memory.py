@@ -143,7 +143,7 @@ class _Step:
     def _run_tape(self, tape: TapeSizes) -> None:
         backward(
             self.heap, self.graph, self.profiles, tape, self.grads, self.size, lambda node: 1.0, self.grad,
-            self._weight,
+            self._weight, self.size, lambda node, name: self.size(name),
         )  # fmt: skip
 
     def _weight(self, name: str) -> None:

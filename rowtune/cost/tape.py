@@ -73,20 +73,24 @@ def backward(
     share: Callable[[Node], float],
     grad: Callable[[str], bool],
     weight: Callable[[str], None],
-    made: Bytes | None = None,
+    made: Bytes,
+    read: Callable[[Node, str], int],
 ) -> None:
     """Run the tape; `grads` maps values to the blocks of their gradients and ends with those of values made
-    outside. `weight` is told of each parameter gradient; `made` tells the bytes that a node computed to take
-    its rows from, where those are more."""
+    outside.
+
+    Args:
+        weight: is told of each parameter gradient.
+        made: bytes that a node computed to take its rows from, where those are more.
+        read: bytes of an input that a node reads, where those are fewer.
+    """
     for node in reversed(tape.nodes):
         profile = profiles[node.name]
         own = grads.pop(node.name, None)
+        found: list[tuple[str, int]] = []
         if own is not None and grad(node.name):
-            if made is not None and made(node.name) > size(node.name):
-                full = heap.new(made(node.name))  # zeros around the gradient of the rows taken
-                heap.drop(own)
-                own = full
-            found: list[tuple[str, int]] = []
+            if made(node.name) > size(node.name):
+                own = widened(heap, own, made(node.name))
             again = [heap.new(size(n)) for n in tape.joined.get(node.name, ())]
             for name in node.inputs:
                 if not grad(name):
@@ -96,16 +100,25 @@ def backward(
                 elif name in profile.grad_alias:
                     found.append((name, heap.ref(own)))
                 else:
-                    found.append((name, heap.new(size(name))))
+                    found.append((name, heap.new(read(node, name))))
             heap.mark(int(profile.backward * share(node)))
             for block in again:
                 heap.drop(block)
-            for name, block in found:
-                _accumulate(heap, grads, name, block)
         for block in tape.saved.pop(node.name):
             heap.drop(block)
         if own is not None:
             heap.drop(own)
+        for name, block in found:
+            if read(node, name) < size(name):
+                block = widened(heap, block, size(name))
+            _accumulate(heap, grads, name, block)
+
+
+def widened(heap: Heap, block: int, size: int) -> int:
+    """A gradient of some rows among zeros for the others."""
+    full = heap.new(size)
+    heap.drop(block)
+    return full
 
 
 def _accumulate(heap: Heap, grads: dict[str, int], name: str, block: int) -> None:

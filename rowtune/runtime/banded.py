@@ -27,11 +27,12 @@ from rowtune.runtime.lines import Lines, PieceGradients
 
 @dataclass
 class Tape:
-    """What a piece's backward needs: where gradients are asked for, and the outputs they start from."""
+    """What a piece's backward needs: where gradients are asked for, and where they start. Places in
+    autograd's graph, not tensors: the tape holds on to no memory that the operators do not need."""
 
     slabs: list[tuple[str, Rows, GradientEdge]]
     weights: list[str]
-    outputs: dict[str, Tensor]
+    outputs: dict[str, tuple[GradientEdge, torch.dtype]]
 
 
 @dataclass
@@ -79,6 +80,8 @@ class BandedRun:
         self.dims = self.program.bands.dims
         self.whole = {n: tensors[n] for n in segment.part.weights}
         self.whole |= {n: t for n, t in tensors.items() if graph.values[n].kind == "norms"}
+        self.outputs: dict[str, Tensor] = {}
+        self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, Tensor]]]] = []
 
     # -- forward -------------------------------------------------------------------------------------------
@@ -105,10 +108,10 @@ class BandedRun:
 
     def _finish(self) -> dict[str, Tensor]:
         self.lines.clear()
-        outputs, self.outputs = self.outputs, {}  # backward does not need them
         with torch.no_grad():
-            post = self._run_post(self.sums)
-        return {o: post[o] if o in post else outputs[o] for o in self.segment.part.outputs}
+            made = {**self.outputs, **self._run_post(self.sums)}
+        self.outputs = {}  # backward does not need them
+        return {o: made[o] for o in self.segment.part.outputs}
 
     # -- backward ------------------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ class BandedRun:
         self.sum_gradients, self.outer, self.collect = sums, grads or {}, collect
         self.gradients = Gradients({}, {})
         if collect:
-            self.outputs: dict[str, Tensor] = {}
+            self.outputs = {}
             self.sums: dict[str, Tensor] = {}
         self.carriers = self._carriers() if grads is not None else frozenset()
         self.leaves = {
@@ -183,7 +186,7 @@ class BandedRun:
         self.lines = Lines(self.dims)
         self.tapes: dict[int, Tape] = {}
         self.shares = PieceGradients(self.dims, homes_of(self.program))
-        self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
+        self.stash = {}
 
     def _carriers(self) -> frozenset[str]:
         """Values through which a gradient flows in this call."""
@@ -276,7 +279,7 @@ class BandedRun:
             else:
                 outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
         weights = dict.fromkeys(n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole)
-        kept = {n: t for n, t in outputs.items() if t.requires_grad}
+        kept = {n: (get_gradient_edge(t), t.dtype) for n, t in outputs.items() if t.requires_grad}
         self.tapes[number] = Tape(edges, list(weights), kept)
         return outputs
 
@@ -328,14 +331,16 @@ class BandedRun:
             self.lines.drop(name, rows)
 
     def _run_back(self, number: int, piece: Piece, tape: Tape) -> None:
-        outputs, seeds = [], []
+        outputs: list[Any] = []
+        seeds = []
         for name, rows in piece.outputs:
             if name not in tape.outputs:
                 continue
             seed = self._seed(number, name, rows)
             if seed is not None:
-                outputs.append(tape.outputs[name])
-                seeds.append(seed if seed.dtype == outputs[-1].dtype else seed.to(outputs[-1].dtype))
+                edge, dtype = tape.outputs[name]
+                outputs.append(edge)
+                seeds.append(seed if seed.dtype == dtype else seed.to(dtype))
         if not outputs:
             return
         leaves = [self.leaves[n] for n in tape.weights]
