@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 
@@ -153,7 +154,7 @@ def gather(rows: int, reads: Iterable[tuple[int, int]]) -> Gather:
 def split_at(rows: Rows, points: Iterable[int]) -> list[Rows]:
     """Cut a range at every point strictly inside it; points are in increasing order."""
     cuts = [rows.lo, *(p for p in points if rows.lo < p < rows.hi), rows.hi]
-    return [Rows(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    return [Rows(a, b) for a, b in pairwise(cuts) if a < b]
 
 
 def band_ends(height: int, bands: int, tallest: int, band_rows: int) -> list[int]:

@@ -15,21 +15,22 @@ from rowtune.graph.cuts import stretches
 from rowtune.graph.losses import parse
 from rowtune.graph.training import synthetic_target, with_loss
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # drawn so
 
 small = st.integers(0, 2)
 options = st.fixed_dictionaries(
     {
         "k": st.integers(1, 4), "s": st.integers(1, 3), "p": st.integers(0, 3), "d": st.integers(1, 2),
-        "g": st.sampled_from([1, 2, 4]), "op": st.integers(0, 1), "ceil": st.booleans(), "count": st.booleans(),
+        "g": st.sampled_from([1, 2, 4]), "op": st.integers(0, 1), "ceil": st.booleans(),
+        "count": st.booleans(),
         "scale": st.sampled_from([2, 3, 1.5, 0.7]), "corners": st.booleans(),
-        "a": st.integers(0, 2), "b": st.integers(0, 2), "mode": st.sampled_from(["constant", "reflect", "replicate"]),
+        "a": st.integers(0, 2), "b": st.integers(0, 2),
+        "mode": st.sampled_from(["constant", "reflect", "replicate"]),
     }
 )  # fmt: skip
 kinds = [
-    "conv", "conv", "conv", "same", "transposed", "max", "avg", "nearest", "bilinear", "size", "pad", "shuffle",
-    "unshuffle", "norm", "crop", "chunk", "batchnorm",
+    "conv", "conv", "conv", "same", "transposed", "max", "avg", "nearest", "bilinear", "size", "pad",
+    "shuffle", "unshuffle", "norm", "crop", "chunk", "batchnorm",
 ]  # fmt: skip
 layers = st.lists(st.tuples(st.sampled_from(kinds), options, small), min_size=1, max_size=6)
 
@@ -48,8 +49,8 @@ def plain_or_skip(net: RandomNet, x: torch.Tensor) -> None:
 @given(
     layers=layers, rank=st.sampled_from([2, 2, 2, 1, 3]), batch=st.integers(1, 3), height=st.integers(3, 17),
     width=st.integers(3, 7), band=st.integers(1, 17), halo=st.sampled_from(["recompute", "cache", "sweep"]),
-    tapes=st.sampled_from(["split", "whole"]), images=st.integers(0, 2), axis=st.sampled_from([2, 2, 3]),
-    seed=st.integers(0, 99),
+    tapes=st.sampled_from(["split", "whole", "late"]), images=st.integers(0, 2),
+    axis=st.sampled_from([2, 2, 3]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_random_networks_are_exact(layers, rank, batch, height, width, band, halo, tapes, images, axis, seed):
     torch.manual_seed(seed)
@@ -70,8 +71,8 @@ def test_random_networks_are_exact(layers, rank, batch, height, width, band, hal
     layers=layers, batch=st.integers(1, 2), height=st.integers(3, 13), band=st.integers(1, 13),
     halo=st.sampled_from(["recompute", "cache", "sweep"]), images=st.integers(0, 1), seed=st.integers(0, 99),
     name=st.sampled_from([
-        "cross_entropy", "cross_entropy:ignore_index=1", "cross_entropy:reduction=sum", "mse", "l1:reduction=sum",
-        "smooth_l1:beta=0.5", "bce_with_logits", "dice_ce", "dice_ce:ignore_index=0",
+        "cross_entropy", "cross_entropy:ignore_index=1", "cross_entropy:reduction=sum", "mse",
+        "l1:reduction=sum", "smooth_l1:beta=0.5", "bce_with_logits", "dice_ce", "dice_ce:ignore_index=0",
     ]),
 )  # fmt: skip
 def test_losses_in_bands_are_exact(layers, batch, height, band, halo, images, seed, name):

@@ -42,6 +42,7 @@ class BandedSizes:
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
         self.wanted = graph.needs_grad
         self.fraction = 1.0
+        self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
 
     # -- the two passes --------------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ class BandedSizes:
         self.lines: dict[str, _Line] = {}
         self.tapes: dict[int, tuple[TapeSizes, dict[str, int]]] = {}
         self.shares: dict[tuple[int, str], list[tuple[Rows, int]]] = {}
-        self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
+        self.stash = {}
         if not self.done:
             self.outer = getattr(self, "outer", frozenset())
 

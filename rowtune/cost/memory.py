@@ -169,5 +169,3 @@ class _Step:
             self.heap.drop(block)
         else:
             self.grads[name] = block
-
-

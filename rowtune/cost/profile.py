@@ -174,7 +174,9 @@ def _back(tensors: dict[str, Tensor], out: Tensor) -> tuple[frozenset[str], int]
         found = torch.autograd.grad(out, list(wanted.values()), seed, allow_unused=True)
         peak = counter.peak
     key = seed.untyped_storage()._cdata
-    alias = {n for n, g in zip(wanted, found, strict=True) if g is not None and g.untyped_storage()._cdata == key}
+    alias = {
+        n for n, g in zip(wanted, found, strict=True) if g is not None and g.untyped_storage()._cdata == key
+    }
     fresh = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in found if g is not None}
     fresh.pop(key, None)
     return frozenset(alias), max(0, peak - sum(fresh.values()))

@@ -153,7 +153,9 @@ class Graph:
             if v.kind not in ("node", "target") and v.path != "@"
         ]
         rows += [
-            (node.op, [number[i] for i in node.inputs]) for node in self.nodes if not node.op.startswith("loss")
+            (node.op, [number[i] for i in node.inputs])
+            for node in self.nodes
+            if not node.op.startswith("loss")
         ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 

@@ -96,7 +96,10 @@ def bce_with_logits(reduction: str = "mean") -> Loss:
 
 
 def cross_entropy(
-    reduction: str = "mean", ignore_index: int = -100, weight: Tensor | None = None, label_smoothing: float = 0.0
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Loss:
     """Cross-entropy over channels: output N x C x ..., target class indices N x ... (int64).
 
@@ -232,8 +235,8 @@ def _literal(text: str) -> int | float | str:
 
 
 def default_name(output: tuple[int, ...], inputs: tuple[int, ...]) -> str:
-    """Cross-entropy where the output is class scores (N x C, or N x C x H x W with C > 1 and the input's size),
-    else MSE."""
+    """Cross-entropy where the output is class scores (N x C, or N x C x H x W with C > 1 and the input's
+    size), else MSE."""
     if len(output) == 2 and output[1] > 1:
         return "cross_entropy"
     if len(output) > 2 and output[1] > 1 and output[2:] == inputs[2:] and len(output) == len(inputs):

@@ -62,7 +62,9 @@ def _sums_size(loss: Loss, output: Value, target: Value) -> int:
     if not loss.row_local:
         return 1
     with torch.device("meta"):
-        sums = loss.terms(torch.zeros(output.shape, dtype=output.dtype), torch.zeros(target.shape, dtype=target.dtype))
+        sums = loss.terms(
+            torch.zeros(output.shape, dtype=output.dtype), torch.zeros(target.shape, dtype=target.dtype)
+        )
     return sums.numel()
 
 

@@ -162,7 +162,8 @@ class _Reader:
             ref = self.now[tree.name]
             if isinstance(ref, Ref) and ref.name in self.stale:
                 raise ModelError(
-                    f"{ref.name} is read after a view of it was changed in place; write that operator out of place"
+                    f"{ref.name} is read after a view of it was changed in place; write that "
+                    "operator out of place"
                 )
             return ref
         if isinstance(tree, (list, tuple)):
@@ -173,7 +174,7 @@ class _Reader:
 
     def _call(self, node: torch.fx.Node) -> None:
         if node.target is operator.getitem:
-            source = self.now[node.args[0].name]  # type: ignore[union-attr]
+            source: Any = self.now[node.all_input_nodes[0].name]
             if isinstance(source, list):
                 self.now[node.name] = source[node.args[1]]  # type: ignore[index]
                 return
@@ -215,7 +216,9 @@ class _Reader:
                 self.now[key] = Ref(name)
 
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
-        random = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+        random = (
+            isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+        )
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
         self._add(made, node.meta["val"])
 
@@ -232,7 +235,8 @@ class _Reader:
         if op == "unbind":
             dim = int(args[1]) if len(args) > 1 else 0
         else:
-            dim = int(args[2]) if len(args) > 2 else int(node.kwargs.get("dim", 0))  # type: ignore[call-overload]
+            given: Any = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
+            dim = int(given)
         start, made = 0, []
         for i, part in enumerate(parts):
             name = f"{node.name}_{i}" if f"{node.name}_{i}" not in self.values else f"{node.name}_part_{i}"

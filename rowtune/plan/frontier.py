@@ -101,7 +101,9 @@ def keep_from(groups: list[Group], readers: dict[str, tuple[int, ...]], ends: tu
         for output in group.outputs:
             lo = ends[i]
             for c in readers.get(output, ()):
-                starts = {o: ends[c] if ends[c] < final[c] else groups[c].heights[o] for o in groups[c].outputs}
+                starts = {
+                    o: ends[c] if ends[c] < final[c] else groups[c].heights[o] for o in groups[c].outputs
+                }
                 lo = min(lo, groups[c].lo(starts)[output])
             kept[output] = Rows(min(lo, ends[i]), ends[i])
     return kept

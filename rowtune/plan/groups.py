@@ -97,7 +97,9 @@ def make_group(graph: Graph, bands: Banding, nodes: tuple[Node, ...], outputs: t
     for i, node in enumerate(nodes):
         for name in node.inputs:
             last[name] = i
-    drops = tuple(tuple(n for n, at in last.items() if at == i and n not in outputs) for i in range(len(nodes)))
+    drops = tuple(
+        tuple(n for n, at in last.items() if at == i and n not in outputs) for i in range(len(nodes))
+    )
     reads = tuple(n for n in names if n not in made)
     whole = all(bands.dims[n.name] is None and not bands.rule(n.name).reduces for n in nodes)
     return Group(nodes, outputs, heights, reads, drops, whole, bands)

@@ -47,7 +47,9 @@ def _spans(graph: Graph, plan: Plan) -> list[tuple[Segment, int, int]]:
         if stop <= at:
             raise PlanError(f"segment {segment.first}..{segment.last} ends before it begins")
         if not legal_cut(graph, stop):
-            raise PlanError(f"no segment may end after {segment.last}: an operator's several outputs would be torn")
+            raise PlanError(
+                f"no segment may end after {segment.last}: an operator's several outputs would be torn"
+            )
         spans.append((segment, at, stop))
         at = stop
     if at == graph.index.get(SUMS):
@@ -164,5 +166,3 @@ def _image_ranges(graph: Graph, part: Stretch, images: Banding, count: int) -> t
     )
     step = count or total
     return tuple(Rows(a, min(a + step, total)) for a in range(0, total, step))
-
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from rowtune.graph.bands import banding
 from rowtune.graph.cuts import legal_cut, why_not
@@ -75,7 +76,7 @@ class PlanSpace:
     @staticmethod
     def _pairs(start: int, inner: list[int], stop: int) -> list[tuple[int, int]]:
         points = [start, *inner, stop]
-        return list(zip(points[:-1], points[1:], strict=True))
+        return list(pairwise(points))
 
     def _bandable(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Runs of a zone that can be rows segments and are worth it (a halo or more than one node)."""
@@ -86,7 +87,9 @@ class PlanSpace:
             while end <= stop and not why_not(self.graph, at, end, self.axis):
                 end += 1
             end -= 1
-            while end > at and not (legal_cut(self.graph, end) and not why_not(self.graph, at, end, self.axis)):
+            while end > at and not (
+                legal_cut(self.graph, end) and not why_not(self.graph, at, end, self.axis)
+            ):
                 end -= 1
             if end > at + 1:
                 found.append((at, end))

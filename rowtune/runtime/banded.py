@@ -66,7 +66,12 @@ class BandedRun:
     """
 
     def __init__(
-        self, graph: Graph, segment: SegmentProgram, tensors: dict[str, Tensor], wanted: frozenset[str], seed: int
+        self,
+        graph: Graph,
+        segment: SegmentProgram,
+        tensors: dict[str, Tensor],
+        wanted: frozenset[str],
+        seed: int,
     ) -> None:
         assert segment.banded is not None
         self.graph, self.segment, self.program = graph, segment, segment.banded
@@ -228,7 +233,9 @@ class BandedRun:
         else:
             slabs = {n: self._slab(n, piece.ranges[n])[0] for n in group.reads if n in piece.ranges}
             with torch.no_grad():
-                outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.whole, self.images)
+                outputs = self.evaluator.run(
+                    group, piece.outputs, piece.ranges, slabs, self.whole, self.images
+                )
         for name, rows in piece.outputs:
             self._deliver(name, rows, outputs[name])
 
@@ -264,7 +271,7 @@ class BandedRun:
             if name in self.carriers and tensor.dtype.is_floating_point:
                 if fresh:
                     with torch.enable_grad():
-                        tensor = _Joined.apply(self.token, [tensor])
+                        tensor = _Joined.apply(self.token, [tensor])  # type: ignore[no-untyped-call]
                 else:
                     tensor = tensor.detach().requires_grad_()
                 edges.append((name, rows, get_gradient_edge(tensor)))
@@ -275,10 +282,16 @@ class BandedRun:
         with torch.enable_grad():
             if joined:
                 with saved_tensors_hooks(self._pack(joined), self._unpack):
-                    outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
+                    outputs = self.evaluator.run(
+                        group, piece.outputs, piece.ranges, slabs, self.leaves, self.images
+                    )
             else:
-                outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
-        weights = dict.fromkeys(n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole)
+                outputs = self.evaluator.run(
+                    group, piece.outputs, piece.ranges, slabs, self.leaves, self.images
+                )
+        weights = dict.fromkeys(
+            n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole
+        )
         kept = {n: (get_gradient_edge(t), t.dtype) for n, t in outputs.items() if t.requires_grad}
         self.tapes[number] = Tape(edges, list(weights), kept)
         return outputs
@@ -362,7 +375,7 @@ class BandedRun:
         return self.shares.take(number, name, rows, outer)
 
     def _scatter(self, tape: Tape, found: tuple[Tensor | None, ...], given: set[int]) -> None:
-        """Gradients of slices to the pieces that made them or the segment's inputs; of weights to the sums."""
+        """Gradients of slices to the pieces that made them or the segment's inputs, of weights to sums."""
         where = [g.untyped_storage().data_ptr() for g in found if g is not None]
         for (name, rows, _), g in zip(tape.slabs, found, strict=False):
             if g is None:

@@ -36,7 +36,8 @@ def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time
 
 
 def _dropout(node: Node, args: tuple[Any, ...], seed: int) -> Tensor:
-    x, p, train = args[0], float(args[1]), bool(args[2])
+    x: Tensor = args[0]
+    p, train = float(args[1]), bool(args[2])
     if not train or p == 0.0:
         return x
     return dropout_slab(x, p, seed, node.name, None, Rows(0, 0), ALL_IMAGES)
@@ -136,7 +137,9 @@ class Evaluator:
 
 def detached(tensors: Mapping[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
     """Fresh leaves over the same memory, with gradients where wanted."""
-    return {n: t.detach().requires_grad_(n in wanted and t.dtype.is_floating_point) for n, t in tensors.items()}
+    return {
+        n: t.detach().requires_grad_(n in wanted and t.dtype.is_floating_point) for n, t in tensors.items()
+    }
 
 
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:

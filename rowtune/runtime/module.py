@@ -67,7 +67,9 @@ class RowtuneModule(nn.Module):
         self.__dict__["_model"].training = mode
         return self
 
-    def forward(self, *inputs: Any, targets: Tensor | None = None, outputs: bool = False, **named: Any) -> Any:
+    def forward(
+        self, *inputs: Any, targets: Tensor | None = None, outputs: bool = False, **named: Any
+    ) -> Any:
         """The model's outputs; with `targets`, the loss (and the detached outputs where asked)."""
         if targets is not None and self.loss is None:
             raise UsageError("targets were given to a module without a loss; give apply(..., loss=...)")
@@ -87,7 +89,12 @@ class RowtuneModule(nn.Module):
     # -- programs ------------------------------------------------------------------------------------------
 
     def program(
-        self, inputs: tuple[Any, ...], named: dict[str, Any] | None = None, *, with_targets: bool, outputs: bool = False
+        self,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any] | None = None,
+        *,
+        with_targets: bool,
+        outputs: bool = False,
     ) -> Program:
         """The program for inputs of these shapes and types, made once for each."""
         key = (
@@ -102,7 +109,7 @@ class RowtuneModule(nn.Module):
     def _make_program(
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
-        graph = trace(self._model, inputs, training=self.training, named=named)
+        graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
         if self.training and self._fingerprint not in (None, graph.fingerprint):
             raise PlanError(
                 f"the plan was made for a graph with fingerprint {self._fingerprint}; this model's is "

@@ -17,7 +17,9 @@ from rowtune.runtime.evaluate import run_whole
 Env = dict[str, Any]
 
 
-def run_segment(program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor) -> None:
+def run_segment(
+    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
+) -> None:
     """Add the segment's outputs to `env`."""
     if segment.banded is not None:
         _run_banded(program, segment, env, seed, scale)
@@ -58,11 +60,13 @@ def _run_checkpoint(segment: SegmentProgram, env: Env, seed: int) -> None:
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
 
-def _run_banded(program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor) -> None:
+def _run_banded(
+    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
+) -> None:
     names = [*segment.part.inputs, *segment.part.weights]
     tensors = [env[n] for n in names]
     call = _Call(program, segment, names, seed, scale)
-    outputs = _BandedSegment.apply(call, *tensors)
+    outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
 

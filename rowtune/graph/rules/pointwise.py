@@ -3,14 +3,11 @@ other axes (linear, softmax over channels, layer norm over channels, frozen batc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from rowtune.graph.graph import Ref
-from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Run, Slab, as_is
+from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Run, as_is
 from rowtune.rows import pointwise as same_rows
 
 
@@ -19,7 +16,9 @@ def elementwise(q: Question) -> RowRule | Opaque:
     whole by every band; a parameter with all the rows is sliced like a feature map."""
     out = q.out
     found = {
-        d + len(out) - len(q.shape(n)) for n, d in q.dims.items() if d is not None and q.shape(n)[d] == out[d + len(out) - len(q.shape(n))]
+        d + len(out) - len(q.shape(n))
+        for n, d in q.dims.items()
+        if d is not None and q.shape(n)[d] == out[d + len(out) - len(q.shape(n))]
     }
     if len(found) != 1:
         return Opaque("its inputs are banded along different axes")
@@ -38,7 +37,9 @@ def elementwise(q: Question) -> RowRule | Opaque:
     return RowRule(dim, reads)
 
 
-def along(q: Question, mixed: Callable[[Question, int], bool], why: str, run: Run = as_is) -> RowRule | Opaque:
+def along(
+    q: Question, mixed: Callable[[Question, int], bool], why: str, run: Run = as_is
+) -> RowRule | Opaque:
     """The first input is banded along a dimension that the operator does not mix; the others are whole."""
     x = q.node.inputs[0]
     dim = q.dims[x]
@@ -75,7 +76,9 @@ def layer_norm(q: Question) -> RowRule | Opaque:
 def batch_norm(q: Question) -> RowRule | Opaque:
     """Frozen statistics are pointwise. Train mode needs the statistics of all rows first: a barrier."""
     if q.arg(5, "training", False):
-        return Opaque("train-mode batch norm needs the statistics of all rows and images", q.dims[q.node.inputs[0]])
+        return Opaque(
+            "train-mode batch norm needs the statistics of all rows and images", q.dims[q.node.inputs[0]]
+        )
     return along(q, lambda q, d: d == 1, "batch norm's channels")
 
 
@@ -140,10 +143,6 @@ def random(q: Question) -> RowRule | Opaque:
     return Opaque(f"{q.node.op} draws random numbers for the whole tensor")
 
 
-
-
 def is_pointwise(target: object) -> bool:
     """PyTorch marks its pointwise operators; this covers the whole aten set without naming it."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-
-

@@ -1,4 +1,4 @@
-"""Nearest and (bi-, tri-)linear resampling: which rows are read depends on the absolute row, not on the slice.
+"""Nearest and (bi-, tri-)linear resampling: the rows read depend on the absolute row, not on the slice.
 
 `interpolate` on a slice is another function than a slice of `interpolate`. For whole-number magnification
 without aligned corners the stencil is regular, so the operator itself runs on a slice with one row of context
@@ -60,7 +60,9 @@ def _resample(q: Question, linear: bool) -> RowRule | Opaque:
             window = Affine(rows, out_rows, 1, factor)
         run = _native(q, dim, window, factor, corners, others, linear)
         return RowRule(dim, {x: Read(dim, window)}, run)
-    sources = _linear_sources(rows, out_rows, scale, corners) if linear else _nearest_sources(rows, out_rows, scale)
+    sources = (
+        _linear_sources(rows, out_rows, scale, corners) if linear else _nearest_sources(rows, out_rows, scale)
+    )
     window = gather(rows, ((lo, hi) for lo, hi, _ in sources))
     return RowRule(dim, {x: Read(dim, window)}, _by_index(q, dim, sources, corners, others, linear))
 
@@ -92,7 +94,14 @@ def _linear_sources(
 
 
 def _call(
-    q: Question, x: Tensor, dim: int, rows: int, row_scale: float, corners: bool, others: list[float | None], linear: bool
+    q: Question,
+    x: Tensor,
+    dim: int,
+    rows: int,
+    row_scale: float,
+    corners: bool,
+    others: list[float | None],
+    linear: bool,
 ) -> Tensor:
     """The operator with `rows` output rows along the band axis and its own sizes along the others."""
     size = list(q.out[2:])
@@ -113,7 +122,13 @@ def _call(
 
 
 def _native(
-    q: Question, dim: int, window: Window, factor: int, corners: bool, others: list[float | None], linear: bool
+    q: Question,
+    dim: int,
+    window: Window,
+    factor: int,
+    corners: bool,
+    others: list[float | None],
+    linear: bool,
 ) -> Run:
     x = q.node.inputs[0]
 
@@ -158,8 +173,6 @@ def _by_index(
 
 def _pick(image: Tensor, dim: int, index: list[int]) -> Tensor:
     return image.index_select(dim, torch.tensor(index, device=image.device))
-
-
 
 
 RESAMPLES: dict[str, Callable[[Question], RowRule | Opaque]] = {

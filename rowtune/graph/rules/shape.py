@@ -103,7 +103,7 @@ def squeeze(q: Question) -> RowRule | Opaque:
 def select(q: Question) -> RowRule | Opaque:
     x = q.node.inputs[0]
     dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.shape(x))
-    return _moved(q, None if dim in (None, at) else dim - (at < dim), "one row is selected")  # type: ignore[operator]
+    return _moved(q, None if dim in (None, at) else dim - (at < dim), "one row is selected")
 
 
 def slice_(q: Question) -> RowRule | Opaque:
@@ -199,7 +199,10 @@ def pad(q: Question) -> RowRule | Opaque:
             return F.pad(image, edge, value=float(value or 0)) if any(edge) else image
 
         return RowRule(dim, {x: Read(dim, window)}, run)
-    source = [_reflected(i - top, rows) if mode == "reflect" else min(max(i - top, 0), rows - 1) for i in range(out_rows)]
+    source = [
+        _reflected(i - top, rows) if mode == "reflect" else min(max(i - top, 0), rows - 1)
+        for i in range(out_rows)
+    ]
 
     def run_gather(slab: Slab) -> Tensor:
         image, got = slab.tensors[x], slab.reads[x]

@@ -27,7 +27,9 @@ def _expand(value: Any, n: int) -> list[int]:
     return items * n if len(items) == 1 else items
 
 
-def _weight_pads(q: Question, spatial: int, dilation: list[int], kernel: Sequence[int]) -> list[tuple[int, int]]:
+def _weight_pads(
+    q: Question, spatial: int, dilation: list[int], kernel: Sequence[int]
+) -> list[tuple[int, int]]:
     """(before, after) padding of each spatial axis."""
     padding = q.arg(4, "padding", 0)
     if padding == "valid":

@@ -26,9 +26,7 @@ def schedule(ask: Request) -> Schedule:
     for r in range(bands - 1, -1, -1):
         before = front.ends[r - 1] if r else (0,) * len(groups)
         made.backward.append(Restore(r - 1))
-        mine = [
-            first_piece[i, before[i]] for i in range(len(groups)) if front.ends[r][i] > before[i]
-        ]
+        mine = [first_piece[i, before[i]] for i in range(len(groups)) if front.ends[r][i] > before[i]]
         made.backward += [Run(p, tape=True) for p in mine]
         made.backward += [Back(p) for p in reversed(mine)]
     return made

@@ -6,6 +6,8 @@ kept between forward and backward but the segment's inputs.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from rowtune.plan.frontier import Frontiers, frontiers, gradient_end
 from rowtune.plan.groups import Group, fuse
 from rowtune.plan.policies.schedule import Request, Schedule, forward_pass
@@ -44,7 +46,7 @@ def _backward(made: Schedule, groups: list[Group], front: Frontiers, tapes: str)
         for i, end in enumerate(ends):
             rows = Rows(before[i], end)
             cuts = [rows.lo, *between(points[i], rows), rows.hi]
-            for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+            for a, b in pairwise(cuts):
                 if b > a:
                     piece = made.one(i, Rows(a, b))
                     if tapes != "late":

@@ -1,0 +1,313 @@
+"""Memory against time, side by side with what people use instead, on the same work.
+
+    python benchmarks/frontier.py                     all cases
+    python benchmarks/frontier.py per_pixel --rounds 5
+
+Contenders take turns (A B C A B C ...), so that drift of a shared machine hits all alike; times are medians
+and are read as ratios to plain eager in the same run. Memory is measured apart from time: `activation` is
+the peak of live tensors less parameters and gradients, `allocator` the allocator's own peak with kernel
+temporaries (the only figure there is for compiled code, whose buffers are not tensors). Results are written
+to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a shared machine: waiting threads should not spin for long
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rowtune
+from rowtune.graph.losses import Loss, parse
+from rowtune.graph.training import synthetic_target, with_loss
+from rowtune.plan.plan import Plan, Segment
+from rowtune.tune.meter import LiveMeter, allocator_peak
+
+Step = Callable[[], object]
+
+
+@dataclass
+class Contender:
+    """`step` runs forward and backward; `live` is False where tensors are not what memory is made of."""
+
+    name: str
+    step: Step
+    live: bool = True
+    times: list[float] = field(default_factory=list)
+    activation_bytes: int | None = None
+    allocator_bytes: int | None = None
+    gradient_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    network: str
+    options: dict[str, Any]
+    shape: tuple[int, ...]
+    loss: str
+    plans: dict[str, Callable[[Any], Plan]]
+    compiled: bool = True
+
+
+def sweep(band: int, tapes: str = "split") -> Callable[[Any], Plan]:
+    return lambda graph: rowtune.uniform_plan(graph, "rows", band, "sweep", tapes=tapes)  # type: ignore[arg-type]
+
+
+def fronts(*parts: tuple[str, int, str], rest: str = "keep") -> Callable[[Any], Plan]:
+    """Rows segments ending at the named nodes, the rest kept: (last node, band rows, halo)."""
+
+    def build(graph: Any) -> Plan:
+        segments, at = [], 0
+        for last, band, halo in parts:
+            segments.append(Segment(graph.nodes[at].name, last, "rows", band, halo))  # type: ignore[arg-type]
+            at = graph.index[last] + 1
+        segments.append(Segment(graph.nodes[at].name, graph.nodes[-1].name, rest))  # type: ignore[arg-type]
+        return Plan(tuple(segments))
+
+    return build
+
+
+CASES = (
+    Case(
+        "per_pixel 8x32ch, 1x3x1024x1024, single sweep", "per_pixel", {}, (1, 3, 1024, 1024), "cross_entropy",
+        {"rowtune sweep 16": sweep(16), "rowtune sweep 32": sweep(32)},
+    ),
+    Case(
+        "edsr baseline, 1x3x512x512, single sweep", "edsr", {}, (1, 3, 512, 512), "mse",
+        {"rowtune sweep 16": sweep(16), "rowtune sweep 32": sweep(32)},
+    ),
+    Case(
+        "vgg16, 1x3x2048x2048", "vgg16", {"dropout": 0.0}, (1, 3, 2048, 2048), "cross_entropy",
+        {
+            "rowtune 8+4 sweep": fronts(("max_pool2d_2", 8, "sweep"), ("max_pool2d_3", 4, "sweep")),
+            "rowtune 16+16 cache": fronts(("max_pool2d_2", 16, "cache"), ("max_pool2d_3", 16, "cache")),
+        },
+    ),
+)  # fmt: skip
+
+
+# -- contenders --------------------------------------------------------------------------------
+
+
+def checkpointed(model: nn.Module, case: Case, pieces: int) -> nn.Module:
+    """torch.utils.checkpoint over `pieces` stretches of the network's own blocks."""
+    blocks = BLOCKS[case.network](model)
+    size = -(-len(blocks) // pieces)
+    return Checkpointed([blocks[i : i + size] for i in range(0, len(blocks), size)])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, parts: list[list[Callable[[Any], Any]]]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Any:
+        value: Any = x
+        for i, part in enumerate(self.parts):
+            run = _chain(part)
+            value = run(value) if i == len(self.parts) - 1 else checkpoint(run, value, use_reentrant=False)
+        return value
+
+
+def _chain(part: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    def run(value: Any) -> Any:
+        for block in part:
+            value = block(value)
+        return value
+
+    return run
+
+
+def _vgg_blocks(model: Any) -> list[Callable[[Any], Any]]:
+    return [*model.features, lambda x: model.classifier(torch.flatten(model.avgpool(x), 1))]
+
+
+def _edsr_blocks(model: Any) -> list[Callable[[Any], Any]]:
+    """Head, body (its input rides along for the global skip), upsampler and tail."""
+    first: list[Callable[[Any], Any]] = [lambda x: (h := model.head(x), h)]
+    body: list[Callable[[Any], Any]] = [lambda v, b=b: (b(v[0]), v[1]) for b in model.body[:-1]]
+    last: list[Callable[[Any], Any]] = [
+        lambda v: model.body[-1](v[0]) + v[1],
+        lambda x: model.tail(model.upsample(x)),
+    ]
+    return first + body + last
+
+
+BLOCKS: dict[str, Callable[[Any], list[Callable[[Any], Any]]]] = {
+    "vgg16": _vgg_blocks,
+    "edsr": _edsr_blocks,
+    "per_pixel": lambda model: list(model),
+}
+
+
+def contenders(
+    case: Case, model: nn.Module, x: Tensor, target: Tensor, loss: Loss, quick: bool
+) -> list[Contender]:
+    def training(run: Callable[[], Tensor]) -> Step:
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            run().backward()
+
+        return step
+
+    found = [Contender("plain eager", training(lambda: loss(model(x), target)))]
+    last_format = torch.channels_last
+    found.append(
+        Contender(
+            "plain channels_last", training(lambda: loss(model(x.to(memory_format=last_format)), target))
+        )
+    )
+    for pieces in (2, 4, 6):
+        net = checkpointed(model, case, pieces)
+        found.append(Contender(f"checkpoint {pieces}", training(lambda net=net: loss(net(x), target))))
+    if case.compiled and not quick:
+        found += [_compiled(model, x, target, loss, budget, training) for budget in (1.0, 0.5)]
+    graph = with_loss(rowtune.trace(model, (x,)), loss)
+    for name, build in case.plans.items():
+        module = rowtune.apply(model, build(graph), loss)
+        found.append(Contender(name, training(lambda module=module: module(x, targets=target))))
+    return found
+
+
+def _compiled(
+    model: nn.Module, x: Tensor, target: Tensor, loss: Loss, budget: float, training: Any
+) -> Contender:
+    """torch.compile keeps its budget in a global, read when the backward graph is made: compile now."""
+    import torch._functorch.config as config
+
+    torch._dynamo.reset()
+    old, config.activation_memory_budget = config.activation_memory_budget, budget
+    try:
+        net = torch.compile(model, dynamic=False)
+        step = training(lambda: loss(net(x), target))
+        step()
+    finally:
+        config.activation_memory_budget = old
+    return Contender(f"torch.compile, budget {budget}", step, live=False)
+
+
+# -- measuring --------------------------------------------------------------------------------
+
+
+def measure(case: Case, rounds: int, quick: bool) -> dict[str, Any]:
+    model = rowtune.zoo.build(case.network, **case.options)
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
+    loss = parse(case.loss)
+    with torch.device("meta"):
+        probe = rowtune.trace(model, (torch.empty(case.shape),))
+    target = synthetic_target(loss, probe.values[probe.outputs[0]].shape, torch.float32, 0)
+    field_ = contenders(case, model, x, target, loss, quick)
+    memory(field_, model, x, target)
+    best = min((c for c in field_ if c.name.startswith("checkpoint")), key=lambda c: c.activation_bytes or 0)
+    running = [c for c in field_ if not c.name.startswith("checkpoint") or c is best]
+    best.name = f"best checkpointing ({best.name})"
+    for r in range(rounds + 1):
+        for contender in running:
+            gc.collect()
+            start = time.perf_counter()
+            contender.step()
+            if r:
+                contender.times.append(time.perf_counter() - start)
+        print(f"  round {r} of {rounds}", flush=True)
+    return report(case, running)
+
+
+def memory(field_: list[Contender], model: nn.Module, x: Tensor, target: Tensor) -> None:
+    """Peaks and, against plain, gradients."""
+    reference: dict[str, Tensor] = {}
+    for contender in field_:
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        contender.allocator_bytes = allocator_peak(contender.step)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        if not reference:
+            reference = grads
+        largest = max(float(g.abs().max()) for g in reference.values())
+        contender.gradient_error = max(
+            float((grads[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest)
+            for n, g in reference.items()
+        )
+        del grads
+        if contender.live:
+            model.zero_grad(set_to_none=True)
+            contender.activation_bytes = live_peak(contender.step, model, (x, target))
+        print(f"  memory of {contender.name}: {contender.activation_bytes}", flush=True)
+
+
+def live_peak(step: Step, model: nn.Module, batch: tuple[Tensor, ...]) -> int:
+    meter = LiveMeter("cpu")
+    meter.start([*batch, *model.parameters(), *model.buffers()], [*model.parameters(), *model.buffers()])
+    with meter:
+        step()
+    meter.tag([p.grad for p in model.parameters() if p.grad is not None])
+    return meter.peaks().activation_bytes
+
+
+def report(case: Case, running: list[Contender]) -> dict[str, Any]:
+    plain = running[0]
+    base_time = statistics.median(plain.times)
+    rows = []
+    print(
+        f"\n{case.name}  (plain: {base_time:.2f} s, activation peak {plain.activation_bytes / 2**20:.0f} MiB)"
+    )
+    print(f"{'':44s}{'time x':>8s}{'activation x':>14s}{'allocator x':>13s}{'gradients':>11s}")
+    for c in running:
+        t = statistics.median(c.times) / base_time
+        a = c.activation_bytes / plain.activation_bytes if c.activation_bytes else None
+        m = c.allocator_bytes / plain.allocator_bytes if c.allocator_bytes and plain.allocator_bytes else None
+        shown = f"{a:14.3f}" if a is not None else f"{'-':>14s}"
+        print(f"{c.name:44s}{t:8.2f}{shown}{m:13.3f}{c.gradient_error:11.1e}", flush=True)
+        rows.append(
+            {
+                "name": c.name, "time_ratio": t, "activation_ratio": a, "allocator_ratio": m,
+                "median_seconds": statistics.median(c.times), "seconds": c.times,
+                "activation_bytes": c.activation_bytes, "allocator_bytes": c.allocator_bytes,
+                "gradient_error": c.gradient_error,
+            }
+        )  # fmt: skip
+    return {"case": case.name, "shape": case.shape, "contenders": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", help="words that a case's name must contain")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="leave out torch.compile")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    today = datetime.date.today().isoformat()
+    for case in CASES:
+        if given.cases and not all(word in case.name for word in given.cases):
+            continue
+        print(f"\n{case.name}", flush=True)
+        found = measure(case, given.rounds, given.quick)
+        found |= {"date": today, "torch": torch.__version__, "threads": given.threads, "rounds": given.rounds,
+                  "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU"}  # fmt: skip
+        path = results / f"{today}-cpu-{case.network}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
