@@ -27,7 +27,11 @@ def step(model: nn.Module, run: Callable[[], Tensor], inputs: dict[str, Tensor])
     for t in inputs.values():
         t.grad = None
     out = run()
-    seed = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5)) if out.dim() else None
+    seed = (
+        torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
+        if out.dim()
+        else None
+    )
     out.backward(seed)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     gradients |= {n: t.grad.clone() for n, t in inputs.items() if t.grad is not None}
@@ -118,13 +122,21 @@ def make_layer(kind: str, o: dict[str, Any], c: int, rank: int) -> nn.Module:
     if kind == "max":
         return maxpool(o["k"], o["s"], min(o["p"], o["k"] // 2), ceil_mode=o["ceil"])
     if kind == "avg":
-        return avgpool(o["k"], o["s"], min(o["p"], o["k"] // 2), ceil_mode=o["ceil"], count_include_pad=o["count"])
+        return avgpool(
+            o["k"], o["s"], min(o["p"], o["k"] // 2), ceil_mode=o["ceil"], count_include_pad=o["count"]
+        )
     if kind == "nearest":
         return Lambda(lambda x: F.interpolate(x, scale_factor=o["scale"], mode="nearest"))
     if kind == "bilinear":
-        return Lambda(lambda x: F.interpolate(x, scale_factor=o["scale"], mode=linear, align_corners=o["corners"]))
+        return Lambda(
+            lambda x: F.interpolate(x, scale_factor=o["scale"], mode=linear, align_corners=o["corners"])
+        )
     if kind == "size":
-        return Lambda(lambda x: F.interpolate(x, size=[s + 1 for s in x.shape[2:]], mode=linear, align_corners=o["corners"]))
+        return Lambda(
+            lambda x: F.interpolate(
+                x, size=[s + 1 for s in x.shape[2:]], mode=linear, align_corners=o["corners"]
+            )
+        )
     if kind == "pad":
         return Lambda(lambda x: F.pad(x, [o["a"], o["b"]] * rank, mode=o["mode"]))
     if kind == "shuffle":

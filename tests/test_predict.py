@@ -1,0 +1,207 @@
+"""Predicted memory against measured memory: the predictor reads the program that the runtime executes."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rowtune
+from rowtune.cost.memory import Cost, predict
+from rowtune.graph.graph import Graph
+from rowtune.graph.losses import default_name, parse
+from rowtune.graph.training import synthetic_target, with_loss
+from rowtune.plan.plan import Plan
+from rowtune.plan.space import PlanSpace, space
+from rowtune.tune.meter import Memory, allocator_peak, measure_memory
+from rowtune.zoo import build
+
+# A quarter of the published widths or less, and images large enough that activations set the peak.
+NETS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "convnext_tiny": ({"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 128), "classes": 10}, 1, 128),
+    "edsr": ({"blocks": 3, "channels": 16}, 2, 80),
+    "per_pixel": ({"layers": 6, "channels": 8}, 1, 128),
+    "resnet50": ({"width": 16, "depths": (1, 1, 1, 1), "classes": 10}, 2, 128),
+    "unet": ({"base": 8, "depth": 3}, 1, 144),
+    "unet_bn": ({"base": 8, "depth": 3}, 1, 128),
+    "vgg16": ({"width": 8, "classes": 10}, 1, 160),
+    "vgg16_features": ({"width": 8}, 1, 160),
+}
+SAMPLED = ("vgg16", "unet", "edsr")
+OPTIMIZERS = {
+    0: lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
+    1: lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
+    2: lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
+}
+
+
+class Bench:
+    """A network with its batch and training graph; plans are predicted and measured on it."""
+
+    def __init__(self, name: str) -> None:
+        options, batch, size = NETS[name]
+        self.model = build(name, **options)
+        self.x = torch.randn(batch, 3, size, size)
+        self.graph: Graph = rowtune.trace(self.model, (self.x,))
+        output = self.graph.values[self.graph.outputs[0]]
+        self.loss = parse(default_name(output.shape, tuple(self.x.shape)))
+        self.target = synthetic_target(self.loss, output.shape, torch.float32, 1)
+        self.training = with_loss(self.graph, self.loss)
+        self.space: PlanSpace = space(self.training)
+
+    def predict(self, plan: Plan, slots: int = 1) -> Cost:
+        return predict(rowtune.lower(self.training, plan), slots)
+
+    def measure(self, plan: Plan, slots: int = 1) -> Memory:
+        module = rowtune.apply(self.model, plan, self.loss)
+        optimizer = OPTIMIZERS[slots](self.model.parameters())
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            module(self.x, targets=self.target).backward()
+            optimizer.step()
+
+        step()  # steady state: the optimizer has its state, the module its program
+        return measure_memory(step, module, optimizer, [self.x, self.target], "cpu")
+
+    def errors(self, plan: Plan, slots: int = 1) -> tuple[float, float]:
+        """Relative errors of the peak and of the activation peak."""
+        ours, real = self.predict(plan, slots), self.measure(plan, slots)
+        return (
+            abs(ours.peak_bytes / real.peak_bytes - 1),
+            abs(ours.activation_bytes / real.activation_bytes - 1),
+        )
+
+
+@cache
+def bench(name: str) -> Bench:
+    return Bench(name)
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch):
+    """Modules of one network at one shape share its graph: tracing is not what is tested here."""
+
+    def known(model: nn.Module, inputs: Any, **_: Any) -> Graph:
+        return next(b.graph for b in map(bench, NETS) if b.model is model)
+
+    monkeypatch.setattr("rowtune.runtime.module.trace", known)
+
+
+def draw(space: PlanSpace, count: int, seed: int = 0) -> list[Plan]:
+    rng = random.Random(seed)
+    return [space.plan({k.name: rng.choice(k.choices) for k in space.knobs}) for _ in range(count)]
+
+
+def test_random_plans():
+    """The project's promise for predictions: 2% in the median and 10% at worst (issue 2)."""
+    found = {
+        (name, plan): bench(name).errors(plan) for name in SAMPLED for plan in draw(bench(name).space, 11)
+    }
+    assert len(found) > 28
+    peak, activations = zip(*found.values(), strict=True)
+    assert median(peak) <= 0.005 and max(peak) <= 0.05, max(found, key=lambda k: found[k][0])
+    assert median(activations) <= 0.01 and max(activations) <= 0.1, max(found, key=lambda k: found[k][1])
+    # Not because all plans are alike: the least takes far less than the most.
+    for name in SAMPLED:
+        sizes = [bench(name).predict(plan).activation_bytes for n, plan in found if n == name]
+        assert min(sizes) < 0.7 * max(sizes)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_plain_training(name):
+    peak, activations = bench(name).errors(rowtune.uniform_plan(bench(name).training, "keep"))
+    assert peak < 0.005
+    assert activations < 0.005
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
+def test_rows_everywhere(name, halo):
+    plan = rowtune.uniform_plan(bench(name).training, "rows", 16, halo)
+    peak, activations = bench(name).errors(plan)
+    assert peak < 0.02
+    assert activations < 0.05
+
+
+@pytest.mark.parametrize("name", ["edsr", "unet_bn"])
+def test_checkpoint(name):
+    knobs = bench(name).space
+    plan = knobs.plan(knobs.guesses()[1])
+    assert all(s.policy == "checkpoint" for s in plan.segments)
+    peak, activations = bench(name).errors(plan)
+    assert peak < 0.005
+    assert activations < 0.005
+
+
+@pytest.mark.parametrize("slots", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["vgg16", "edsr"])
+def test_optimizers(name, slots):
+    """vgg16's state is what counts, edsr's is nothing beside its activations."""
+    peak, _ = bench(name).errors(rowtune.uniform_plan(bench(name).training, "rows", 16, "sweep"), slots)
+    assert peak < 0.01
+
+
+def test_images_one_at_a_time():
+    plan = rowtune.uniform_plan(bench("edsr").training, "rows", 16, "sweep", images=1)
+    peak, activations = bench("edsr").errors(plan)
+    assert max(peak, activations) < 0.01
+
+
+def test_frozen_layers():
+    """A pretrained front: nothing is kept for it, and it has neither gradients nor optimizer state."""
+    made = Bench("vgg16_features")
+    for parameter in list(made.model.parameters())[:8]:
+        parameter.requires_grad_(False)
+    made.graph = rowtune.trace(made.model, (made.x,))
+    made.training = with_loss(made.graph, made.loss)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rowtune.runtime.module.trace", lambda *_, **__: made.graph)
+        for policy in ("keep", "rows"):
+            peak, activations = made.errors(rowtune.uniform_plan(made.training, policy, 16))
+            assert peak < 0.02 and activations < 0.05, policy
+
+
+def test_a_prediction_at_8192_needs_no_data():
+    """Full-size VGG-16 on a slide: traced and predicted on a machine that could never hold it."""
+    with torch.device("meta"):
+        model = build("vgg16")
+    graphs: list[Graph] = []
+    shape = (1, 3, 8192, 8192)
+
+    def trace() -> None:
+        graph = rowtune.trace(model, (torch.empty(shape, device="meta"),))
+        graphs.append(with_loss(graph, parse("cross_entropy")))
+
+    assert allocator_peak(trace) < 1e6
+    plain = rowtune.uniform_plan(graphs[0], "keep")
+    banded = rowtune.uniform_plan(graphs[0], "rows", 32, "sweep")
+    costs: list[Cost] = []
+    assert (
+        allocator_peak(lambda: costs.extend(predict(rowtune.lower(graphs[0], p)) for p in (plain, banded)))
+        < 1e6
+    )
+    assert costs[0].activation_bytes > 80e9  # 64 channels of 8192 x 8192 take 17 GB, and there are four
+    assert costs[1].activation_bytes < 0.2 * costs[0].activation_bytes
+
+
+def test_meta_inputs_stand_for_real_ones():
+    """Sizes and types are all that tracing reads: the same graph, the same predictions."""
+    made = bench("unet")
+    graph = rowtune.trace(made.model, (torch.empty(made.x.shape, device="meta"),))
+    assert graph.fingerprint == made.graph.fingerprint
+    assert graph.values.keys() == made.graph.values.keys()
+    assert all(graph.values[n].shape == v.shape for n, v in made.graph.values.items())
+    huge: list[Graph] = []
+    assert (
+        allocator_peak(
+            lambda: huge.append(rowtune.trace(made.model, (torch.empty(1, 3, 8192, 8192, device="meta"),)))
+        )
+        < 1e6
+    )
+    assert huge[0].values[huge[0].outputs[0]].shape == (1, 2, 8192, 8192)
