@@ -117,7 +117,7 @@ def test_random_plans():
 def test_plain_training(name):
     peak, activations = bench(name).errors(rowtune.uniform_plan(bench(name).training, "keep"))
     assert peak < 0.005
-    assert activations < 0.005
+    assert activations < 0.01
 
 
 @pytest.mark.parametrize("name", NETS)
