@@ -41,6 +41,7 @@ class BandedSizes:
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
         self.wanted = graph.needs_grad
+        self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
         self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
 
@@ -50,7 +51,7 @@ class BandedSizes:
         """Adds the segment's outputs to `env`."""
         single = self.program.single_sweep
         for name in self.program.sums:
-            self.outputs[name] = self.heap.new(self.graph.values[name].bytes)
+            self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
         for images in self.program.image_ranges:
             self._images(images)
             self.stashes.append(self.stash)
@@ -59,7 +60,7 @@ class BandedSizes:
         self.done = single
         for name in self.segment.part.outputs:
             if name not in self.outputs:
-                self.outputs[name] = self.heap.new(self.graph.values[name].bytes)
+                self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
         for name, block in self.outputs.items():
             if name in self.segment.part.outputs:
                 env[name] = block
@@ -119,16 +120,20 @@ class BandedSizes:
 
     # -- sizes -----------------------------------------------------------------------------------------------
 
-    def _bytes(self, name: str, rows: Rows | None) -> int:
-        value = self.graph.values[name]
-        size = float(value.bytes)
-        dim = self.bands.dims[name]
-        if dim is not None and rows is not None:
-            size *= rows.size / max(value.shape[dim], 1)
-        at = self.image_bands.dims[name]
-        if at is not None and at != dim:
-            size *= self.fraction
-        return int(size)
+    def _bytes(self, name: str, rows: Rows) -> int:
+        size, height, split = self._shape(name)
+        if height:
+            size = size * rows.size // height
+        return int(size * self.fraction) if split else size
+
+    def _shape(self, name: str) -> tuple[int, int, bool]:
+        """Bytes of a whole value, its rows (0 where it is used whole), whether it is split over images."""
+        found = self.shapes.get(name)
+        if found is None:
+            value, dim, at = self.graph.values[name], self.bands.dims[name], self.image_bands.dims[name]
+            height = 0 if dim is None else max(value.shape[dim], 1)
+            found = self.shapes[name] = value.bytes, height, at is not None and at != dim
+        return found
 
     def _share(self, piece: Piece) -> Callable[[Node], float]:
         def share(node: Node) -> float:
@@ -171,7 +176,7 @@ class BandedSizes:
         found = [b for r, b in self.lines[name].chunks if r.lo < rows.hi and rows.lo < r.hi]
         if len(found) == 1 or self.bands.dims[name] is None:
             return self.heap.ref(found[-1]), False
-        return self.heap.new(self._bytes(name, rows)), True
+        return self.heap.new(self._bytes(name, rows), f"rows of {name}"), True
 
     def _drop_below(self, name: str, below: int) -> None:
         line = self.lines.get(name)
@@ -223,7 +228,7 @@ class BandedSizes:
                 if self._bytes(name, rows) == self.graph.values[name].bytes:
                     self.outputs[name] = self.heap.ref(block)
                 elif name not in self.outputs:
-                    self.outputs[name] = self.heap.new(self.graph.values[name].bytes)
+                    self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
             if read_inside(self.program, name):
                 self.lines.setdefault(name, _Line()).chunks.append((rows, block))
             else:
@@ -295,7 +300,9 @@ class BandedSizes:
     def _scatter(self, name: str, rows: Rows, block: int) -> None:
         if name in self.outside:
             if name not in self.input_grads:
-                self.input_grads[name] = self.heap.new(self.graph.values[name].bytes)
+                self.input_grads[name] = self.heap.new(
+                    self.graph.values[name].bytes, f"the gradient of {name}"
+                )
             self.heap.drop(block)
             return
         for home, piece in homes_of(self.program)[name].overlapping(rows, self.bands.dims[name] is None):

@@ -63,7 +63,7 @@ class _Step:
 
     def run(self) -> None:
         heap, graph = self.heap, self.graph
-        batch = [heap.new(self.size(n)) for n in (*graph.inputs, *graph.targets)]
+        batch = [heap.new(self.size(n), n) for n in (*graph.inputs, *graph.targets)]
         self.env = dict(zip((*graph.inputs, *graph.targets), map(heap.ref, batch), strict=True))
         left: list[object] = []
         for segment, dead in zip(self.program.segments, self.program.drops, strict=True):

@@ -47,13 +47,13 @@ def forward(
         if profile.alias and profile.alias in blocks:
             blocks[node.name] = heap.ref(blocks[profile.alias])
         else:
-            blocks[node.name] = heap.new(size(node.name))
+            blocks[node.name] = heap.new(size(node.name), node.name)
         kept: list[int] = []
         if grad(node.name):
             kept = [heap.ref(blocks[n]) for n in profile.saves if n in blocks and n not in unsaved]
             tape.joined[node.name] = [n for n in profile.saves if n in unsaved]
             if profile.extra:
-                kept.append(heap.new(int(profile.extra * part)))
+                kept.append(heap.new(int(profile.extra * part), f"what {node.name} saves"))
         heap.mark(int(profile.forward * part))
         tape.nodes.append(node)
         tape.saved[node.name] = kept
@@ -89,10 +89,10 @@ def backward(
         own = grads.pop(node.name, None)
         found: list[tuple[str, int]] = []
         if own is not None and grad(node.name):
-            if made(node.name) > size(node.name):
-                own = widened(heap, own, made(node.name))
+            if (full := made(node.name)) > size(node.name):
+                own = widened(heap, own, full)
             again = [heap.new(size(n)) for n in tape.joined.get(node.name, ())]
-            for name in node.inputs:
+            for name in graph.reads[node.name]:
                 if not grad(name):
                     continue
                 if graph.values[name].kind == "parameter":
@@ -100,7 +100,7 @@ def backward(
                 elif name in profile.grad_alias:
                     found.append((name, heap.ref(own)))
                 else:
-                    found.append((name, heap.new(read(node, name))))
+                    found.append((name, heap.new(read(node, name), f"the gradient of {name}")))
             heap.mark(int(profile.backward * share(node)))
             for block in again:
                 heap.drop(block)

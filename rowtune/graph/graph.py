@@ -135,6 +135,11 @@ class Graph:
         return {name: tuple(found) for name, found in readers.items()}
 
     @cached_property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Inputs of each node, looked up once: the predictor asks millions of times."""
+        return {node.name: node.inputs for node in self.nodes}
+
+    @cached_property
     def needs_grad(self) -> frozenset[str]:
         """Values through which a gradient flows in training."""
         found = {v.name for v in self.values.values() if v.requires_grad}

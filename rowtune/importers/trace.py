@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from rowtune.errors import ModelError
+from rowtune.errors import ModelError, UsageError
 from rowtune.graph.graph import Graph, Node, Ref, Value, check
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
@@ -29,9 +30,16 @@ _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsa
 
 
 def trace(
-    model: nn.Module, inputs: tuple[Any, ...], *, training: bool = True, named: dict[str, Any] | None = None
+    model: nn.Module | str | os.PathLike[str],
+    inputs: tuple[Any, ...] | None = None,
+    *,
+    training: bool = True,
+    named: dict[str, Any] | None = None,
 ) -> Graph:
     """Export `model` (which may be a submodule of a larger one) for these example inputs.
+
+    `model` may also be what the command line takes: an .onnx or .pt2 file, `zoo:NAME`, `module:factory`;
+    inputs of the file's own sizes are made where none are given.
 
     `inputs` may be nested tuples and dicts of tensors; only sizes and types are read, and inputs on the meta
     device stand for ones on the model's own, without memory. The model's own training flags are put back
@@ -40,6 +48,10 @@ def trace(
     Raises:
         ModelError: the model cannot be exported, or changes an activation through a view.
     """
+    if not isinstance(model, nn.Module):
+        model, inputs = _opened(os.fspath(model), inputs)
+    if inputs is None:
+        raise UsageError("trace(model, inputs): example inputs are needed for a module, as a tuple")
     was_training = [(m, m.training) for m in model.modules()]
     if training != model.training:
         model.train(training)
@@ -71,6 +83,15 @@ def _without_data(model: nn.Module, inputs: Any) -> Any:
             return torch.empty_like(t, device=device) if t.is_meta else mode.from_tensor(t)
 
         return pytree.tree_map_only(Tensor, fake, inputs)
+
+
+def _opened(text: str, inputs: tuple[Any, ...] | None) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A model named as on the command line, and inputs of its file's sizes where none are given."""
+    from rowtune.importers.source import blank, load, parse_source
+
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    loaded = load(parse_source(text), ["x".join(map(str, t.shape)) for t in tensors])
+    return loaded.module, blank(loaded.inputs) if inputs is None else inputs
 
 
 def _shapes(inputs: Any) -> str:

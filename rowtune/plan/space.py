@@ -8,7 +8,7 @@ trial of a study.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -46,7 +46,7 @@ class PlanSpace:
         for zone, start, stop in zip(ZONES, (0, first, second), (first, second, n), strict=True):
             if start < stop:
                 segments += self._zone(values, zone, start, stop)
-        return Plan(tuple(self._merged(segments)), self.axis, layout=values.get("layout", "contiguous"))  # type: ignore[arg-type]
+        return Plan(tuple(self._merged(segments)), self.axis)
 
     def _zone(self, values: Mapping[str, str | int], zone: str, start: int, stop: int) -> list[Segment]:
         policy, images = str(values[zone]), int(values.get("images", 0))
@@ -54,7 +54,7 @@ class PlanSpace:
             return [self._segment(start, stop, "keep")]
         if policy == "checkpoint":
             inner = [c for c in self.cuts if start < c < stop]
-            return [self._segment(a, b, "checkpoint") for a, b in self._pairs(start, inner, stop)]
+            return [self._checkpoint(a, b, images) for a, b in self._pairs(start, inner, stop)]
         halo = policy.partition("/")[2]
         band, tapes = int(values[f"{zone}_band"]), str(values.get("tapes", "split"))
         made: list[Segment] = []
@@ -69,6 +69,11 @@ class PlanSpace:
         if at < stop:
             made.append(self._segment(at, stop, "keep"))
         return made
+
+    def _checkpoint(self, start: int, stop: int, images: int) -> Segment:
+        """Recomputed for some images at a time, where the segment does not mix images."""
+        made = self._segment(start, stop, "checkpoint")
+        return replace(made, images=images) if images and not why_not(self.graph, start, stop, 0) else made
 
     def _segment(self, start: int, stop: int, policy: str) -> Segment:
         return Segment(self.graph.nodes[start].name, self.graph.nodes[stop - 1].name, policy)  # type: ignore[arg-type]
