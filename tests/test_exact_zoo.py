@@ -138,14 +138,17 @@ def test_rows_of_single_images(name, halo):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_whole_tapes_and_the_other_axis(name):
+def test_other_tapes_and_the_other_axis(name):
     found = case(name)
-    assert found.error(rowtune.uniform_plan(found.graph, "rows", 6, "sweep", tapes="whole")) < TOLERANCE
+    for tapes in ("whole", "late"):
+        assert found.error(rowtune.uniform_plan(found.graph, "rows", 6, "sweep", tapes=tapes)) < TOLERANCE
     assert found.error(rowtune.uniform_plan(found.graph, "rows", 5, "sweep", axis=3)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize(("band", "images", "tapes"), [(2, 0, "split"), (7, 0, "whole"), (4, 1, "split")])
+@pytest.mark.parametrize(
+    ("band", "images", "tapes"), [(2, 0, "split"), (7, 0, "whole"), (5, 0, "late"), (4, 1, "late")]
+)
 def test_the_default_loss_in_a_sweep(name, band, images, tapes):
     found = case(name)
     plan = rowtune.uniform_plan(found.training, "rows", band, "sweep", images=images, tapes=tapes)
