@@ -1,6 +1,6 @@
 """Draw `rowtune report` of a plan as an SVG, for the README.
 
-    python docs/picture.py rowtune-demo/plan.json docs/report.svg
+python docs/picture.py rowtune-demo/plan.json docs/report.svg
 """
 
 from __future__ import annotations

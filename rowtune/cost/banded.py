@@ -249,22 +249,15 @@ class BandedSizes:
         for name, rows in piece.outputs:
             if name in grads and self._bytes(name, rows) < self._bytes(name, piece.ranges[name]):
                 grads[name] = widened(self.heap, grads[name], self._bytes(name, piece.ranges[name]))
-        weights: list[int] = []
-
-        def weight(name: str) -> None:
-            weights.append(self._weight(name))
 
         backward(
             self.heap, self.graph, self.profiles, tape, grads, self._size(piece), self._share(piece),
-            lambda n: n in self.wanted, weight, self._made(piece), self._read(piece),
+            lambda n: n in self.wanted, self._weight, self._made(piece), self._read(piece),
         )  # fmt: skip
         for block in seeds:
             self.heap.drop(block)
         for name, block in grads.items():
             self._scatter(name, piece.ranges[name], block)
-        for block in weights:
-            if block >= 0:
-                self.heap.drop(block)
         self._drop_chunks(piece)
 
     def _drop_chunks(self, piece: Piece) -> None:
@@ -277,13 +270,13 @@ class BandedSizes:
                     self.heap.drop(block)
             line.chunks = [(r, b) for r, b in line.chunks if r.lo != rows.lo]
 
-    def _weight(self, name: str) -> int:
+    def _weight(self, name: str) -> None:
         """The first gradient of a weight becomes its sum; later ones live for a moment."""
         size = self.graph.values[name].bytes
         if name in self.weight_grads:
-            return self.heap.new(size)
-        self.weight_grads[name] = self.heap.new(size, state=True)
-        return -1
+            self.heap.mark(size)
+        else:
+            self.weight_grads[name] = self.heap.new(size, state=True)
 
     def _seed(self, number: int, name: str, rows: Rows) -> int | None:
         if name in self.sums:

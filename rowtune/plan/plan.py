@@ -22,7 +22,7 @@ class Segment:
     """Nodes `first` to `last` (inclusive, topological order) and how they are computed.
 
     policy      keep: as PyTorch; checkpoint: recomputed from its inputs; rows: a band of rows at a time
-    band_rows   rows of the segment's tallest output in one band
+    band_rows   rows of the segment's tallest output in one band; 0: bands of images alone (micro-batches)
     halo        recompute: every band on its own (LR-CNN's OverL); cache: boundary rows kept (2PS);
                 sweep: one pass of line buffers, forward ahead and backward a receptive field behind
     images      batch entries computed at a time, 0 for the whole batch
@@ -99,8 +99,8 @@ def _segment(data: Any) -> Segment:
         value = getattr(made, key)
         if type(value) is not int or value < 0:
             raise PlanError(f"{key} is a whole number of at least 0, not {value!r}")
-    if made.policy == "rows" and made.band_rows < 1:
-        raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows of at least 1")
+    if made.policy == "rows" and made.band_rows < 1 and made.images < 1:
+        raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows or images of at least 1")
     if made.band_cols:
         raise PlanError("band_cols (a second band axis) is reserved; this version bands one axis")
     if not isinstance(made.first, str) or not isinstance(made.last, str):

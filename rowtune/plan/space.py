@@ -57,9 +57,12 @@ class PlanSpace:
             return [self._checkpoint(a, b, images) for a, b in self._pairs(start, inner, stop)]
         halo = policy.partition("/")[2]
         band, tapes = int(values[f"{zone}_band"]), str(values.get("tapes", "split"))
+        axis = self.axis
+        if policy == "images":  # micro-batches: bands of images alone
+            halo, band, tapes, axis, images = "sweep", 0, "whole", 0, images or 1
         made: list[Segment] = []
         at = start
-        for a, b in self._bandable(start, stop):
+        for a, b in self._bandable(start, stop, axis):
             if a > at:
                 made.append(self._segment(at, a, "keep"))
             first, last = self.graph.nodes[a].name, self.graph.nodes[b - 1].name
@@ -83,18 +86,16 @@ class PlanSpace:
         points = [start, *inner, stop]
         return list(pairwise(points))
 
-    def _bandable(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def _bandable(self, start: int, stop: int, axis: int) -> list[tuple[int, int]]:
         """Runs of a zone that can be rows segments and are worth it (a halo or more than one node)."""
         found = []
         at = start
         while at < stop:
             end = at + 1
-            while end <= stop and not why_not(self.graph, at, end, self.axis):
+            while end <= stop and not why_not(self.graph, at, end, axis):
                 end += 1
             end -= 1
-            while end > at and not (
-                legal_cut(self.graph, end) and not why_not(self.graph, at, end, self.axis)
-            ):
+            while end > at and not (legal_cut(self.graph, end) and not why_not(self.graph, at, end, axis)):
                 end -= 1
             if end > at + 1:
                 found.append((at, end))
@@ -119,7 +120,7 @@ class PlanSpace:
         if not alike or a.policy == "checkpoint":
             return False
         start, stop = self.graph.index[a.first], self.graph.index[b.last] + 1
-        return a.policy == "keep" or not why_not(self.graph, start, stop, self.axis)
+        return a.policy == "keep" or not why_not(self.graph, start, stop, self.axis if a.band_rows else 0)
 
     # -- warm starts -----------------------------------------------------------------------------------------
 
@@ -130,6 +131,8 @@ class PlanSpace:
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
         for band, tapes in ((32, "split"), (8, "split"), (16, "late"), (128, "split"), (32, "late")):
             found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
+        if "images" in self._choices["back"]:
+            found.append(self._guess(0, 0, "keep", "keep", "images"))
         heavy = self._front(0.2)
         for halo in ("rows/sweep", "rows/cache", "rows/recompute"):
             found.append(self._guess(heavy, n, halo, "keep", "keep", 16))
@@ -179,7 +182,8 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
     images: tuple[str | int, ...] = tuple(k for k in (0, 1, 2, 4, 8, 16) if k < batch)
     places: tuple[str | int, ...] = (0, *cuts, len(graph.nodes))
     knobs = [Knob("cut1", places), Knob("cut2", places)]
-    knobs += [Knob(zone, POLICIES) for zone in ZONES]
+    policies = (*POLICIES, "images") if len(images) > 1 else POLICIES
+    knobs += [Knob(zone, policies) for zone in ZONES]
     knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
     knobs += [Knob("tapes", ("split", "late", "whole"))]
     if len(images) > 1:

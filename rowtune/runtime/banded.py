@@ -21,8 +21,9 @@ from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Banded, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
-from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype, run_whole
+from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, run_whole
 from rowtune.runtime.lines import Lines, PieceGradients
+from rowtune.runtime.weights import WeightSums
 
 
 @dataclass
@@ -183,6 +184,10 @@ class BandedRun:
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
             for n, t in self.whole.items()
         }
+        summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
+        for name, leaf in self.leaves.items():
+            if leaf.requires_grad:
+                leaf.register_hook(summing.hook(name))  # type: ignore[no-untyped-call]
         self._images(ALL_IMAGES)
 
     def _images(self, images: Rows) -> None:
@@ -361,8 +366,8 @@ class BandedRun:
         if not asked:
             return
         tape.outputs.clear()
-        found = torch.autograd.grad(outputs, asked, seeds, allow_unused=True)
         given = {s.untyped_storage().data_ptr() for s in seeds}
+        found = torch.autograd.grad(outputs, asked, seeds, allow_unused=True)
         del outputs, seeds
         self._scatter(tape, found, given)
 
@@ -375,9 +380,10 @@ class BandedRun:
         return self.shares.take(number, name, rows, outer)
 
     def _scatter(self, tape: Tape, found: tuple[Tensor | None, ...], given: set[int]) -> None:
-        """Gradients of slices to the pieces that made them or the segment's inputs, of weights to sums."""
+        """Gradients of slices to the pieces that made them, or to the segment's inputs."""
+        found = found[: len(tape.slabs)]
         where = [g.untyped_storage().data_ptr() for g in found if g is not None]
-        for (name, rows, _), g in zip(tape.slabs, found, strict=False):
+        for (name, rows, _), g in zip(tape.slabs, found, strict=True):
             if g is None:
                 continue
             if name in self.tensors:
@@ -386,17 +392,6 @@ class BandedRun:
                 at = g.untyped_storage().data_ptr()
                 owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
                 self.shares.add(name, rows, g, owned)
-        for name, g in zip(tape.weights, found[len(tape.slabs) :], strict=True):
-            if g is None:
-                continue
-            total = self.gradients.weights.get(name)
-            if total is None:
-                at = g.untyped_storage().data_ptr()
-                alone = at not in given and where.count(at) == 1 and 0 not in g.stride()
-                wide = g.to(grad_dtype(g.dtype))
-                self.gradients.weights[name] = wide.clone() if wide is g and not alone else wide
-            else:
-                total.add_(g)
 
     def _add_input(self, name: str, rows: Rows, g: Tensor) -> None:
         total = self.gradients.inputs.get(name)
