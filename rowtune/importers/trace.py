@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
-from rowtune.graph.graph import Graph, Node, Ref, Value, check
+from rowtune.graph.barriers import CUMULATIVE, taken_apart
+from rowtune.graph.graph import Graph, Node, Ref, Value
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
@@ -56,7 +58,7 @@ def trace(
     if training != model.training:
         model.train(training)
     try:
-        with _quiet():
+        with _quiet(), _traceable(model):
             given = _without_data(model, (inputs, named or {}))
             exported = torch.export.export(model, *given, strict=False)
     except Exception as error:
@@ -115,6 +117,19 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
+@contextlib.contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """momentum=None makes a norm read its counter of batches while it runs, which torch.export refuses."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.momentum is None]
+    for module in norms:
+        module.momentum = CUMULATIVE
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.momentum = None
+
+
 class _Reader:
     """Walks one exported graph, once."""
 
@@ -142,7 +157,7 @@ class _Reader:
             elif node.op == "output":
                 outputs = self._outputs(node)
         spec = self.exported.call_spec
-        return check(
+        return taken_apart(
             Graph(
                 nodes=_live(self.nodes, outputs),
                 values=self.values,
@@ -219,7 +234,7 @@ class _Reader:
             else:
                 target, op = _functional(target, op), op.rstrip("_")
                 self._mutate(changed, node.name)
-        elif op == "batch_norm" and args[5] and args[3] is not None:
+        elif op in ("batch_norm", "instance_norm") and args[5] and args[3] is not None:
             effect = args[3].name
         self._append(node, op, target, args, kwargs, effect)
         if target._schema.is_mutable and effect == "" and args and isinstance(args[0], Ref):

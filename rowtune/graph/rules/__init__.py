@@ -24,6 +24,15 @@ from rowtune.graph.rules.pointwise import (
     prelu,
     random,
 )
+from rowtune.graph.rules.reduce import (
+    adaptive_avg,
+    extremes,
+    largest,
+    mean_or_sum,
+    moments,
+    normalise,
+    take,
+)
 from rowtune.graph.rules.resample import RESAMPLES
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab
 from rowtune.graph.rules.shape import SHAPES
@@ -45,8 +54,6 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "rms_norm": layer_norm,
     "batch_norm": batch_norm,
     "prelu": prelu,
-    "mean": pooled_axes,
-    "sum": pooled_axes,
     "amax": pooled_axes,
     "amin": pooled_axes,
     "var": pooled_axes,
@@ -55,9 +62,6 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     # Whole images are needed, but any number of them.
     "group_norm": per_image,
     "instance_norm": per_image,
-    "adaptive_avg_pool1d": per_image,
-    "adaptive_avg_pool2d": per_image,
-    "adaptive_avg_pool3d": per_image,
     "adaptive_max_pool1d": per_image,
     "adaptive_max_pool2d": per_image,
     "adaptive_max_pool3d": per_image,
@@ -70,6 +74,15 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **dict.fromkeys(
         ("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"), elementwise
     ),
+    # Reductions, and what reads them.
+    "moments": moments,
+    "normalise": normalise,
+    "mean": mean_or_sum,
+    "sum": mean_or_sum,
+    **dict.fromkeys((f"adaptive_avg_pool{n}d" for n in (1, 2, 3)), adaptive_avg),
+    "largest": largest,
+    "extremes": extremes,
+    "take": take,
     # Random masks; losses.
     "dropout": dropout,
     "loss_sums": loss_sums,
@@ -80,7 +93,7 @@ __all__ = ["RULES", "Opaque", "Question", "Read", "RowRule", "Slab", "rule_for"]
 
 def rule_for(q: Question) -> RowRule | Opaque:
     """The rule of one node. A node that reads nothing banded is computed whole, once for all bands."""
-    if q.node.effect and q.node.op != "batch_norm":
+    if q.node.effect and any(dim is not None for dim in q.dims.values()):
         return Opaque(f"{q.node.op} changes the buffer {q.node.effect}")
     if q.node.random and q.node.op != "dropout":
         return random(q)

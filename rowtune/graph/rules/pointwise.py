@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Run, as_is
+from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Run, as_is
 from rowtune.rows import pointwise as same_rows
 
 
@@ -135,7 +135,7 @@ def loss_sums(q: Question) -> RowRule | Opaque:
     if own >= len(q.shape(target)) or q.shape(target)[own] != rows:
         return Opaque("the loss's target has other rows than its output")
     reads = {output: Read(dim, same_rows(rows)), target: Read(own, same_rows(rows))}
-    return RowRule(None, reads, reduces=True)
+    return RowRule(None, reads, reduces=Reduction())
 
 
 def random(q: Question) -> RowRule | Opaque:
