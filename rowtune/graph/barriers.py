@@ -192,14 +192,12 @@ def _vector_norm(p: Parts) -> None:
 
 
 def _extreme(p: Parts) -> None:
-    axes = tuple(sorted(_axes(p, 1)))
     shape = p.shape(p.node.args[0])
-    if len(shape) < 3 or max(axes) < 2:
+    if len(shape) < 3 or _axes(p, 1) != set(range(2, len(shape))):
         return
-    kept = tuple(1 if d in axes else size for d, size in enumerate(shape))
     sign = 1 if p.node.op == "amax" else -1
-    value = Value("", "node", (2, *kept), torch.float64)
-    found = p.add("_ties", "extremes", extremes, (p.node.args[0], axes, sign), value)
+    value = Value("", "node", (3, *shape[:2], *[1] * (len(shape) - 2)), torch.float64)
+    found = p.add("_extreme", "extremes", extremes, (p.node.args[0], sign), value)
     p.add("", "take", take, (found, 0, sign, p.out.shape, p.out.dtype), p.out)
 
 

@@ -10,22 +10,39 @@ from torch import Tensor
 from rowtune.rows import Rows
 
 
-def extremes(x: Tensor, axes: tuple[int, ...], sign: int) -> Tensor:
-    """(the largest of sign * x over `axes`, how often it occurs): ties share the gradient."""
-    best = (x * sign).amax(axes, keepdim=True)
-    return torch.stack((best.double(), (x * sign == best).double().sum(axes, keepdim=True)))
+def extremes(x: Tensor, sign: int) -> Tensor:
+    """(the largest of sign * x over the spatial axes, how often it occurs, where first)."""
+    return extremes_of(x, sign, 2, Rows(0, x.shape[2]), x.shape[2])
+
+
+def extremes_of(x: Tensor, sign: int, dim: int, rows: Rows, height: int) -> Tensor:
+    """The same for rows `rows` of `height`, along `dim`."""
+    flat = (x * sign).flatten(2)
+    best, at = flat.max(-1, keepdim=True)
+    where = list(torch.unravel_index(at, x.shape[2:]))
+    where[dim - 2] = where[dim - 2] + rows.lo
+    ties = (flat == best).sum(-1, keepdim=True)
+    found = torch.stack((best.double(), ties.double(), _flat(where, _full(x, dim, height)).double()))
+    return found.view(3, *x.shape[:2], *[1] * (x.dim() - 2))
 
 
 def merge_extremes(a: Tensor, b: Tensor) -> Tensor:
     best = torch.maximum(a[0], b[0])
-    return torch.stack((best, a[1] * (a[0] == best) + b[1] * (b[0] == best)))
+    mine, other = a[0] == best, b[0] == best
+    first = torch.where(mine & other, torch.minimum(a[2], b[2]), torch.where(mine, a[2], b[2]))
+    return torch.stack((best, a[1] * mine + b[1] * other, first))
 
 
-def extremes_again(x: Tensor, axes: tuple[int, ...], sign: int, total: Tensor) -> Tensor:
-    """Each row that attains the extreme has an equal part in its gradient."""
-    hit = (x * sign).double() == total[0]
-    share = torch.where(hit, (x * sign).double(), 0.0).sum(axes, keepdim=True) / total[1]
-    return torch.stack((share, torch.zeros_like(share)))
+def extremes_again(x: Tensor, sign: int, total: Tensor, dim: int, rows: Rows, height: int) -> Tensor:
+    """Ties share the gradient, as in PyTorch. A row computed again may differ in its last bits, so that one
+    extreme is found by its place, and ties (zeros, mostly) with a little tolerance."""
+    best, ties, first = total
+    alone = _read_at(x * sign, first, dim, rows, height)
+    near = 4 * torch.finfo(x.dtype).eps * best.abs()
+    hit = ((x * sign).double() - best).abs() <= near
+    shared = torch.where(hit, (x * sign).double(), 0.0).sum(tuple(range(2, x.dim())), keepdim=True) / ties
+    share = torch.where(ties == 1, alone, shared)
+    return torch.stack((share, torch.zeros_like(share), torch.zeros_like(share)))
 
 
 def take(found: Tensor, which: int, sign: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -47,8 +64,7 @@ def largest_of(x: Tensor, size: tuple[int, ...], dim: int, rows: Rows, height: i
     rank = len(size)
     pool = (torch.nn.functional.adaptive_max_pool1d, torch.nn.functional.adaptive_max_pool2d,
             torch.nn.functional.adaptive_max_pool3d)[rank - 1]  # fmt: skip
-    full = [*x.shape[2:]]
-    full[dim - 2] = height
+    full = _full(x, dim, height)
     cells = []
     for i in range(size[dim - 2]):
         want = cell(i, size[dim - 2], height)
@@ -82,11 +98,20 @@ def merge_largest(a: Tensor, b: Tensor) -> Tensor:
 
 def largest_again(x: Tensor, total: Tensor, dim: int, rows: Rows, height: int) -> Tensor:
     """The maxima that lie in `rows`, read from x, zero elsewhere."""
-    full = [*x.shape[2:]]
-    full[dim - 2] = height
-    where = list(torch.unravel_index(total[1].long(), full))
+    value = _read_at(x, total[1], dim, rows, height)
+    return torch.stack((value, torch.zeros_like(value)))
+
+
+def _read_at(x: Tensor, place: Tensor, dim: int, rows: Rows, height: int) -> Tensor:
+    """The elements of x at flat positions in the whole map, zero where they are not among `rows`."""
+    where = list(torch.unravel_index(place.long(), _full(x, dim, height)))
     here = (where[dim - 2] >= rows.lo) & (where[dim - 2] < rows.hi)
     where[dim - 2] = (where[dim - 2] - rows.lo).clamp(0, max(rows.size - 1, 0))
     flat = _flat(where, [*x.shape[2:]]).flatten(2)
-    value = x.flatten(2).gather(2, flat).view(total.shape[1:]).double() * here
-    return torch.stack((value, torch.zeros_like(value)))
+    return x.flatten(2).gather(2, flat).view(place.shape).double() * here
+
+
+def _full(x: Tensor, dim: int, height: int) -> list[int]:
+    full = [*x.shape[2:]]
+    full[dim - 2] = height
+    return full

@@ -31,6 +31,7 @@ from rowtune.graph.rules.reduce import (
     mean_or_sum,
     moments,
     normalise,
+    spread_of,
     take,
 )
 from rowtune.graph.rules.resample import RESAMPLES
@@ -82,6 +83,7 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **dict.fromkeys((f"adaptive_avg_pool{n}d" for n in (1, 2, 3)), adaptive_avg),
     "largest": largest,
     "extremes": extremes,
+    "spread_of": spread_of,
     "take": take,
     # Random masks; losses.
     "dropout": dropout,

@@ -8,12 +8,14 @@ from torch import Tensor
 from rowtune.graph.extremes import (
     cell,
     extremes_again,
+    extremes_of,
     largest_again,
     largest_of,
     merge_extremes,
     merge_largest,
 )
 from rowtune.graph.moments import merge, moments_again
+from rowtune.graph.moments import spread_of as moments_spread
 from rowtune.graph.rules.pointwise import per_image, pooled_axes
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Slab
 from rowtune.rows import pointwise as same_rows
@@ -113,17 +115,21 @@ def largest(q: Question) -> RowRule | Opaque:
 
 
 def extremes(q: Question) -> RowRule | Opaque:
-    """amax, amin: the extreme so far and how many rows attain it."""
-    x, axes, sign = q.node.args[0].name, q.node.args[1], q.node.args[2]
+    """amax, amin: the extreme so far, how many attain it, and where the first stands."""
+    x, sign = q.node.args[0].name, q.node.args[1]
     dim = q.dims[x]
-    if dim is None or dim not in axes:
+    if dim is None or dim < 2:
         return _shifted(q, x)
+    rows = q.shape(x)[dim]
+
+    def share(slab: Slab) -> Tensor:
+        return extremes_of(slab.tensors[x], sign, dim, slab.rows, rows)
 
     def again(slab: Slab, total: Tensor) -> Tensor:
-        return extremes_again(slab.tensors[x], axes, sign, total)
+        return extremes_again(slab.tensors[x], sign, total, dim, slab.rows, rows)
 
-    reads = {x: Read(dim, same_rows(q.shape(x)[dim]))}
-    return RowRule(None, reads, reduces=Reduction(merge_extremes, again))
+    reads = {x: Read(dim, same_rows(rows))}
+    return RowRule(None, reads, share, reduces=Reduction(merge_extremes, again))
 
 
 def _shifted(q: Question, x: str) -> RowRule | Opaque:
@@ -148,3 +154,17 @@ def take(q: Question) -> RowRule | Opaque:
         return one.to(dtype)
 
     return RowRule(dim - 1, {found: Read(dim, same_rows(q.shape(found)[dim]))}, run)
+
+
+def spread_of(q: Question) -> RowRule | Opaque:
+    """Variance or deviation of single images, from their moments."""
+    stats = q.node.args[0].name
+    dim, correction, power = q.dims[stats], *q.node.args[1:3]
+    if dim != 1 or q.out[:1] != q.shape(stats)[1:2]:
+        return Opaque("statistics in another shape")
+    dtype = q.values[q.node.name].dtype
+
+    def run(slab: Slab) -> Tensor:
+        return moments_spread(slab.tensors[stats], correction, power, slab.shape, dtype)
+
+    return RowRule(0, {stats: Read(1, same_rows(q.out[0]))}, run)
