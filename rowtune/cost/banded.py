@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
-from rowtune.cost.profile import NodeProfile
+from rowtune.cost.profile import Profiles
 from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
@@ -26,7 +26,12 @@ class BandedSizes:
     """Mirrors runtime.banded.BandedRun, with blocks of a Heap in place of tensors."""
 
     def __init__(
-        self, heap: Heap, graph: Graph, profiles: Mapping[str, NodeProfile], segment: SegmentProgram
+        self,
+        heap: Heap,
+        graph: Graph,
+        profiles: Profiles,
+        segment: SegmentProgram,
+        wanted: frozenset[str] | None = None,
     ) -> None:
         assert segment.banded is not None
         self.heap, self.graph, self.profiles, self.segment = heap, graph, profiles, segment
@@ -40,7 +45,7 @@ class BandedSizes:
         self.held: list[int] = []
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
-        self.wanted = graph.needs_grad
+        self.wanted = graph.needs_grad if wanted is None else wanted
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
         self.stash: dict[int, list[tuple[str, Rows, int]]] = {}

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from rowtune.cost.banded import BandedSizes
 from rowtune.cost.heap import Heap
-from rowtune.cost.profile import profiles
+from rowtune.cost.passes import PassesSizes
+from rowtune.cost.profile import key_of, profiles
 from rowtune.cost.tape import TapeSizes, backward, forward
 from rowtune.cost.time import seconds
+from rowtune.graph.graph import Node
 from rowtune.plan.program import Program, SegmentProgram
 
 
@@ -82,28 +84,53 @@ class _Step:
 
     # -- forward ---------------------------------------------------------------------------------------------
 
-    def _forward(self, segment: SegmentProgram) -> object:
-        if segment.banded is not None:
-            banded = BandedSizes(self.heap, self.graph, self.profiles, segment)
+    def _forward(self, segment: SegmentProgram, keep: bool = True) -> object:
+        """Returns what backward needs: nothing without `keep`, in a part that is run again."""
+        if segment.inner:
+            return self._inner(segment)
+        if segment.banded is not None or segment.passes is not None:
+            kind = BandedSizes if segment.banded is not None else PassesSizes
+            banded = kind(self.heap, self.graph, self.profiles, segment)
             banded.forward(self.env)
-            if segment.banded.single_sweep:
-                self._hand_on(segment, banded)
-            else:
+            if banded.done:
+                self._hand_on(banded)
+            elif keep:
                 banded.hold(self.env)
             return banded
         checkpointed = segment.decision.policy == "checkpoint"
         blocks = self.env
         held: list[int] = []
-        if checkpointed and any(self._saves(node.name) for node in segment.part.nodes):
-            held = [self.heap.ref(blocks[n]) for n in segment.part.inputs if n in blocks]
-        tape = self._nodes(segment, blocks, grad=not checkpointed)
+        if checkpointed and any(self._saves(node) for node in segment.part.nodes):
+            held = self._hold(segment)
+        tape = self._nodes(segment, blocks, grad=keep and not checkpointed)
         return held if checkpointed else tape
 
-    def _saves(self, name: str) -> bool:
+    def _hold(self, segment: SegmentProgram) -> list[int]:
+        return [self.heap.ref(self.env[n]) for n in segment.part.inputs if n in self.env]
+
+    def _inner(self, segment: SegmentProgram) -> list[int]:
+        """The first forward of a segment that is run again: only its inputs are kept."""
+        held = self._hold(segment)
+        outside = set(self.env)
+        self._parts(segment, keep=False)
+        for name in set(self.env) - outside - set(segment.part.outputs):
+            self.heap.drop(self.env.pop(name))
+        return held
+
+    def _parts(self, segment: SegmentProgram, keep: bool) -> list[object]:
+        left = []
+        for inner, dead in zip(segment.inner, segment.dead, strict=True):
+            left.append(self._forward(inner, keep))
+            for name in dead:
+                if name in self.env and name not in segment.part.inputs:
+                    self.heap.drop(self.env.pop(name))
+        return left
+
+    def _saves(self, node: Node) -> bool:
         """Whether autograd keeps anything for a node; if for none, checkpoint has nothing to recompute and
         lets go of its inputs."""
-        profile = self.profiles[name]
-        return self.grad(name) and bool(profile.saves or profile.extra)
+        profile = self.profiles[key_of(node)]
+        return self.grad(node.name) and bool(profile.saves or profile.extra)
 
     def _nodes(self, segment: SegmentProgram, blocks: dict[str, int], grad: bool) -> TapeSizes:
         wanted = self.grad if grad else lambda name: False
@@ -115,11 +142,11 @@ class _Step:
     # -- backward --------------------------------------------------------------------------------------------
 
     def _backward(self, segment: SegmentProgram, kept: object) -> None:
-        if isinstance(kept, BandedSizes):
+        if isinstance(kept, (BandedSizes, PassesSizes)):
             if not kept.done:
                 kept.backward(self.grads)
                 kept.release()
-                self._hand_on(segment, kept)
+                self._hand_on(kept)
             for name in segment.part.outputs:
                 if name in self.grads:
                     self.heap.drop(self.grads.pop(name))
@@ -131,14 +158,28 @@ class _Step:
             self._run_tape(kept)
             return
         assert isinstance(kept, list)
-        blocks = {n: b for n, b in zip(segment.part.inputs, kept, strict=False)}
-        tape = self._nodes(segment, blocks, grad=True)
-        for name, block in blocks.items():
-            if name not in segment.part.inputs:
-                self.heap.drop(block)
-        self._run_tape(tape)
+        if segment.inner:
+            self._again(segment)
+        else:
+            blocks = {n: b for n, b in zip(segment.part.inputs, kept, strict=False)}
+            tape = self._nodes(segment, blocks, grad=True)
+            for name, block in blocks.items():
+                if name not in segment.part.inputs:
+                    self.heap.drop(block)
+            self._run_tape(tape)
         for block in kept:
             self.heap.drop(block)
+
+    def _again(self, segment: SegmentProgram) -> None:
+        """All parts once more, their inputs kept this time, then backward through them."""
+        before, self.env = self.env, dict(self.env)
+        left = self._parts(segment, keep=True)
+        for name, block in self.env.items():
+            if before.get(name) != block:
+                self.heap.drop(block)
+        self.env = before
+        for inner, kept in zip(reversed(segment.inner), reversed(left), strict=True):
+            self._backward(inner, kept)
 
     def _run_tape(self, tape: TapeSizes) -> None:
         backward(
@@ -153,7 +194,7 @@ class _Step:
         else:
             self.weight_grads[name] = self.heap.new(self.size(name), state=True)
 
-    def _hand_on(self, segment: SegmentProgram, banded: BandedSizes) -> None:
+    def _hand_on(self, banded: BandedSizes | PassesSizes) -> None:
         """Weight gradients of a rows segment are summed inside it and become .grad without a copy."""
         for name, block in banded.weight_grads.items():
             if name in self.weight_grads:

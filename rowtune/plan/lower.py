@@ -82,6 +82,11 @@ def _segments(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int
     if why:
         raise PlanError(f"segment {decision.first}..{decision.last} cannot be banded: {why}")
     parts = barrier_parts(graph, start, stop, axis)
+    if decision.barriers != "store" and decision.halo == "cache" and len(parts) > 1:
+        raise PlanError(
+            f"segment {decision.first}..{decision.last}: halo cache keeps rows from forward to backward; "
+            f"barriers {decision.barriers} takes halo sweep or recompute"
+        )
     if decision.barriers == "passes" and len(parts) > 1:
         part = stretch(graph, start, stop)
         return [SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, _banded))]
@@ -89,7 +94,13 @@ def _segments(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int
     if decision.barriers == "store" or len(parts) == 1:
         return list(inner)
     part = stretch(graph, start, stop)
+    inner = tuple(_twice(i) for i in inner)
     return [SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))]
+
+
+def _twice(inner: SegmentProgram) -> SegmentProgram:
+    """A part that runs again in backward computes no gradients in forward."""
+    return replace(inner, banded=replace(inner.banded, single_sweep=False)) if inner.banded else inner
 
 
 def _part(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, axis: int) -> SegmentProgram:

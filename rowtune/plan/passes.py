@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from rowtune.errors import PlanError
 from rowtune.graph.bands import Banding, banding
 from rowtune.graph.cuts import Stretch, reduces
 from rowtune.graph.graph import Graph, Node
@@ -21,15 +20,7 @@ Bander = Callable[[Graph, Segment, Stretch, Banding, Banding], Banded]
 
 
 def passes(graph: Graph, decision: Segment, part: Stretch, axis: int, banded: Bander) -> Passes:
-    """The passes of `part`, each made into bands by `banded`.
-
-    Raises:
-        PlanError: halo=cache, whose kept rows belong to one forward and one backward.
-    """
-    if decision.halo == "cache":
-        raise PlanError(
-            f"segment {decision.first}..{decision.last}: several passes take halo sweep or recompute"
-        )
+    """The passes of `part`, each made into bands by `banded`."""
     return _Divider(graph, decision, part, axis, banded).passes()
 
 

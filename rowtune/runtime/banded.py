@@ -80,18 +80,31 @@ class BandedRun:
     ) -> None:
         assert segment.banded is not None
         self.graph, self.segment, self.program = graph, segment, segment.banded
-        self.tensors, self.wanted, self.first_time = tensors, wanted, first_time
+        self.wanted, self.first_time = wanted, first_time
         device = next(iter(tensors.values())).device
         self.evaluator = Evaluator(graph, self.program.bands, self.program.images, seed, device)
         self.token = torch.zeros((), requires_grad=True)
         self.dims = self.program.bands.dims
-        self.whole = {n: tensors[n] for n in segment.part.weights}
-        self.whole |= {n: t for n, t in tensors.items() if graph.values[n].kind == "norms"}
         self.outputs: dict[str, Tensor] = {}
         self.sums = Sums(graph, self.program, tensors, seed, totals)
+        self.recall(tensors)
         self.carriers: frozenset[str] = frozenset()
         self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, Tensor]]]] = []
+
+    def recall(self, tensors: dict[str, Tensor]) -> None:
+        """Segment inputs and weights, for the backward of a call that let go of them."""
+        self.tensors = self.sums.tensors = tensors
+        weights = self.segment.part.weights
+        self.whole = {
+            n: t for n, t in tensors.items() if n in weights or self.graph.values[n].kind == "norms"
+        }
+
+    def forget(self) -> None:
+        """Let go of all tensors but those that forward kept for backward; autograd holds the inputs, or under
+        checkpoint does not."""
+        self.recall({})
+        self.leaves: dict[str, Tensor] = {}
 
     # -- forward -------------------------------------------------------------------------------------------
 

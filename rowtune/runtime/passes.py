@@ -30,6 +30,16 @@ class PassesRun:
         self.known: dict[str, Tensor] = {}
         self.runs: list[BandedRun] = []
 
+    def recall(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        for one, run in zip(self.program.forward, self.runs, strict=True):
+            run.recall(self._given(one))
+
+    def forget(self) -> None:
+        self.tensors = {}
+        for run in self.runs:
+            run.forget()
+
     def forward(self) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
         for one in self.program.forward:

@@ -117,9 +117,12 @@ class _Call:
         """`changed` are the buffers that effects write: no inputs of autograd's node, which would find them
         changed since."""
         wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
-        detached = {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
+        detached = self.detached(tensors)
         kind = PassesRun if self.segment.passes is not None else BandedRun
         return kind(self.program.graph, self.segment, detached, wanted, self.seed, first_time=self.first_time)
+
+    def detached(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
 
 
 def _autocast_state() -> Callable[[], Any]:
@@ -152,6 +155,7 @@ class _BandedSegment(torch.autograd.Function):
             ctx.mark_non_differentiable(*(outputs[n] for n in names if n != loss))
         else:
             ctx.mark_non_differentiable(*(outputs[n] for n in names if not outputs[n].is_floating_point()))
+            run.forget()
             call.run = run
             ctx.save_for_backward(*tensors)
         return tuple(outputs[n] for n in names)
@@ -177,6 +181,7 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     if run is None:
         raise RowtuneError("backward through a rows segment runs once, also with retain_graph=True")
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
+    run.recall(call.detached(tensors))
     with call.autocast():
         made = run.backward(given)
     call.run = None
