@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rowtune.errors import PlanError
 from rowtune.graph.bands import Banding, banding
 from rowtune.graph.cuts import Stretch, legal_cut, stretch, why_not
@@ -10,23 +12,30 @@ from rowtune.graph.rules import Opaque
 from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.policies import SCHEDULES
-from rowtune.plan.policies.schedule import Request
+from rowtune.plan.policies.schedule import Request, Schedule
 from rowtune.plan.program import Banded, Program, SegmentProgram
 from rowtune.rows import Rows
 
+Scheduler = Callable[[str, Request], Schedule]
 
-def lower(graph: Graph, plan: Plan) -> Program:
+
+def by_policy(halo: str, ask: Request) -> Schedule:
+    return SCHEDULES[halo](ask)
+
+
+def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program:
     """The program of a plan on a graph.
 
     A plan made with a loss serves calls without one, where the loss is left out, and the other way round,
-    where the loss joins the last segment if it can be banded with it.
+    where the loss joins the last segment if it can be banded with it. Another `scheduler` may schedule fewer
+    bands, for a program that is only predicted.
 
     Raises:
         PlanError: segments do not cover the nodes in order, or a rows segment holds an operator that cannot
             be banded (named, with the reason).
     """
     spans = _spans(graph, plan)
-    segments = tuple(_segment(graph, plan, s, start, stop) for s, start, stop in spans)
+    segments = tuple(_segment(graph, plan, s, start, stop, scheduler) for s, start, stop in spans)
     return Program(graph, plan, segments, _dead_after(graph, segments))
 
 
@@ -69,11 +78,13 @@ def _with_loss(
     return [*spans, (Segment(SUMS, LOSS), stop, end)]
 
 
-def _segment(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int) -> SegmentProgram:
+def _segment(
+    graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
+) -> SegmentProgram:
     part = stretch(graph, start, stop)
     drops = _drops(graph, part)
     if decision.policy == "rows" or (decision.policy == "checkpoint" and decision.images):
-        return SegmentProgram(decision, part, drops, _banded(graph, plan, decision, part))
+        return SegmentProgram(decision, part, drops, _banded(graph, plan, decision, part, scheduler))
     if decision.images:
         raise PlanError(f"segment {decision.first}..{decision.last}: keep takes no images")
     return SegmentProgram(decision, part, drops)
@@ -102,7 +113,7 @@ def _dead_after(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[tup
     return tuple(dead)
 
 
-def _banded(graph: Graph, plan: Plan, decision: Segment, part: Stretch) -> Banded:
+def _banded(graph: Graph, plan: Plan, decision: Segment, part: Stretch, scheduler: Scheduler) -> Banded:
     """Bands along the rows, inside bands of images; along the images alone where no rows are given."""
     axis = plan.axis if decision.policy == "rows" and decision.band_rows else 0
     band = decision.band_rows or decision.images
@@ -119,10 +130,10 @@ def _banded(graph: Graph, plan: Plan, decision: Segment, part: Stretch) -> Bande
     outputs = tuple(dict.fromkeys([*(o for o in part.outputs if o not in {n.name for n in post}), *sums]))
     banded_part = Stretch(part.start, part.stop - len(post), main, part.inputs, part.weights, outputs)
     halo = decision.halo if decision.policy == "rows" else "recompute"
-    made = SCHEDULES[halo](Request(graph, bands, banded_part, outputs, decision, band))
+    made = scheduler(halo, Request(graph, bands, banded_part, outputs, decision, band))
     single = halo == "sweep" and _single(graph, part, post)
     return Banded(
-        bands,
+        made.groups[0].bands,
         images,
         made.groups,
         tuple(made.pieces),
