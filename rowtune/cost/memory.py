@@ -7,6 +7,7 @@ Kernel temporaries are not tensors and are not counted (DESIGN.md, "What a budge
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rowtune.cost.banded import BandedSizes
@@ -15,6 +16,7 @@ from rowtune.cost.profile import profiles
 from rowtune.cost.tape import TapeSizes, backward, forward
 from rowtune.cost.time import seconds
 from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.repeat import Repeat
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,24 @@ class Cost:
     peak_at: str
 
 
-def predict(program: Program, optimizer_slots: int = 1) -> Cost:
+def predict(program: Program, optimizer_slots: int = 1, repeats: Mapping[int, Repeat] | None = None) -> Cost:
     """Peak and time of one training step in steady state (gradients set to None between steps).
 
     Args:
         program: of a graph with a loss.
         optimizer_slots: parameter-sized states of the optimizer (SGD with momentum 1, Adam 2).
+        repeats: of a program of fewer bands than there are: the pieces that stand for the others
+            (cost/estimate.py).
     """
-    step = _Step(program, optimizer_slots)
+    step = _Step(program, optimizer_slots, repeats or {})
     step.run()
     heap = step.heap
-    return Cost(heap.peak, heap.peak_activations, seconds(program), heap.peak_at)
+    return Cost(heap.peak, heap.peak_activations, seconds(program, repeats), heap.peak_at)
 
 
 class _Step:
-    def __init__(self, program: Program, slots: int) -> None:
+    def __init__(self, program: Program, slots: int, repeats: Mapping[int, Repeat]) -> None:
+        self.repeats = repeats
         self.program, self.graph = program, program.graph
         self.profiles = profiles(self.graph)
         weights = self.graph.parameters()
@@ -84,7 +89,8 @@ class _Step:
 
     def _forward(self, segment: SegmentProgram) -> object:
         if segment.banded is not None:
-            banded = BandedSizes(self.heap, self.graph, self.profiles, segment)
+            repeat = self.repeats.get(segment.part.start)
+            banded = BandedSizes(self.heap, self.graph, self.profiles, segment, repeat)
             banded.forward(self.env)
             if segment.banded.single_sweep:
                 self._hand_on(segment, banded)

@@ -6,9 +6,11 @@ Measured steps replace it; its only use is to order guesses and to reject the ab
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.program import Program, Run, SegmentProgram
+from rowtune.plan.repeat import Repeat
 
 # Orders of magnitude of a laptop core; a ratio between plans is all that is read from them.
 OPERATIONS_PER_SECOND = 5e10
@@ -32,12 +34,13 @@ def _node_seconds(graph: Graph, node: Node) -> float:
     return operations(graph, node) / OPERATIONS_PER_SECOND + graph.values[node.name].bytes / BYTES_PER_SECOND
 
 
-def seconds(program: Program) -> float:
+def seconds(program: Program, repeats: Mapping[int, Repeat] | None = None) -> float:
     """Forward, backward (twice a forward) and recomputation of one step."""
-    return sum(_segment(program.graph, segment) for segment in program.segments)
+    known = repeats or {}
+    return sum(_segment(program.graph, s, known.get(s.part.start)) for s in program.segments)
 
 
-def _segment(graph: Graph, segment: SegmentProgram) -> float:
+def _segment(graph: Graph, segment: SegmentProgram, repeat: Repeat | None) -> float:
     once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
     if segment.banded is None:
         factor = 4 if segment.decision.policy == "checkpoint" else 3
@@ -47,12 +50,13 @@ def _segment(graph: Graph, segment: SegmentProgram) -> float:
     for step in (*(() if banded.single_sweep else banded.forward), *banded.backward):
         if type(step) is not Run:
             continue
-        steps += 1
+        times = 1 + repeat.more if repeat is not None and step.piece in repeat.pieces else 1
+        steps += times
         piece = banded.pieces[step.piece]
         share = sum(
-            once[name] * rows.size / banded.bands.height(graph.values[name])
+            once[name] * rows.size / banded.bands.full_height(graph.values[name])
             for name, rows in piece.ranges.items()
             if name in once
         )
-        total += share * (3 if step.tape else 1)
+        total += times * share * (3 if step.tape else 1)
     return total + steps * 2 * SECONDS_PER_STEP * len(banded.image_ranges)
