@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rowtune.errors import PlanError
 from rowtune.graph.bands import Banding, banding
@@ -35,8 +37,21 @@ def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program
             be banded (named, with the reason).
     """
     spans = _spans(graph, plan)
-    segments = tuple(_segment(graph, plan, s, start, stop, scheduler) for s, start, stop in spans)
+    with _uncollected():
+        segments = tuple(_segment(graph, plan, s, start, stop, scheduler) for s, start, stop in spans)
     return Program(graph, plan, segments, _dead_after(graph, segments))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pieces are many and hold no cycles; looking for some among them takes as long as making them."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _spans(graph: Graph, plan: Plan) -> list[tuple[Segment, int, int]]:
