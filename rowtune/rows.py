@@ -48,7 +48,7 @@ def need(window: Window, a: int, b: int) -> Rows:
     """Input rows that output rows [a, b) read. An empty slice where they read padding only."""
     lo = window.lo(a) if a < window.out_rows else window.rows
     hi = window.hi(b)
-    return Rows(min(lo, hi), hi)
+    return Rows(lo if lo < hi else hi, hi)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,14 @@ class Affine:
     def lo(self, a: int) -> int:
         if a >= self.out_rows:
             return self.rows
-        return min(max((a * self.step + self.first) // self.over, 0), self.rows)
+        at = (a * self.step + self.first) // self.over  # asked millions of times: no min, no max
+        return 0 if at < 0 else self.rows if at > self.rows else at
 
     def hi(self, b: int) -> int:
         if b <= 0:
             return 0
-        return min(max(((b - 1) * self.step + self.last) // self.over + 1, 0), self.rows)
+        at = ((b - 1) * self.step + self.last) // self.over + 1
+        return 0 if at < 0 else self.rows if at > self.rows else at
 
     @property
     def disjoint(self) -> bool:

@@ -21,22 +21,45 @@ from rowtune.plan.plan import Plan
 from rowtune.plan.space import space
 from rowtune.zoo import ZOO, build
 
-# Arguments, and a height and width: odd and not square wherever the architecture takes that.
-NETS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+# Arguments, and the spatial sizes: odd and not square wherever the architecture takes that.
+NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "convnext_tiny": (
         {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 10), "classes": 5, "layer_scale": 0.7},
         (45, 33),
     ),
+    "deeplabv3plus": (
+        {
+            "width": 2, "depths": (1, 1, 1, 2), "channels": 4, "low_channels": 2, "rates": (1, 2),
+            "classes": 3, "dropout": 0.0,
+        },
+        (45, 33),
+    ),
+    "densenet121": ({"growth": 2, "depths": (1, 2, 1, 1), "width": 4, "classes": 5}, (67, 65)),
     "edsr": ({"blocks": 2, "channels": 5, "residual_scale": 0.5}, (13, 7)),
+    "efficientnet_v2_s": (
+        {"width": 0.1, "depths": (2, 1, 1, 1, 1, 1), "classes": 5, "dropout": 0.0},
+        (45, 33),
+    ),
+    "hrnet_w18": (
+        {"width": 2, "stem": 3, "modules": (1, 1), "blocks": 1, "head": "segmentation", "classes": 3},
+        (29, 19),
+    ),
+    "mobilenet_v3_large": (
+        {"width": 0.1, "depths": (1, 1, 1, 1, 1, 1), "classes": 5, "dropout": 0.0},
+        (45, 33),
+    ),
     "per_pixel": ({"layers": 5, "channels": 4}, (19, 7)),
     "resnet50": ({"width": 3, "depths": (2, 1, 1, 1), "classes": 5}, (45, 35)),
     "unet": ({"base": 3, "depth": 3}, (24, 16)),
+    "unet3d": ({"base": 2, "depth": 2, "in_channels": 3}, (12, 8, 8)),
     "unet_bn": ({"base": 3, "depth": 2, "up": "bilinear"}, (20, 12)),
     "vgg16": ({"width": 2, "classes": 5, "dropout": 0.0}, (45, 33)),
     "vgg16_features": ({"width": 2}, (71, 33)),
-}
+}  # fmt: skip
 # Their last segment ends in a loss that can be taken row by row.
-PER_PIXEL = {"edsr", "per_pixel", "unet", "unet_bn", "vgg16_features"}
+PER_PIXEL = {
+    "deeplabv3plus", "edsr", "hrnet_w18", "per_pixel", "unet", "unet3d", "unet_bn", "vgg16_features",
+}  # fmt: skip
 HALOS = ("recompute", "cache", "sweep")
 BANDS = (1, 3, 8, 1000)
 

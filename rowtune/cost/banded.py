@@ -11,7 +11,7 @@ from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
-from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Drop, Piece, Repeat, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows, need
 
 
@@ -20,6 +20,28 @@ class _Line:
     """Chunks of one value: their rows and blocks, oldest first."""
 
     chunks: list[tuple[Rows, int]] = field(default_factory=list)
+
+
+class LeftOut:
+    """The stashes of the bands that a shortened program leaves out: as much more for each left-out period as
+    one period added."""
+
+    def __init__(self, heap: Heap, repeat: Repeat | None) -> None:
+        self.heap, self.more = heap, repeat.more if repeat else 0
+        self.first, self.last = (repeat.stashes if repeat else None) or (-1, -1)
+        self.before = 0
+        self.blocks: list[int] = []
+
+    def stashed(self, band: int) -> None:
+        if band == self.first:
+            self.before = self.heap.live
+        elif band == self.last:
+            self.blocks.append(self.heap.new(self.more * (self.heap.live - self.before)))
+
+    def restored(self, band: int) -> None:
+        """Bands are gone through backwards, those left out first."""
+        if self.blocks and band < self.first:
+            self.heap.drop(self.blocks.pop())
 
 
 class BandedSizes:
@@ -45,6 +67,7 @@ class BandedSizes:
         self.held: list[int] = []
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
+        self.left_out = LeftOut(heap, segment.banded.repeat)
         self.wanted = graph.needs_grad if wanted is None else wanted
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
@@ -118,8 +141,10 @@ class BandedSizes:
                 self.stash[step.band] = [
                     (n, rows, self.heap.ref(b)) for n in step.values for rows, b in self.lines[n].chunks
                 ]
+                self.left_out.stashed(step.band)
             elif type(step) is Restore:
                 self._clear()
+                self.left_out.restored(step.band)
                 for name, rows, block in self.stash.pop(step.band, ()):
                     self.lines.setdefault(name, _Line()).chunks.append((rows, block))
 
@@ -145,7 +170,7 @@ class BandedSizes:
             rows = piece.ranges.get(node.name)
             if rows is None:
                 return 0.0
-            return self.fraction * rows.size / self.bands.height(self.graph.values[node.name])
+            return self.fraction * rows.size / self.bands.full_height(self.graph.values[node.name])
 
         return share
 

@@ -82,9 +82,10 @@ def _steps(
     for step in steps:
         if type(step) is not Run:
             continue
-        count += 1
+        times = 1 + banded.repeat.more if banded.repeat and step.piece in banded.repeat.pieces else 1
+        count += times
         for name, rows in banded.pieces[step.piece].ranges.items():
             if name in once:
-                share = once[name] * rows.size / banded.bands.height(graph.values[name])
-                total += share * (3 if step.tape and (wanted is None or name in wanted) else 1)
+                share = once[name] * rows.size / banded.bands.full_height(graph.values[name])
+                total += times * share * (3 if step.tape and (wanted is None or name in wanted) else 1)
     return total + count * 2 * SECONDS_PER_STEP * len(banded.image_ranges)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from rowtune.graph.graph import Graph, Value
@@ -11,11 +12,15 @@ from rowtune.graph.rules import Opaque, Question, RowRule, rule_for
 
 @dataclass(frozen=True)
 class Banding:
-    """`axis` of the inputs followed through the graph. `dims[v]` is None where a value is used whole."""
+    """`axis` of the inputs followed through the graph. `dims[v]` is None where a value is used whole.
+
+    `removed` counts rows taken out of the middle of values where only sizes are wanted (plan/shorten.py).
+    """
 
     axis: int
     rules: dict[str, RowRule | Opaque]
     dims: dict[str, int | None]
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     def rule(self, node: str) -> RowRule:
         found = self.rules[node]
@@ -28,7 +33,11 @@ class Banding:
         if isinstance(found, RowRule) and found.reduces:
             return next(r.window.out_rows for r in found.reads.values() if r.window is not None)
         dim = self.dims[value.name]
-        return 1 if dim is None else value.shape[dim]
+        return 1 if dim is None else value.shape[dim] - self.removed.get(value.name, 0)
+
+    def full_height(self, value: Value) -> int:
+        """The same with all rows in place."""
+        return self.height(value) + self.removed.get(value.name, 0)
 
 
 @lru_cache(maxsize=64)

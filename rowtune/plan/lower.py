@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from rowtune.errors import PlanError
-from rowtune.graph.bands import Banding, banding
+from rowtune.graph.bands import banding
 from rowtune.graph.barriers import restored
-from rowtune.graph.cuts import Stretch, barrier_parts, is_local, legal_cut, reduces, stretch, why_not
-from rowtune.graph.graph import Graph, Node
-from rowtune.graph.rules import Opaque
+from rowtune.graph.cuts import Stretch, barrier_parts, is_local, legal_cut, stretch, why_not
+from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
+from rowtune.plan.banded import Scheduler, banded, by_policy
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.policies import SCHEDULES
-from rowtune.plan.policies.schedule import Request
-from rowtune.plan.program import Banded, Program, SegmentProgram
-from rowtune.rows import Rows
+from rowtune.plan.program import Program, SegmentProgram
 
 
-def lower(graph: Graph, plan: Plan) -> Program:
+def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program:
     """The program of a plan on a graph.
 
     A plan made with a loss serves calls without one, where the loss is left out, and the other way round,
-    where the loss joins the last segment if it can be banded with it.
+    where the loss joins the last segment if it can be banded with it. Another `scheduler` may schedule fewer
+    bands, for a program that is only predicted.
 
     Raises:
         PlanError: segments do not cover the nodes in order, or a rows segment holds an operator that cannot
             be banded (named, with the reason).
     """
     spans = _spans(graph, plan)
-    segments = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b))
+    with _uncollected():
+        segments = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pieces are many and hold no cycles; looking for some among them takes as long as making them."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _spans(graph: Graph, plan: Plan) -> list[tuple[Segment, int, int]]:
@@ -73,10 +87,12 @@ def _with_loss(
     return [*spans, (Segment(SUMS, LOSS), stop, end)]
 
 
-def _segments(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int) -> list[SegmentProgram]:
+def _segments(
+    graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
+) -> list[SegmentProgram]:
     """The programs of one segment: several where a rows segment stores the tensors at its barriers."""
     if decision.policy != "rows":
-        return [_plain(graph, plan, decision, stretch(graph, start, stop))]
+        return [_plain(graph, decision, stretch(graph, start, stop), scheduler)]
     axis = plan.axis if decision.band_rows else 0
     why = why_not(graph, start, stop, axis)
     if why:
@@ -89,8 +105,8 @@ def _segments(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int
         )
     if decision.barriers == "passes" and len(parts) > 1:
         part = stretch(graph, start, stop)
-        return [SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, _banded))]
-    inner = tuple(_part(graph, plan, decision, a, b, axis) for a, b in parts)
+        return [SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, scheduler))]
+    inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
     if decision.barriers == "store" or len(parts) == 1:
         return list(inner)
     part = stretch(graph, start, stop)
@@ -103,25 +119,25 @@ def _twice(inner: SegmentProgram) -> SegmentProgram:
     return replace(inner, banded=replace(inner.banded, single_sweep=False)) if inner.banded else inner
 
 
-def _part(graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, axis: int) -> SegmentProgram:
+def _part(
+    graph: Graph, decision: Segment, start: int, stop: int, axis: int, scheduler: Scheduler
+) -> SegmentProgram:
     """The rows between two barriers; nodes without rows run as they are."""
     part = stretch(graph, start, stop)
     if why_not(graph, start, stop, axis):
-        return _plain(graph, plan, Segment(part.nodes[0].name, part.nodes[-1].name), part)
-    return SegmentProgram(
-        decision, part, banded=_banded(graph, decision, part, banding(graph, axis), banding(graph, 0))
-    )
+        return _plain(graph, Segment(part.nodes[0].name, part.nodes[-1].name), part, scheduler)
+    bands, images = banding(graph, axis), banding(graph, 0)
+    return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
 
 
-def _plain(graph: Graph, plan: Plan, decision: Segment, part: Stretch) -> SegmentProgram:
+def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler) -> SegmentProgram:
     if decision.images and decision.policy == "keep":
         raise PlanError(f"segment {decision.first}..{decision.last}: keep takes no images")
     if decision.images:
         if not is_local(graph, part.start, part.stop, 0):
             raise PlanError(f"segment {decision.first}..{decision.last} mixes images; checkpoint it whole")
-        return SegmentProgram(
-            decision, part, banded=_banded(graph, decision, part, banding(graph, 0), banding(graph, 0))
-        )
+        images = banding(graph, 0)
+        return SegmentProgram(decision, part, banded=banded(graph, decision, part, images, images, scheduler))
     part = restored(graph, part)
     return SegmentProgram(decision, part, _drops(part))
 
@@ -150,78 +166,3 @@ def _dead_after(
         gone |= set(here)
         dead.append(tuple(here))
     return tuple(dead)
-
-
-def _banded(graph: Graph, decision: Segment, part: Stretch, bands: Banding, images: Banding) -> Banded:
-    """Bands along the rows, inside bands of images; along the images alone where no rows are given.
-
-    Args:
-        part: without barriers inside.
-        bands, images: the axes that bands of rows and of images lie on.
-    """
-    axis = bands.axis
-    if axis and decision.images and (why := _not_split(images, part)):
-        raise PlanError(f"segment {decision.first}..{decision.last} cannot be split over images: {why}")
-    main, post, sums = _reductions(bands, part)
-    # Everything downstream of the bands, or only what the caller reads of them.
-    outputs = tuple(dict.fromkeys([*(o for o in part.outputs if o not in {n.name for n in post}), *sums]))
-    banded_part = replace(part, nodes=main, outputs=outputs)
-    halo = decision.halo if decision.policy == "rows" else "recompute"
-    band = decision.band_rows if axis else decision.images
-    made = SCHEDULES[halo](Request(graph, bands, banded_part, outputs, decision, band))
-    return Banded(
-        bands,
-        images,
-        made.groups,
-        tuple(made.pieces),
-        post,
-        sums,
-        tuple(made.forward),
-        tuple(made.backward),
-        _image_ranges(graph, part, images, decision.images if axis else 0),
-        halo == "sweep" and _single(graph, part, post),
-    )
-
-
-def _not_split(images: Banding, part: Stretch) -> str:
-    """Why a part between barriers cannot take some images at a time."""
-    sums: set[str] = set()
-    for node in part.nodes:
-        rule = images.rules[node.name]
-        if isinstance(rule, Opaque) and not node.effect:
-            return f"{node.name}: {rule.reason}"
-        if rule.dim is not None and any(n in sums for n in node.inputs):
-            return f"{node.name} needs all images"
-        if reduces(rule):
-            sums.add(node.name)
-    return ""
-
-
-def _reductions(bands: Banding, part: Stretch) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[str, ...]]:
-    """(nodes that run band by band, nodes that read finished sums or change buffers, the sums)."""
-    main, post, sums = [], [], []
-    late: set[str] = set()
-    for node in part.nodes:
-        if node.effect or any(name in late for name in node.inputs):
-            post.append(node)
-            late.add(node.name)
-            continue
-        main.append(node)
-        if reduces(bands.rules[node.name]):
-            sums.append(node.name)
-            late.add(node.name)
-    return tuple(main), tuple(post), tuple(sums)
-
-
-def _single(graph: Graph, part: Stretch, post: tuple[Node, ...]) -> bool:
-    """Backward may run inside forward: the segment is the last, and ends in a loss linear in its sums."""
-    ends = graph.loss is not None and graph.loss.linear and part.stop == len(graph.nodes)
-    return bool(ends and [n.op for n in post if not n.effect] == ["loss_combine"])
-
-
-def _image_ranges(graph: Graph, part: Stretch, images: Banding, count: int) -> tuple[Rows, ...]:
-    total = max(
-        (graph.values[n].shape[d] for n in part.inputs if (d := images.dims[n]) is not None), default=1
-    )
-    step = count or total
-    return tuple(Rows(a, min(a + step, total)) for a in range(0, total, step))

@@ -7,26 +7,27 @@ from the outputs down to it, and the last finds those of inputs and weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from rowtune.graph.bands import Banding, banding
 from rowtune.graph.cuts import Stretch, reduces
 from rowtune.graph.graph import Graph, Node
+from rowtune.plan.banded import Scheduler, banded
 from rowtune.plan.plan import Segment
-from rowtune.plan.program import Banded, Passes, SegmentProgram
-
-Bander = Callable[[Graph, Segment, Stretch, Banding, Banding], Banded]
+from rowtune.plan.program import Passes, SegmentProgram
 
 
-def passes(graph: Graph, decision: Segment, part: Stretch, axis: int, banded: Bander) -> Passes:
-    """The passes of `part`, each made into bands by `banded`."""
-    return _Divider(graph, decision, part, axis, banded).passes()
+def passes(graph: Graph, decision: Segment, part: Stretch, axis: int, scheduler: Scheduler) -> Passes:
+    """The passes of `part`, each with bands ordered by `scheduler`."""
+    return _Divider(graph, decision, part, axis, scheduler).passes()
 
 
 class _Divider:
-    def __init__(self, graph: Graph, decision: Segment, part: Stretch, axis: int, banded: Bander) -> None:
-        self.graph, self.decision, self.part, self.banded = graph, decision, part, banded
+    def __init__(
+        self, graph: Graph, decision: Segment, part: Stretch, axis: int, scheduler: Scheduler
+    ) -> None:
+        self.graph, self.decision, self.part, self.scheduler = graph, decision, part, scheduler
         self.bands, self.images = banding(graph, axis), banding(graph, 0)
         self.nodes = {node.name: node for node in part.nodes}
         self.level, self.finished = self._levels()
@@ -112,8 +113,8 @@ class _Divider:
     def _program(
         self, graph: Graph, nodes: tuple[Node, ...], outputs: tuple[str, ...], bands: Banding, images: Banding
     ) -> SegmentProgram:
-        made = {node.name for node in nodes}
-        read = dict.fromkeys(n for node in nodes for n in node.inputs if n not in made)
+        inside = {node.name for node in nodes}
+        read = dict.fromkeys(n for node in nodes for n in node.inputs if n not in inside)
         fixed = ("parameter", "buffer", "constant")
         part = Stretch(
             self.part.start,
@@ -123,8 +124,8 @@ class _Divider:
             tuple(n for n in read if graph.values[n].kind in fixed),
             outputs,
         )
-        banded = self.banded(graph, self.decision, part, bands, images)
-        return SegmentProgram(self.decision, part, banded=replace(banded, single_sweep=False))
+        made = banded(graph, self.decision, part, bands, images, self.scheduler)
+        return SegmentProgram(self.decision, part, banded=replace(made, single_sweep=False))
 
 
 def _twinned(bands: Banding, twins: dict[str, str]) -> Banding:

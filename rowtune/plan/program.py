@@ -60,6 +60,15 @@ class Restore(NamedTuple):
 Step = Run | Back | Drop | Stash | Restore
 
 
+class Repeat(NamedTuple):
+    """In a program that is only predicted, with fewer bands than there are: the `pieces` of one period stand
+    for `more` others each. What it keeps until backward lies between the stashes after bands `stashes`."""
+
+    more: int
+    pieces: frozenset[int]
+    stashes: tuple[int, int] | None
+
+
 @dataclass(frozen=True)
 class Banded:
     """How a rows segment runs: `forward` and `backward` are repeated for each range of `images`.
@@ -78,6 +87,7 @@ class Banded:
     backward: tuple[Step, ...]
     image_ranges: tuple[Rows, ...]
     single_sweep: bool
+    repeat: Repeat | None = None
 
 
 @dataclass(frozen=True)

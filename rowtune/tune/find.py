@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from rowtune.cost.memory import predict
+from rowtune.cost.estimate import estimate
 from rowtune.errors import UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
-from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan
 from rowtune.plan.space import space
 from rowtune.tune.device import device_name
@@ -92,7 +91,7 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
         result = search(
             Task(
                 space=space(work.graph),
-                predict=lambda plan: predict(lower(work.graph, plan), slots),
+                predict=lambda plan: estimate(work.graph, plan, slots),
                 measure=worker.measure,
                 records=records,
                 limit=budget - request.reserve,
@@ -123,7 +122,7 @@ def _plan_file(request: Request, budget: int, result: SearchResult) -> PlanFile:
     work, best, plain = request.work, result.best, result.plain
     assert best.decisions is not None
     plan = Plan.from_dict(dict(best.decisions))
-    cost = predict(lower(work.graph, plan), work.optimizer.slots)
+    cost = estimate(work.graph, plan, work.optimizer.slots)
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None

@@ -15,11 +15,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from rowtune.cost.memory import predict
+from rowtune.cost.estimate import estimate
 from rowtune.errors import ModelError
 from rowtune.importers.source import TensorSpec
 from rowtune.plan.file import Problem
-from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.runtime.module import apply
@@ -128,8 +127,8 @@ def median_seconds(step: Callable[[], None], device: str, box: float, most: int)
 
 def plain_peak(work: Workload) -> int:
     """Predicted peak of the network as PyTorch runs it."""
-    keep = lower(work.graph, uniform_plan(work.graph, "keep"))
-    return int(predict(keep, work.optimizer.slots).peak_bytes)
+    keep = uniform_plan(work.graph, "keep")
+    return int(estimate(work.graph, keep, work.optimizer.slots).peak_bytes)
 
 
 def reference_batch(work: Workload, device: str) -> Batch:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.cost.memory import predict
+from rowtune.cost.estimate import estimate
 from rowtune.errors import ModelError, PlanError, RowtuneError, UsageError
 from rowtune.importers.source import parse_shape
 from rowtune.plan.file import PlanFile
-from rowtune.plan.lower import lower
 from rowtune.runtime.module import apply
 from rowtune.tune.device import cap_memory, resolve_device, synchronize
 from rowtune.tune.meter import measure_memory
@@ -89,7 +88,7 @@ def open_plan(file: PlanFile, device: str = "auto", shapes: Sequence[str] = ()) 
             f"the plan was made for a model with fingerprint {file.fingerprint}, but {problem.model} "
             f"now has {work.graph.fingerprint}; search again"
         )
-    return work, int(predict(lower(work.graph, file.plan), work.optimizer.slots).peak_bytes)
+    return work, int(estimate(work.graph, file.plan, work.optimizer.slots).peak_bytes)
 
 
 def _reshaped(file: PlanFile, shapes: Sequence[str]) -> Any:

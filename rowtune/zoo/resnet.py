@@ -13,12 +13,14 @@ EXPANSION = 4
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut; (B, C, H, W) to (B, 4 planes, H/stride, W/stride)."""
 
-    def __init__(self, channels: int, planes: int, stride: int) -> None:
+    def __init__(self, channels: int, planes: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
         out = planes * EXPANSION
         self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(
+            planes, planes, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
+        )
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
@@ -38,32 +40,52 @@ class Bottleneck(nn.Module):
         return y
 
 
-class ResNet(nn.Module):
-    """Images (B, in_channels, H, W) to logits (B, classes)."""
+class Trunk(nn.Module):
+    """Images (B, in_channels, H, W) to the maps of every stage, at 1/4, 1/8, 1/16 and 1/32 of their size.
 
-    def __init__(self, width: int, depths: tuple[int, ...], classes: int, in_channels: int) -> None:
+    With `dilate_last` the last stage keeps the size and spreads its kernels instead.
+    """
+
+    def __init__(
+        self, width: int, depths: tuple[int, ...], in_channels: int, dilate_last: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = width
+        self.channels = width
         self.stages = [f"layer{i + 1}" for i in range(len(depths))]
         for i, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
-            planes = width * 2**i
+            planes, last = width * 2**i, i + 1 == len(depths)
             blocks: list[nn.Module] = []
             for j in range(depth):
-                blocks.append(Bottleneck(channels, planes, 2 if i > 0 and j == 0 else 1))
-                channels = planes * EXPANSION
+                stride = 2 if i > 0 and j == 0 and not (dilate_last and last) else 1
+                dilation = 2 if dilate_last and last and j > 0 else 1
+                blocks.append(Bottleneck(self.channels, planes, stride, dilation))
+                self.channels = planes * EXPANSION
             self.add_module(stage, nn.Sequential(*blocks))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = []
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+            maps.append(x)
+        return maps
+
+
+class ResNet(Trunk):
+    """Images (B, in_channels, H, W) to logits (B, classes)."""
+
+    def __init__(self, width: int, depths: tuple[int, ...], classes: int, in_channels: int) -> None:
+        super().__init__(width, depths, in_channels)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(self.channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        last = super().forward(x)[-1]
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(last), 1))
         return logits
 
 

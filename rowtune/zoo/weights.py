@@ -15,6 +15,9 @@ from torch import nn
 
 Std = Callable[[float], float]
 
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 
 def he(fan_in: float) -> float:
     """Keeps the variance through convolution + ReLU; what norm-free chains need to train at all."""
@@ -42,7 +45,7 @@ def seeded(make: Callable[[], nn.Module], seed: int, std: Std = he) -> nn.Module
 
 
 def _fill(module: nn.Module, std: Std, generator: torch.Generator) -> None:
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+    if isinstance(module, _Conv | _Transposed | nn.Linear):
         # Uniform with that deviation: twice as fast to draw as a normal distribution, which counts in VGG.
         bound = math.sqrt(3.0) * std(_fan_in(module))
         module.weight.uniform_(-bound, bound, generator=generator)
@@ -52,9 +55,9 @@ def _fill(module: nn.Module, std: Std, generator: torch.Generator) -> None:
         reset()
 
 
-def _fan_in(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> float:
+def _fan_in(module: _Conv | _Transposed | nn.Linear) -> float:
     """Input values that one output value sums over."""
-    if isinstance(module, nn.ConvTranspose2d):
+    if isinstance(module, _Transposed):
         taps = math.prod(module.kernel_size) / math.prod(module.stride)
         return module.in_channels / module.groups * taps
     return module.weight[0].numel()
