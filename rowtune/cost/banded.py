@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
+from rowtune.cost.post import PostSizes
 from rowtune.cost.profile import Profiles
 from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
@@ -68,6 +69,7 @@ class BandedSizes:
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
         self.left_out = LeftOut(heap, segment.banded.repeat)
+        self.post = PostSizes(heap, graph, profiles, self.program.post)
         self.wanted = graph.needs_grad if wanted is None else wanted
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
@@ -86,9 +88,7 @@ class BandedSizes:
             self._steps(self.program.backward if single else self.program.forward, collect=True)
             self._clear()
         self.done = single
-        for name in self.segment.part.outputs:
-            if name not in self.outputs:
-                self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
+        self.outputs |= self.post.forward()
         for name, block in self.outputs.items():
             if name in self.segment.part.outputs:
                 env[name] = block
@@ -107,6 +107,7 @@ class BandedSizes:
 
     def backward(self, outer: Mapping[str, int]) -> None:
         self.outer = frozenset(outer)
+        self.post.backward(outer, self.weight_grads)
         for i, images in enumerate(self.program.image_ranges):
             self._images(images)
             self.stash = self.stashes[i] if self.stashes else {}

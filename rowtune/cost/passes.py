@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rowtune.cost.banded import BandedSizes
 from rowtune.cost.heap import Heap
+from rowtune.cost.post import PostSizes
 from rowtune.cost.profile import Profiles, key_of
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import Passes, SegmentProgram
@@ -25,6 +26,7 @@ class PassesSizes:
         self.profiles = {**profiles, **twins}
         self.done = False
         self.known: dict[str, int] = {}
+        self.posts: list[PostSizes] = []
         self.held: list[int] = []
         self.weight_grads: dict[str, int] = {}
         self.input_grads: dict[str, int] = {}
@@ -32,8 +34,10 @@ class PassesSizes:
     def forward(self, env: dict[str, int]) -> None:
         for one in self.passes.forward:
             made: dict[str, int] = {}
-            BandedSizes(self.heap, self.graph, self.profiles, one).forward(made)
+            sizes = BandedSizes(self.heap, self.graph, self.profiles, one)
+            sizes.forward(made)
             self.known |= made
+            self.posts.append(sizes.post)
         for name in self.segment.part.outputs:
             env[name] = self.known.pop(name)
 
@@ -47,7 +51,9 @@ class PassesSizes:
 
     def backward(self, outer: Mapping[str, int]) -> None:
         given = {**outer, **dict.fromkeys(self.passes.twins.values(), 0)}
-        for one, wanted in zip(self.passes.backward, wanted_in(self.graph, self.passes), strict=True):
+        wanted_by_pass = wanted_in(self.graph, self.passes)
+        for post, one, wanted in zip(reversed(self.posts), self.passes.backward, wanted_by_pass, strict=True):
+            post.backward(outer, self.weight_grads)
             sizes = BandedSizes(self.heap, self.passes.twin_graph, self.profiles, one, wanted)
             sizes.backward({n: b for n, b in given.items() if n in one.part.outputs})
             for name, block in sizes.input_grads.items():
