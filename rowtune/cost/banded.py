@@ -323,7 +323,9 @@ class BandedSizes:
 
     def _scatter(self, name: str, rows: Rows, block: int) -> None:
         if name in self.outside:
-            if name not in self.input_grads:
+            if name not in self.input_grads and self._bytes(name, rows) == self.graph.values[name].bytes:
+                self.input_grads[name] = self.heap.ref(block)
+            elif name not in self.input_grads:
                 self.input_grads[name] = self.heap.new(
                     self.graph.values[name].bytes, f"the gradient of {name}"
                 )

@@ -85,8 +85,8 @@ class _Step:
 
     # -- forward ---------------------------------------------------------------------------------------------
 
-    def _forward(self, segment: SegmentProgram, keep: bool = True) -> object:
-        """Returns what backward needs: nothing without `keep`, in a part that is run again."""
+    def _forward(self, segment: SegmentProgram) -> object:
+        """Returns what backward needs."""
         if segment.inner:
             return self._inner(segment)
         if segment.banded is not None or segment.passes is not None:
@@ -95,7 +95,7 @@ class _Step:
             banded.forward(self.env)
             if banded.done:
                 self._hand_on(banded)
-            elif keep:
+            else:
                 banded.hold(self.env)
             return banded
         checkpointed = segment.decision.policy == "checkpoint"
@@ -103,7 +103,7 @@ class _Step:
         held: list[int] = []
         if checkpointed and any(self._saves(node) for node in segment.part.nodes):
             held = self._hold(segment)
-        tape = self._nodes(segment, blocks, grad=keep and not checkpointed)
+        tape = self._nodes(segment, blocks, grad=not checkpointed)
         return held if checkpointed else tape
 
     def _hold(self, segment: SegmentProgram) -> list[int]:
@@ -118,10 +118,17 @@ class _Step:
             self.heap.drop(self.env.pop(name))
         return held
 
-    def _parts(self, segment: SegmentProgram, keep: bool) -> list[object]:
+    def _parts(self, segment: SegmentProgram, keep: bool) -> list[BandedSizes]:
+        """All parts in forward; with `keep`, what they read is kept and the last is not run."""
         left = []
         for inner, dead in zip(segment.inner, segment.dead, strict=True):
-            left.append(self._forward(inner, keep))
+            sizes = BandedSizes(self.heap, self.graph, self.profiles, inner)
+            if keep:
+                sizes.hold(self.env)
+            left.append(sizes)
+            if keep and inner is segment.inner[-1]:
+                break
+            sizes.forward(self.env)
             for name in dead:
                 if name in self.env and name not in segment.part.inputs:
                     self.heap.drop(self.env.pop(name))

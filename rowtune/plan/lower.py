@@ -122,10 +122,8 @@ def _twice(inner: SegmentProgram) -> SegmentProgram:
 def _part(
     graph: Graph, decision: Segment, start: int, stop: int, axis: int, scheduler: Scheduler
 ) -> SegmentProgram:
-    """The rows between two barriers; nodes without rows run as they are."""
+    """The rows between two barriers: each begins with a node that has some."""
     part = stretch(graph, start, stop)
-    if why_not(graph, start, stop, axis):
-        return _plain(graph, Segment(part.nodes[0].name, part.nodes[-1].name), part, scheduler)
     bands, images = banding(graph, axis), banding(graph, 0)
     return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
 

@@ -21,7 +21,7 @@ from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
-from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator
+from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
@@ -344,7 +344,8 @@ class BandedRun:
             return
         tape.outputs.clear()
         given = {s.untyped_storage().data_ptr() for s in seeds}
-        found = torch.autograd.grad(outputs, asked, seeds, allow_unused=True)
+        found: list[Tensor | None] = [*torch.autograd.grad(outputs, asked, seeds, allow_unused=True)]
+        del found[len(tape.slabs) :]
         del outputs, seeds
         self._scatter(tape, found, given)
 
@@ -356,24 +357,28 @@ class BandedRun:
             outer = self._part(name, outer, rows)
         return self.shares.take(number, name, rows, outer)
 
-    def _scatter(self, tape: Tape, found: tuple[Tensor | None, ...], given: set[int]) -> None:
-        """Gradients of slices to the pieces that made them, or to the segment's inputs."""
-        found = found[: len(tape.slabs)]
+    def _scatter(self, tape: Tape, found: list[Tensor | None], given: set[int]) -> None:
+        """Gradients of slices to the pieces that made them, or to the segment's inputs; each is let go of
+        before the next."""
         where = [g.untyped_storage().data_ptr() for g in found if g is not None]
-        for (name, rows, _), g in zip(tape.slabs, found, strict=True):
+        for name, rows, _ in tape.slabs:
+            g = found.pop(0)
             if g is None:
                 continue
+            at = g.untyped_storage().data_ptr()
+            owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
             if name in self.tensors:
-                self._add_input(name, rows, g)
+                self._add_input(name, rows, g, owned)
             else:
-                at = g.untyped_storage().data_ptr()
-                owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
                 self.shares.add(name, rows, g, owned)
 
-    def _add_input(self, name: str, rows: Rows, g: Tensor) -> None:
+    def _add_input(self, name: str, rows: Rows, g: Tensor, owned: bool) -> None:
         total = self.gradients.inputs.get(name)
         if total is None:
             full = self.tensors[name]
+            if owned and g.shape == full.shape and g.dtype == grad_dtype(g.dtype):
+                self.gradients.inputs[name] = g
+                return
             total = torch.zeros_like(full, dtype=g.dtype)
             self.gradients.inputs[name] = total
         self._part(name, total, rows).add_(g)

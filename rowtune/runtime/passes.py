@@ -21,12 +21,10 @@ class PassesRun:
         tensors: dict[str, Tensor],
         wanted: frozenset[str],
         seed: int,
-        *,
-        first_time: bool = True,
     ) -> None:
         assert segment.passes is not None
         self.graph, self.segment, self.program = graph, segment, segment.passes
-        self.tensors, self.wanted, self.seed, self.first_time = tensors, wanted, seed, first_time
+        self.tensors, self.wanted, self.seed = tensors, wanted, seed
         self.known: dict[str, Tensor] = {}
         self.runs: list[BandedRun] = []
 
@@ -43,9 +41,7 @@ class PassesRun:
     def forward(self) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
         for one in self.program.forward:
-            run = BandedRun(
-                self.graph, one, self._given(one), self.wanted, self.seed, first_time=self.first_time
-            )
+            run = BandedRun(self.graph, one, self._given(one), self.wanted, self.seed)
             made = run.forward()
             self.known |= {n: t for n, t in made.items() if n in self._finished}
             self.runs.append(run)

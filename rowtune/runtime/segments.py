@@ -11,40 +11,26 @@ from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
 from rowtune.plan.program import Program, SegmentProgram
+from rowtune.runtime.again import AgainRun
 from rowtune.runtime.banded import BandedRun, Gradients
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.passes import PassesRun
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
+Running = BandedRun | PassesRun | AgainRun
 
 
 def run_segment(
-    program: Program,
-    segment: SegmentProgram,
-    env: Env,
-    seed: int,
-    scale: float | Tensor,
-    first_time: bool = True,
+    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
 ) -> None:
-    """Add the segment's outputs to `env`. Buffers change the first time only, not in a recomputation."""
-    if segment.banded is not None or segment.passes is not None:
-        _run_banded(program, segment, env, seed, scale, first_time)
-    elif segment.inner:
-        _run_checkpoint(segment, env, lambda local, first: _run_inner(program, segment, local, seed, first))
+    """Add the segment's outputs to `env`."""
+    if segment.banded is not None or segment.passes is not None or segment.inner:
+        _run_banded(program, segment, env, seed, scale)
     elif segment.decision.policy == "checkpoint" and torch.is_grad_enabled():
-        _run_checkpoint(segment, env, lambda local, first: _run_nodes(segment, {}, local, seed, first))
+        _run_checkpoint(segment, env, seed)
     else:
-        env |= _run_nodes(segment, env, {}, seed, first_time=first_time)
-
-
-def _run_inner(program: Program, segment: SegmentProgram, env: Env, seed: int, first_time: bool) -> Env:
-    """The rows segments between barriers, one after another."""
-    for inner, dead in zip(segment.inner, segment.dead, strict=True):
-        run_segment(program, inner, env, seed, 1.0, first_time)
-        for name in dead:
-            env.pop(name, None)
-    return {o: env[o] for o in segment.part.outputs}
+        env |= _run_nodes(segment, env, {}, seed, first_time=True)
 
 
 def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_time: bool) -> Env:
@@ -61,20 +47,16 @@ def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_checkpoint(segment: SegmentProgram, env: Env, body: Callable[[Env, bool], Env]) -> None:
-    """PyTorch's own checkpoint; buffers (running statistics) change only the first time.
-
-    Args:
-        body: makes the segment's outputs from its inputs and weights by name; told whether it is the first.
-    """
-    fixed = {n: env[n] for n in segment.part.weights}
-    fixed |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
-    names = [n for n in segment.part.inputs if n not in fixed]
+def _run_checkpoint(segment: SegmentProgram, env: Env, seed: int) -> None:
+    """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
+    weights = {n: env[n] for n in segment.part.weights}
+    weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
+    names = [n for n in segment.part.inputs if n not in weights]
     first: list[bool] = [True]
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
         fresh, first[0] = first[0], False
-        made = body({**fixed, **dict(zip(names, tensors, strict=True))}, fresh)
+        made = _run_nodes(segment, weights, dict(zip(names, tensors, strict=True)), seed, first_time=fresh)
         return tuple(made[o] for o in segment.part.outputs)
 
     inputs = [env[n] for n in names]
@@ -83,12 +65,12 @@ def _run_checkpoint(segment: SegmentProgram, env: Env, body: Callable[[Env, bool
 
 
 def _run_banded(
-    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor, first_time: bool
+    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
 ) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(program, segment, names, changed, seed, scale, first_time)
+    call = _Call(program, segment, names, changed, seed, scale)
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
@@ -104,22 +86,21 @@ class _Call:
         changed: Env,
         seed: int,
         scale: float | Tensor,
-        first_time: bool,
     ) -> None:
         self.program, self.segment, self.names, self.seed, self.scale = program, segment, names, seed, scale
-        self.changed, self.first_time = changed, first_time
+        self.changed = changed
         self.autocast: Callable[[], Any] = _autocast_state()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
-        self.run: BandedRun | PassesRun | None = None
+        self.run: Running | None = None
 
-    def start(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> BandedRun | PassesRun:
+    def start(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Running:
         """`changed` are the buffers that effects write: no inputs of autograd's node, which would find them
         changed since."""
         wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
         detached = self.detached(tensors)
-        kind = PassesRun if self.segment.passes is not None else BandedRun
-        return kind(self.program.graph, self.segment, detached, wanted, self.seed, first_time=self.first_time)
+        kind = AgainRun if self.segment.inner else PassesRun if self.segment.passes else BandedRun
+        return kind(self.program.graph, self.segment, detached, wanted, self.seed)
 
     def detached(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
