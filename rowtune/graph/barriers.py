@@ -25,10 +25,12 @@ aten = torch.ops.aten
 
 @dataclass
 class Parts:
-    """What takes an operator's place: nodes with their values, the last of them under its own name."""
+    """What takes an operator's place: nodes with their values, the last of them under its own name. `shared`
+    statistics are those of all processes."""
 
     graph: Graph
     node: Node
+    shared: bool = False
     made: list[tuple[Node, Value]] = field(default_factory=list)
 
     def add(
@@ -60,7 +62,7 @@ class Parts:
         shape = self.shape(x)
         kept = (3, shape[0], groups) if groups else (3, shape[1])
         value = Value("", "node", kept, torch.float64)
-        return self.add("_moments", "moments", moments, (x, groups, centred), value)
+        return self.add("_moments", "moments", moments, (x, groups, centred, self.shared), value)
 
 
 def _batch_norm(p: Parts) -> None:
@@ -215,14 +217,18 @@ TABLE: dict[str, Callable[[Parts], None]] = {
 }
 
 
-def taken_apart(graph: Graph) -> Graph:
-    """The same graph with its barriers as reductions, ordered so that few tensors cross a barrier."""
+def taken_apart(graph: Graph, shared: frozenset[str] = frozenset()) -> Graph:
+    """The same graph with its barriers as reductions, ordered so that few tensors cross a barrier.
+
+    Args:
+        shared: paths of norms whose statistics are those of all processes (SyncBatchNorm).
+    """
     values = dict(graph.values)
     nodes: list[Node] = []
     fused: dict[str, Fused] = {}
     pooled = {n.name for n in graph.nodes if n.op.startswith("adaptive_max_pool")}
     for node in graph.nodes:
-        parts = Parts(graph, node)
+        parts = Parts(graph, node, node.module in shared)
         source = node.inputs[0] if node.inputs else ""
         if source in pooled and node.op == "getitem":
             _max_pool(parts, next(n for n in nodes if n.name == source))
@@ -233,7 +239,8 @@ def taken_apart(graph: Graph) -> Graph:
             continue
         values |= {made.name: value for made, value in parts.made}
         whole = (node,) if source not in pooled else (next(n for n in nodes if n.name == source), node)
-        if CUMULATIVE not in node.args:  # which PyTorch's own operator would take for a momentum
+        # PyTorch's own operator takes neither shared statistics nor a cumulative average.
+        if not parts.shared and CUMULATIVE not in node.args:
             fused[node.name] = Fused(whole, tuple(made.name for made, _ in parts.made[:-1]))
         nodes += [made for made, _ in parts.made]
     read = {name for node in nodes for name in node.inputs} | set(graph.outputs)

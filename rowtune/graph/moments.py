@@ -7,6 +7,7 @@ does to sums of squares. Statistics are float64 and of shape (3, channels), or (
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,20 +17,21 @@ CHUNK = 1 << 18
 """Elements whose deviations are in memory at a time: they stay in cache, and cost no memory to speak of."""
 
 
-def moments(x: Tensor, groups: int = 0, centred: bool = True) -> Tensor:
+def moments(x: Tensor, groups: int = 0, centred: bool = True, shared: bool = False) -> Tensor:
     """(count, mean, M2) of each channel over images and rows, or of each group of channels of each image.
 
     Args:
         groups: 0 for a batch norm's statistics; 1 for a layer norm's, the channels for an instance norm's.
         centred: False for an RMS norm: the mean is 0 and M2 the sum of squares.
+        shared: over all processes of torch.distributed's default group (SyncBatchNorm).
     """
-    return _Moments.apply(x, None, groups, centred)  # type: ignore[no-untyped-call, no-any-return]
+    return _Moments.apply(x, None, groups, centred, shared)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def moments_again(x: Tensor, total: Tensor, groups: int, centred: bool) -> Tensor:
     """A stand-in for the statistics of some rows whose gradient is the share that these rows have in the
     gradient of the finished statistics `total`: d mean / dx = 1/n, d M2 / dx = 2 (x - mean)."""
-    return _Moments.apply(x, total, groups, centred)  # type: ignore[no-untyped-call, no-any-return]
+    return _Moments.apply(x, total, groups, centred, False)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -38,6 +40,28 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
     total = n + more
     delta = other - mean
     return torch.stack((total, mean + delta * (more / total), m2 + plus + delta * delta * (n * more / total)))
+
+
+def merge_processes(stats: Tensor) -> Tensor:
+    """Statistics of all processes together."""
+    if not _several_processes():
+        return stats
+    found = [torch.empty_like(stats) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, stats.contiguous())
+    return functools.reduce(merge, found)
+
+
+def add_processes(grad: Tensor) -> Tensor:
+    """The gradient of shared statistics: every process's loss depends on them."""
+    if _several_processes():
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+    return grad
+
+
+def _several_processes() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def update_running(
@@ -118,15 +142,19 @@ def _measure_part(part: Tensor, dims: tuple[int, ...], centred: bool) -> Tensor:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor | None, groups: int, centred: bool) -> Tensor:
-        ctx.groups, ctx.centred = groups, centred
+    def forward(
+        ctx: Any, x: Tensor, total: Tensor | None, groups: int, centred: bool, shared: bool
+    ) -> Tensor:
+        ctx.groups, ctx.centred, ctx.shared = groups, centred, shared
         made = _measure(x, groups, centred) if total is None else torch.zeros_like(total)
+        made = merge_processes(made) if shared else made
         ctx.save_for_backward(x, made if total is None else total)
         return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, total = ctx.saved_tensors
+        grad = add_processes(grad) if ctx.shared else grad
         spread, _ = _spread(x, ctx.groups)
         shape = [1] * spread.dim()
         kept = (0, 1) if ctx.groups else (1,)
@@ -138,7 +166,7 @@ class _Moments(torch.autograd.Function):
             found = (spread - mean).mul_(2 * by_m2).add_(by_mean / n)
         else:
             found = spread * (2 * by_m2)
-        return found.reshape(x.shape).to(x.dtype), None, None, None
+        return found.reshape(x.shape).to(x.dtype), None, None, None, None
 
 
 class _Normalise(torch.autograd.Function):

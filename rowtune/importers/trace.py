@@ -13,12 +13,13 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
@@ -119,15 +120,21 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """momentum=None makes a norm read its counter of batches while it runs, which torch.export refuses."""
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.momentum is None]
-    for module in norms:
+    """momentum=None makes a norm read its counter of batches while it runs, and a SyncBatchNorm asks for its
+    process group: torch.export refuses both."""
+    cumulative = [m for m in model.modules() if isinstance(m, _NormBase) and m.momentum is None]
+    for module in cumulative:
         module.momentum = CUMULATIVE
+    shared = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    for norm in shared:  # as a batch norm; rowtune shares the statistics itself
+        norm.forward = MethodType(_BatchNorm.forward, norm)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in norms:
+        for module in cumulative:
             module.momentum = None
+        for norm in shared:
+            del norm.forward
 
 
 class _Reader:
@@ -137,6 +144,7 @@ class _Reader:
         self.exported = exported
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.training = training
+        self.shared = frozenset(n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm))
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
@@ -157,18 +165,17 @@ class _Reader:
             elif node.op == "output":
                 outputs = self._outputs(node)
         spec = self.exported.call_spec
-        return taken_apart(
-            Graph(
-                nodes=_live(self.nodes, outputs),
-                values=self.values,
-                inputs=tuple(self.inputs),
-                outputs=outputs,
-                input_spec=spec.in_spec,
-                output_spec=spec.out_spec,
-                constants=self.constants,
-                training=self.training,
-            )
+        made = Graph(
+            nodes=_live(self.nodes, outputs),
+            values=self.values,
+            inputs=tuple(self.inputs),
+            outputs=outputs,
+            input_spec=spec.in_spec,
+            output_spec=spec.out_spec,
+            constants=self.constants,
+            training=self.training,
         )
+        return taken_apart(made, self.shared)
 
     def _placeholder(self, node: torch.fx.Node) -> None:
         signature, name = self.exported.graph_signature, node.name

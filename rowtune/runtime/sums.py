@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph, Node
+from rowtune.graph.moments import add_processes, merge_processes
 from rowtune.plan.program import Banded
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, grad_dtype, run_whole
@@ -54,6 +55,7 @@ class Sums:
             found = [parts[at] for at in sorted(parts)]
             dim = self.program.images.dims[name]
             total = found[0] if len(found) == 1 or dim is None else torch.cat(found, dim)
+            total = merge_processes(total) if self._shared(name) else total
             self.totals[name] = total.to(self.graph.values[name].dtype)
         self.shares = {}
 
@@ -84,6 +86,14 @@ class Sums:
         """Gradients of the reductions for these of the segment's outputs; returns those of weights and inputs
         that are read beyond the reductions."""
         self.gradients = {n: g for n, g in grads.items() if n in self.names}
+        beyond = self._beyond(grads, wanted)
+        for name in self.names:
+            if name in self.gradients and self._shared(name):
+                self.gradients[name] = add_processes(self.gradients[name])
+        return beyond
+
+    def _beyond(self, grads: Mapping[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
+        """Backward through what is made of the reductions."""
         read = {n for node in self._pure() for n in node.inputs}
         others = [n for n in self.tensors if n in read and n in wanted]
         if not any(node.name in grads for node in self._pure()):
@@ -108,6 +118,10 @@ class Sums:
             if g is not None:
                 self.gradients[name] = self.gradients[name] + g if name in self.gradients else g
         return {n: g for n in others if (g := found[n]) is not None}
+
+    def _shared(self, name: str) -> bool:
+        rule = self.program.bands.rule(name).reduces
+        return rule is not None and rule.shared
 
     def _pure(self) -> tuple[Node, ...]:
         return tuple(node for node in self.program.post if not node.effect)

@@ -15,6 +15,7 @@ from rowtune.graph.extremes import (
     merge_largest,
 )
 from rowtune.graph.moments import merge, moments_again
+from rowtune.graph.moments import moments as all_moments
 from rowtune.graph.moments import spread_of as moments_spread
 from rowtune.graph.rules.pointwise import per_image, pooled_axes
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Slab
@@ -34,11 +35,18 @@ def moments(q: Question) -> RowRule | Opaque:
         return RowRule(1, reads)
     if dim == 1 and groups != 1:
         return Opaque("statistics of single channels, banded over channels")
-    return RowRule(None, reads, reduces=Reduction(merge, _moments_again))
+    shared = bool(q.node.args[3])
+    return RowRule(None, reads, _own_moments, Reduction(merge, _moments_again, shared))
+
+
+def _own_moments(slab: Slab) -> Tensor:
+    """Of this process; those of others join the finished ones."""
+    x, groups, centred, _ = slab.node.args
+    return all_moments(slab.tensors[x.name], groups, centred)
 
 
 def _moments_again(slab: Slab, total: Tensor) -> Tensor:
-    x, groups, centred = slab.node.args
+    x, groups, centred, _ = slab.node.args
     return moments_again(slab.tensors[x.name], total, groups, centred)
 
 

@@ -55,10 +55,12 @@ def as_is(slab: Slab) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """How the shares of bands become one value: `merge` two of them. Where a band's gradient depends on the
-    finished total, `again(slab, total)` stands in for its share in backward; its value is not read."""
+    finished total, `again(slab, total)` stands in for its share in backward; its value is not read. `shared`:
+    the finished statistics are those of all processes."""
 
     merge: Callable[[Tensor, Tensor], Tensor] = torch.add
     again: Callable[[Slab, Tensor], Tensor] | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
