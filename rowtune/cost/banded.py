@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
+from rowtune.cost.left_out import Images, LeftOut
 from rowtune.cost.profile import NodeProfile
 from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
@@ -23,28 +24,6 @@ class _Line:
     chunks: list[tuple[Rows, int]] = field(default_factory=list)
 
 
-class LeftOut:
-    """The stashes of the bands that a shortened program leaves out: as much more for each left-out period as
-    one period added."""
-
-    def __init__(self, heap: Heap, repeat: Repeat | None) -> None:
-        self.heap, self.more = heap, repeat.more if repeat else 0
-        self.first, self.last = (repeat.stashes if repeat else None) or (-1, -1)
-        self.before = 0
-        self.blocks: list[int] = []
-
-    def stashed(self, band: int) -> None:
-        if band == self.first:
-            self.before = self.heap.live
-        elif band == self.last:
-            self.blocks.append(self.heap.new(self.more * (self.heap.live - self.before)))
-
-    def restored(self, band: int) -> None:
-        """Bands are gone through backwards, those left out first."""
-        if self.blocks and band < self.first:
-            self.heap.drop(self.blocks.pop())
-
-
 class BandedSizes:
     """Mirrors runtime.banded.BandedRun, with blocks of a Heap in place of tensors."""
 
@@ -55,6 +34,7 @@ class BandedSizes:
         profiles: Mapping[str, NodeProfile],
         segment: SegmentProgram,
         repeat: Repeat | None = None,
+        shortened: bool = False,
     ) -> None:
         assert segment.banded is not None
         self.heap, self.graph, self.profiles, self.segment = heap, graph, profiles, segment
@@ -69,6 +49,7 @@ class BandedSizes:
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
         self.left_out = LeftOut(heap, repeat)
+        self.images = Images(heap, self.program.image_ranges, shortened)
         self.wanted = graph.needs_grad
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
@@ -81,11 +62,13 @@ class BandedSizes:
         single = self.program.single_sweep
         for name in self.program.sums:
             self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
-        for images in self.program.image_ranges:
+        for i, images in enumerate(self.images.ranges):
+            self.images.start()
             self._images(images)
             self.stashes.append(self.stash)
             self._steps(self.program.backward if single else self.program.forward, collect=True)
             self._clear()
+            self.images.forward_done(i)
         self.done = single
         for name in self.segment.part.outputs:
             if name not in self.outputs:
@@ -108,11 +91,12 @@ class BandedSizes:
 
     def backward(self, outer: Mapping[str, int]) -> None:
         self.outer = frozenset(outer)
-        for i, images in enumerate(self.program.image_ranges):
+        for i, images in enumerate(self.images.ranges):
             self._images(images)
             self.stash = self.stashes[i] if self.stashes else {}
             self._steps(self.program.backward, collect=False)
             self._clear()
+            self.images.backward_done(i)
 
     def _images(self, images: Rows) -> None:
         total = self.program.image_ranges[-1].hi

@@ -36,18 +36,18 @@ def predict(program: Program, optimizer_slots: int = 1, repeats: Mapping[int, Re
     Args:
         program: of a graph with a loss.
         optimizer_slots: parameter-sized states of the optimizer (SGD with momentum 1, Adam 2).
-        repeats: of a program of fewer bands than there are: the pieces that stand for the others
-            (cost/estimate.py).
+        repeats: of a program of fewer bands than there are: the pieces that stand for the others. Given at
+            all, bands of images are passed over as well (cost/estimate.py).
     """
-    step = _Step(program, optimizer_slots, repeats or {})
+    step = _Step(program, optimizer_slots, repeats)
     step.run()
     heap = step.heap
     return Cost(heap.peak, heap.peak_activations, seconds(program, repeats), heap.peak_at)
 
 
 class _Step:
-    def __init__(self, program: Program, slots: int, repeats: Mapping[int, Repeat]) -> None:
-        self.repeats = repeats
+    def __init__(self, program: Program, slots: int, repeats: Mapping[int, Repeat] | None) -> None:
+        self.repeats, self.shortened = repeats or {}, repeats is not None
         self.program, self.graph = program, program.graph
         self.profiles = profiles(self.graph)
         weights = self.graph.parameters()
@@ -90,7 +90,7 @@ class _Step:
     def _forward(self, segment: SegmentProgram) -> object:
         if segment.banded is not None:
             repeat = self.repeats.get(segment.part.start)
-            banded = BandedSizes(self.heap, self.graph, self.profiles, segment, repeat)
+            banded = BandedSizes(self.heap, self.graph, self.profiles, segment, repeat, self.shortened)
             banded.forward(self.env)
             if segment.banded.single_sweep:
                 self._hand_on(segment, banded)
