@@ -84,6 +84,23 @@ def test_bands_of_rows_inside_bands_of_images(halo):
     assert_same(estimate(graph, plan), predict(lower(graph, plan)))
 
 
+@pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
+@pytest.mark.parametrize("name", ["edsr", "vgg16_features"])
+def test_many_bands_of_images(name, halo):
+    """The last band of images is smaller; a kept rest of the network makes edsr's segment no single sweep."""
+    graph = zoo_graph(name, 128, images=11)
+    nodes = graph.nodes
+    cut = len(nodes) * 2 // 3
+    plan = Plan(
+        (
+            Segment(nodes[0].name, nodes[cut].name, "rows", 8, halo, images=2),
+            Segment(nodes[cut + 1].name, nodes[-1].name),
+        )
+    )
+    for made in (plan, rowtune.uniform_plan(graph, "rows", 8, halo, images=2)):
+        assert_same(estimate(graph, made), predict(lower(graph, made)))
+
+
 def test_rows_that_a_band_or_a_pool_leaves_over():
     """Neither the band height nor the pools divide the image's height."""
     for rows, band in ((1003, 1), (967, 2)):

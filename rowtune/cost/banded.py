@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
+from rowtune.cost.left_out import Images, LeftOut
 from rowtune.cost.post import PostSizes
 from rowtune.cost.profile import Profiles
 from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
-from rowtune.plan.program import Back, Drop, Piece, Repeat, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows, need
 
 
@@ -21,28 +22,6 @@ class _Line:
     """Chunks of one value: their rows and blocks, oldest first."""
 
     chunks: list[tuple[Rows, int]] = field(default_factory=list)
-
-
-class LeftOut:
-    """The stashes of the bands that a shortened program leaves out: as much more for each left-out period as
-    one period added."""
-
-    def __init__(self, heap: Heap, repeat: Repeat | None) -> None:
-        self.heap, self.more = heap, repeat.more if repeat else 0
-        self.first, self.last = (repeat.stashes if repeat else None) or (-1, -1)
-        self.before = 0
-        self.blocks: list[int] = []
-
-    def stashed(self, band: int) -> None:
-        if band == self.first:
-            self.before = self.heap.live
-        elif band == self.last:
-            self.blocks.append(self.heap.new(self.more * (self.heap.live - self.before)))
-
-    def restored(self, band: int) -> None:
-        """Bands are gone through backwards, those left out first."""
-        if self.blocks and band < self.first:
-            self.heap.drop(self.blocks.pop())
 
 
 class BandedSizes:
@@ -69,6 +48,7 @@ class BandedSizes:
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
         self.left_out = LeftOut(heap, segment.banded.repeat)
+        self.images = Images(heap, self.program.image_ranges, self.program.sketch)
         self.post = PostSizes(heap, graph, profiles, self.program.post)
         self.wanted = graph.needs_grad if wanted is None else wanted
         self.shapes: dict[str, tuple[int, int, bool]] = {}
@@ -82,11 +62,13 @@ class BandedSizes:
         single = self.program.single_sweep
         for name in self.program.sums:
             self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
-        for images in self.program.image_ranges:
+        for i, images in enumerate(self.images.ranges):
+            self.images.start()
             self._images(images)
             self.stashes.append(self.stash)
             self._steps(self.program.backward if single else self.program.forward, collect=True)
             self._clear()
+            self.images.forward_done(i)
         self.done = single
         self.outputs |= self.post.forward()
         for name, block in self.outputs.items():
@@ -108,11 +90,12 @@ class BandedSizes:
     def backward(self, outer: Mapping[str, int]) -> None:
         self.outer = frozenset(outer)
         self.post.backward(outer, self.weight_grads)
-        for i, images in enumerate(self.program.image_ranges):
+        for i, images in enumerate(self.images.ranges):
             self._images(images)
             self.stash = self.stashes[i] if self.stashes else {}
             self._steps(self.program.backward, collect=False)
             self._clear()
+            self.images.backward_done(i)
 
     def _images(self, images: Rows) -> None:
         total = self.program.image_ranges[-1].hi

@@ -36,7 +36,6 @@ def predict(program: Program, optimizer_slots: int = 1) -> Cost:
     Args:
         program: of a graph with a loss.
         optimizer_slots: parameter-sized states of the optimizer (SGD with momentum 1, Adam 2).
-            (cost/estimate.py).
     """
     step = _Step(program, optimizer_slots)
     step.run()

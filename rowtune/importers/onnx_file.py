@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import checker, defs, external_data_helper, inliner
+from onnx import checker, defs, external_data_helper, helper, inliner, shape_inference
 from torch import nn
 
 from rowtune.errors import ModelError, UsageError
@@ -24,13 +24,15 @@ from rowtune.importers.onnx_node import DTYPES
 from rowtune.importers.onnx_ops import CONTROL, OPERATORS
 
 OLDEST_OPSET = 7
+# Definitions use operators that are defined themselves; this is more than twice as deep as ONNX goes.
+DEEPEST = 5
 
-NO_NORM = (
-    "no normalisation layer found: if the network has batch norm, the exporter fused it into the "
-    "convolutions; to keep it, export with torch.onnx.export(model, args, file, dynamo=False, "
-    "training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False) or with dynamo=True, "
-    "optimize=False"
+FOLDED = (
+    "the exporter fused them into the convolutions; to keep them, export with "
+    "torch.onnx.export(model, args, file, dynamo=False, training=torch.onnx.TrainingMode.TRAINING, "
+    "do_constant_folding=False) or with dynamo=True, optimize=False"
 )
+NO_NORM = f"no normalisation layer found: if the network has batch norms, {FOLDED}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def from_proto(proto: onnx.ModelProto, opset: int, name: str = "the model") -> O
     notes = []
     if not built.norms and built.convolutions:
         notes.append(NO_NORM)
+    elif folded := _folded_norms(graph):
+        notes.append(f"{folded} batch norm(s) are missing: {FOLDED}")
     if built.separated:
         notes.append(
             f"{built.separated} weight(s) that the exporter merged because they started out equal "
@@ -225,16 +229,40 @@ def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     try:
         if proto.functions:
             proto = inliner.inline_local_functions(proto)
-        unknown = sorted({n.op_type for n in proto.graph.node if not n.domain} - set(OPERATORS) - CONTROL)
-        defined = [("", op) for op in unknown if _has_body(op)]
-        if defined and hasattr(inliner, "inline_selected_functions"):
-            proto = inliner.inline_selected_functions(proto, defined, inline_schema_functions=True)
+        for _ in range(DEEPEST):
+            defined = _defined(proto)
+            if not defined or not hasattr(inliner, "inline_selected_functions"):
+                break
+            proto = inliner.inline_selected_functions(_typed(proto), defined, inline_schema_functions=True)
     except (RuntimeError, ValueError, TypeError, checker.ValidationError) as problem:
         raise ModelError(f"the functions of {name} cannot be expanded: {_first_line(problem)}") from problem
     return proto
 
 
-def _has_body(op: str) -> bool:
+def _defined(proto: onnx.ModelProto) -> list[tuple[str, str]]:
+    """Operators that are not claimed, but that ONNX defines by simpler ones."""
+    unknown = {n.op_type for n in proto.graph.node if not n.domain} - set(OPERATORS) - CONTROL
+    return [("", op) for op in sorted(unknown) if has_body(op)]
+
+
+def _typed(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """With the types of stored and computed values: how ONNX defines an operator may depend on them."""
+    given = {info.name for info in (*proto.graph.input, *proto.graph.value_info)}
+    for tensor in proto.graph.initializer:
+        if tensor.name not in given:
+            info = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            proto.graph.value_info.append(info)
+    return shape_inference.infer_shapes(proto)
+
+
+def _folded_norms(graph: onnx.GraphProto) -> int:
+    """How many batch norms the newer exporter's optimiser removed; it does so in train mode, too."""
+    rules = [p.value for node in graph.node for p in node.metadata_props if p.key.endswith("rule_name")]
+    return sum("FuseBatchNorm" in rule for rule in rules)
+
+
+def has_body(op: str) -> bool:
+    """Whether ONNX defines this operator by simpler ones."""
     if not defs.has(op):
         return False
     schema: Any = defs.get_schema(op)

@@ -113,6 +113,8 @@ class OnnxNetwork(nn.Module):
 
     def _find(self, ref: Ref, values: Mapping[str, Value]) -> Value:
         if isinstance(ref, str):
+            if ref not in values:
+                raise ModelError(f"the graph reads {ref!r}, which nothing in it makes; export it again")
             return values[ref]
         if isinstance(ref, Constant):
             return ref.value

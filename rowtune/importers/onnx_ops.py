@@ -26,8 +26,10 @@ OPERATORS: dict[str, Operator] = {
     "ConvTranspose": window.conv_transpose,
     "DepthToSpace": window.depth_to_space,
     "GlobalAveragePool": window.global_average_pool,
+    "GlobalLpPool": window.global_lp_pool,
     "GlobalMaxPool": window.global_max_pool,
     "GridSample": window.grid_sample,
+    "LpPool": window.lp_pool,
     "MaxPool": window.max_pool,
     "Pad": window.pad,
     "Resize": resize.resize,
@@ -176,10 +178,15 @@ OPERATORS: dict[str, Operator] = {
 }
 
 # Called with `mode=`: training or not, and the device.
-WITH_MODE = frozenset({"BatchNormalization", "Dropout", "RandomNormal", "RandomUniform"})
+WITH_MODE = frozenset(
+    {
+        *("BatchNormalization", "Bernoulli", "Dropout", "RandomNormal", "RandomNormalLike"),
+        *("RandomUniform", "RandomUniformLike"),
+    }
+)
 
 # Results differ from call to call, or from mode to mode: never computed beforehand.
-NOT_FOLDED = WITH_MODE | {"Bernoulli", "RandomNormalLike", "RandomUniformLike"}
+NOT_FOLDED = WITH_MODE
 
 # The interpreter's own: a branch is a graph, not a value.
 CONTROL = frozenset({"If"})

@@ -20,6 +20,7 @@ from rowtune.importers.onnx_node import (
     number,
     rows,
     tensors,
+    to_tensor,
     torch_dtype,
 )
 
@@ -263,28 +264,30 @@ def nonzero(node: Node, x: Tensor) -> Tensor:
     raise node.error("the shape of its result depends on data, which no training plan can know beforehand")
 
 
-def random_like(node: Node, x: Tensor) -> Tensor:
-    kind = torch_dtype(node, node.get("dtype")) if node.get("dtype") else x.dtype
-    return _drawn(node, torch.empty_like(x, dtype=kind))
+def random_like(node: Node, x: Value, *, mode: Mode) -> Tensor:
+    """Only the shape of the input counts, so it may well be a number's."""
+    like = to_tensor(x, mode.device) if is_static(x) else x
+    return _drawn(node, like, torch_dtype(node, node.get("dtype")) if node.get("dtype") else like.dtype)
 
 
 def random(node: Node, *, mode: Mode) -> Tensor:
     kind = torch_dtype(node, node.get("dtype", 1))
-    return _drawn(node, torch.empty(node.get("shape"), dtype=kind, device=mode.device))
+    return _drawn(node, torch.empty(node.get("shape"), dtype=kind, device=mode.device), kind)
 
 
-def _drawn(node: Node, like: Tensor) -> Tensor:
+def _drawn(node: Node, like: Tensor, kind: torch.dtype) -> Tensor:
     """Numbers from torch's generator; a seed attribute would repeat itself every step, so it is left."""
     if node.op.startswith("RandomUniform"):
         low, high = node.get("low", 0.0), node.get("high", 1.0)
-        y = torch.rand_like(like)
+        y = torch.rand_like(like, dtype=kind)
         return y if (low, high) == (0.0, 1.0) else y * (high - low) + low
     mean, scale = node.get("mean", 0.0), node.get("scale", 1.0)
-    y = torch.randn_like(like)
+    y = torch.randn_like(like, dtype=kind)
     return y if (mean, scale) == (0.0, 1.0) else y * scale + mean
 
 
-def bernoulli(node: Node, x: Tensor) -> Tensor:
+def bernoulli(node: Node, x: Value, *, mode: Mode) -> Tensor:
+    x = to_tensor(x, mode.device) if is_static(x) else x
     kind = torch_dtype(node, node.get("dtype")) if node.get("dtype") else x.dtype
     return torch.bernoulli(x).to(kind)
 

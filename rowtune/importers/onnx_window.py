@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def average_pool(node: Node, x: Tensor) -> Tensor:
     kernel = node.get("kernel_shape")
     rank = len(kernel)
     if any(d != 1 for d in node.get("dilations", [1] * rank)):
-        raise node.error(f"dilations {node.get('dilations')} are not available in torch's average pools")
+        return _dilated_average(node, x, kernel)
     begin, end = _pads(node, x, kernel)
     strides, ceil = node.get("strides", [1] * rank), bool(node.get("ceil_mode", 0))
     counted = bool(node.get("count_include_pad", 0))
@@ -151,6 +152,52 @@ def average_pool(node: Node, x: Tensor) -> Tensor:
     # Both averages divide by the same window, so their ratio divides by the real elements alone.
     share: Tensor = function(F.pad(torch.ones_like(x[:1, :1]), pads), kernel, strides, 0, ceil)
     return total / share
+
+
+def _dilated_average(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """torch's average pools have no dilation; a convolution of ones does, channel by channel."""
+    rank, channels = len(kernel), x.shape[1]
+    begin, end = _pads(node, x, kernel)
+    strides, dilations = node.get("strides", [1] * rank), node.get("dilations")
+    function = _for_rank(node, CONV, rank)
+    pads, beyond = torch_pads(begin, end), torch_pads([0] * rank, _beyond(node, x, kernel))
+    padded = F.pad(F.pad(x, pads), beyond)
+    total: Tensor = function(padded, x.new_ones(channels, 1, *kernel), None, strides, 0, dilations, channels)
+    counted = F.pad(torch.ones_like(x[:1, :1]), pads, value=float(node.get("count_include_pad", 0)))
+    ones = x.new_ones(1, 1, *kernel)
+    size: Tensor = function(F.pad(counted, beyond), ones, None, strides, 0, dilations)
+    return total / size
+
+
+def _beyond(node: Node, x: Tensor, kernel: Sequence[int]) -> list[int]:
+    """Elements after the padding that ceil_mode's last window reaches; it starts before the padding's end."""
+    rank = len(kernel)
+    begin, end = _pads(node, x, kernel)
+    strides, dilations = node.get("strides", [1] * rank), node.get("dilations", [1] * rank)
+    found = []
+    for size, b, e, k, s, d in zip(x.shape[2:], begin, end, kernel, strides, dilations, strict=True):
+        span, length = (k - 1) * d + 1, size + b + e
+        last = -(-(length - span) // s) * s if node.get("ceil_mode", 0) else 0
+        last -= s if last >= size + b else 0
+        found.append(max(last + span - length, 0))
+    return found
+
+
+def lp_pool(node: Node, x: Tensor) -> Tensor:
+    """The p-norm of each window: an average of powers, times the window's size (padding adds zeros)."""
+    kernel, p = node.get("kernel_shape"), node.get("p", 2)
+    if any(_beyond(node, x, kernel)):
+        raise node.error("ceil_mode makes windows of unlike sizes; export with floor")
+    counted = replace(node, attrs={**node.attrs, "count_include_pad": 1})
+    mean = average_pool(counted, x.abs() ** p)
+    y: Tensor = (mean * math.prod(kernel)) ** (1.0 / p)
+    return y
+
+
+def global_lp_pool(node: Node, x: Tensor) -> Tensor:
+    axes, p = list(range(2, x.dim())), node.get("p", 2)
+    y: Tensor = (x.abs() ** p).sum(axes, keepdim=True) ** (1.0 / p)
+    return y
 
 
 def global_average_pool(node: Node, x: Tensor) -> Tensor:

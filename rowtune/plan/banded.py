@@ -57,6 +57,7 @@ def banded(
         tuple(made.backward),
         _image_ranges(graph, part, images, decision.images if axis else 0),
         halo == "sweep" and _single(graph, part, post),
+        made.sketch,
         made.repeat,
     )
 

@@ -87,6 +87,8 @@ class Banded:
     backward: tuple[Step, ...]
     image_ranges: tuple[Rows, ...]
     single_sweep: bool
+    sketch: bool = False
+    """Only predicted: bands of rows and of images that are like others may be left out."""
     repeat: Repeat | None = None
 
 

@@ -23,11 +23,13 @@ def shortened(halo: str, ask: Request) -> Schedule:
         period = period_of(found, ask.band_rows)
         rows = _first_guess(whole, found, top, period, ask, halo)
         while (more := (whole.heights[top] - rows) // period) > 1:
-            made = _try(halo, ask, found, top, period, more)
-            if made is not None:
-                return made
+            short = _try(halo, ask, found, top, period, more)
+            if short is not None:
+                return short
             rows += max(rows // 2, period)
-    return SCHEDULES[halo](ask)
+    made = SCHEDULES[halo](ask)
+    made.sketch = True
+    return made
 
 
 def _try(halo: str, ask: Request, found: Ratios, top: str, period: int, more: int) -> Schedule | None:
@@ -37,7 +39,7 @@ def _try(halo: str, ask: Request, found: Ratios, top: str, period: int, more: in
         return None
     made = SCHEDULES[halo](replace(ask, bands=bands))
     shift = {name: int(period * r) for name, r in found.items()}
-    made.repeat = _repeat(made, top, shift, more, halo)
+    made.repeat, made.sketch = _repeat(made, top, shift, more, halo), True
     return made if made.repeat is not None else None
 
 

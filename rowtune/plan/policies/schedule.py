@@ -34,6 +34,7 @@ class Schedule:
     pieces: list[Piece] = field(default_factory=list)
     forward: list[Step] = field(default_factory=list)
     backward: list[Step] = field(default_factory=list)
+    sketch: bool = False
     repeat: Repeat | None = None
 
     def piece(self, index: int, rows: dict[str, Rows]) -> int:
