@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from rowtune.graph.graph import Graph, Value
 from rowtune.graph.rules import Opaque, Question, RowRule, rule_for
+from rowtune.rows import Affine
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,26 @@ def banding(graph: Graph, axis: int) -> Banding:
             rule: RowRule | Opaque = Opaque(f"{node.op} has several outputs")
         else:
             rule = rule_for(asked)
+        if axis == 0 and isinstance(rule, RowRule):
+            rule = _image_by_image(rule, dims)
         if isinstance(rule, Opaque) and rule.dim is None and len(out.shape) == image_rank > axis:
             rule = Opaque(rule.reason, axis)  # an image again: a later segment may start here
         rules[node.name] = rule
         dims[node.name] = rule.dim
     return Banding(axis, rules, dims)
+
+
+def _image_by_image(rule: RowRule, dims: dict[str, int | None]) -> RowRule | Opaque:
+    """Bands of images are sliced by the same numbers everywhere, beside bands of rows: entry i must read
+    entry i."""
+    for name, read in rule.reads.items():
+        if read.dim is None:
+            continue
+        if not (isinstance(read.window, Affine) and read.window.pointwise):
+            return Opaque("the batch axis is cut, repeated or merged with another")
+        if dims[name] is None:
+            return Opaque(f"{name} has an entry for every image, but does not come from the images")
+    return rule
 
 
 def _start(value: Value, axis: int, graph: Graph) -> int | None:

@@ -13,7 +13,7 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,27 @@ from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.graph import Graph, Node, Ref, Value, check
+from rowtune.graph.parts import PARTED, part_of
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
+# The shape of another tensor is known: its rows need not be there.
+_LIKE = {
+    "expand_as": (torch.ops.aten.expand.default, "expand"),
+    "view_as": (torch.ops.aten.view.default, "view"),
+    "reshape_as": (torch.ops.aten.reshape.default, "reshape"),
+}
+
+
+class _Whole(NamedTuple):
+    """A call of an operator with several outputs, of which each part used becomes a node."""
+
+    op: str
+    target: torch._ops.OpOverload
+    args: Any
+    kwargs: Any
 
 
 def trace(
@@ -199,6 +215,11 @@ class _Reader:
             if isinstance(source, list):
                 self.now[node.name] = source[node.args[1]]  # type: ignore[index]
                 return
+            if isinstance(source, _Whole):
+                index: Any = node.args[1]
+                one = part_of(source.target, index)
+                self._append(node, f"{source.op}.{index}", one, source.args, source.kwargs, "")
+                return
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
             op = getattr(target, "__name__", str(target))
@@ -211,6 +232,12 @@ class _Reader:
         if op in _SPLITS:
             self._split(node, op, args)
             return
+        if op in PARTED and isinstance(node.meta["val"], (list, tuple)):
+            self.now[node.name] = _Whole(op, target, args, kwargs)
+            return
+        if op in _LIKE:
+            target, op = _LIKE[op]
+            args = (args[0], list(node.meta["val"].shape))
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
             changed = args[0].name
@@ -237,9 +264,7 @@ class _Reader:
                 self.now[key] = Ref(name)
 
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
-        random = (
-            isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
-        )
+        random = _draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
         self._add(made, node.meta["val"])
 
@@ -303,6 +328,15 @@ def _value(name: str, fake: Any) -> Value:
         return Value(name, "node", tuple(int(s) for s in fake.shape), fake.dtype)
     except Exception as error:
         raise ModelError(f"{name} has a shape that depends on data; rowtune needs static shapes") from error
+
+
+def _draws(op: str, target: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this call draws random numbers; dropout goes by a rule of its own."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if op == "scaled_dot_product_attention":
+        return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:

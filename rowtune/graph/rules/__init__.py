@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rowtune.graph.rules.contract import CONTRACTIONS
 from rowtune.graph.rules.pointwise import (
     batch_norm,
     dropout,
@@ -17,7 +18,6 @@ from rowtune.graph.rules.pointwise import (
     like,
     linear,
     loss_sums,
-    matmul,
     one_axis,
     per_image,
     pooled_axes,
@@ -26,6 +26,7 @@ from rowtune.graph.rules.pointwise import (
 )
 from rowtune.graph.rules.resample import RESAMPLES
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab
+from rowtune.graph.rules.select import SELECTIONS
 from rowtune.graph.rules.shape import SHAPES
 from rowtune.graph.rules.window import WINDOWS
 
@@ -33,10 +34,10 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **WINDOWS,
     **RESAMPLES,
     **SHAPES,
+    **SELECTIONS,
+    **CONTRACTIONS,
     # Only other axes are mixed.
     "linear": linear,
-    "matmul": matmul,
-    "mm": matmul,
     "softmax": one_axis(1, -1),
     "log_softmax": one_axis(1, -1),
     "glu": one_axis(1, -1),

@@ -110,14 +110,6 @@ def pooled_axes(q: Question) -> RowRule | Opaque:
     return RowRule(out_dim, {x: Read(dim, same_rows(q.shape(x)[dim]))})
 
 
-def matmul(q: Question) -> RowRule | Opaque:
-    """x @ w with w used whole: rows are any axis of x but its last."""
-    x, w = (a.name for a in q.node.args[:2])
-    if x == w or q.dims[x] is None or q.dims[w] is not None or len(q.shape(w)) != 2:
-        return Opaque("a matrix product of two feature maps")
-    return linear(q)
-
-
 def dropout(q: Question) -> RowRule | Opaque:
     """The mask is a function of (step seed, node, image, absolute row): see runtime/dropout.py."""
     return along(q, lambda q, d: False, "")
