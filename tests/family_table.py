@@ -77,6 +77,20 @@ def _picks(x: Tensor) -> Tensor:
     return F.normalize(y, dim=1) + torch.logsumexp(y, 1, keepdim=True) + y.sort(1).values.cumsum(1)
 
 
+def _local_attention(x: Tensor) -> Tensor:
+    """Each pixel looks at the 9 around it (F.unfold), with strides and dilation to make it hard."""
+    b, c, h, w = x.shape
+    near = F.unfold(x, 3, padding=1).view(b, c, 9, h, w)
+    weight = torch.softmax((near * x.unsqueeze(2)).sum(1, keepdim=True), dim=2)
+    return (near * weight).sum(2)
+
+
+def _folded(x: Tensor) -> Tensor:
+    """Overlapping patches, worked on, and added up again."""
+    options: dict[str, Any] = {"kernel_size": (3, 2), "dilation": (2, 1), "padding": (2, 1), "stride": (3, 2)}
+    return F.fold(torch.tanh(F.unfold(x, **options)), x.shape[2:], **options)
+
+
 def _resized(mode: str, scale: float, **options: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: F.interpolate(x, scale_factor=scale, mode=mode, **options)
 
@@ -159,6 +173,15 @@ FAMILIES: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "flattened_conv": (FlatConv, IMAGE),
     "row_repeat": (lambda: After(lambda x: x.repeat_interleave(2, 2).repeat_interleave(3, dim=3)), IMAGE),
     "lp_pool": (lambda: After(lambda x: F.lp_pool2d(x, 2, 2)), IMAGE),
+    "local_attention": (lambda: After(_local_attention), IMAGE),
+    "fold": (lambda: After(_folded), (2, 3, 13, 7)),
+    "fold_disjoint": (
+        lambda: After(lambda x: F.fold(F.unfold(x, 2, stride=3), x.shape[2:], 2, stride=3)),
+        IMAGE,
+    ),
+    "tensor_unfold": (lambda: After(lambda x: x.unfold(2, 3, 2).unfold(3, 2, 2).amax((-1, -2))), IMAGE),
+    "pool_values": (lambda: After(lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True)[0]), IMAGE),
+    "pool_1d_causal": (lambda: After(lambda x: F.avg_pool1d(F.pad(x, (2, 0)), 3, 1), rank=1), (2, 3, 25)),
     "bicubic": (lambda: After(_resized("bicubic", 2)), IMAGE),
     "bicubic_odd": (lambda: After(_resized("bicubic", 1.4)), IMAGE),
     "bicubic_corners": (lambda: After(_resized("bicubic", 0.6, align_corners=True)), IMAGE),

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import TOLERANCE, Step, error, step
+import torch.nn.functional as F
+from exactness import TOLERANCE, Lambda, Step, error, step
+from families import conv
 from family_table import FAMILIES, family
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,3 +72,41 @@ def test_any_bands_are_exact(name, band, halo, tapes, images, axis):
     if images and any(isinstance(r, Opaque) for r in banding(found.graph, 0).rules.values()):
         images = 0
     assert found.error(band, halo, tapes=tapes, images=images, axis=axis) < TOLERANCE
+
+
+OPAQUE: dict[str, tuple[Any, str]] = {
+    "circular": (lambda x: F.pad(x, (0, 0, 1, 1), mode="circular"), "a circular pad wraps around"),
+    "roll": (lambda x: x.roll(1, 2), "a roll along the band axis"),
+    "flip": (lambda x: x.flip(-2), "a flip of the band axis"),
+    "softmax": (lambda x: x.softmax(2), "softmax over the band axis"),
+    "sort": (lambda x: x.sort(2)[0], "sort.0 over the band axis"),
+    "cat": (lambda x: torch.cat([x, x], 2), "a cat along the band axis"),
+    "repeat": (lambda x: x.repeat(1, 1, 2, 1), "repeat along the band axis"),
+    "merged": (lambda x: x.flatten(1, 2).unflatten(1, (4, -1)), "flatten merges the band axis with others"),
+    "einsum": (lambda x: torch.einsum("bchw,bdhw->bcd", x, x), "einsum sums over the band axis"),
+    "columns": (lambda x: x.transpose(2, 3) @ x, "matmul"),
+    "attention": (
+        lambda x: F.scaled_dot_product_attention(*[x.flatten(2).transpose(1, 2)] * 3),
+        "the factors of scaled_dot_product_attention",
+    ),
+    "grid": (
+        lambda x: F.grid_sample(x, torch.zeros(2, 12, 7, 2, dtype=x.dtype), align_corners=False),
+        "grid_sampler has no row rule",
+    ),
+    "scale": (lambda x: F.interpolate(x, scale_factor=1.05, mode="bilinear"), "PyTorch's kernels disagree"),
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_what_needs_all_rows_says_why(name: str) -> None:
+    """And is run as PyTorch runs it, between the stretches around it."""
+    function, reason = OPAQUE[name]
+    torch.manual_seed(3)
+    net = torch.nn.Sequential(conv(3, 4), Lambda(function)).double()
+    x = torch.randn(2, 3, 12, 7, dtype=torch.float64, requires_grad=True)
+    plain = step(net, lambda: net(x), {"x": x})
+    graph = rowtune.trace(net, (x,))
+    reasons = [why for _, _, why in opaque_nodes(graph)]
+    assert reasons and reasons[0].startswith(reason)
+    module = rowtune.apply(net, rowtune.uniform_plan(graph, "rows", 5))
+    assert error(step(net, lambda: module(x), {"x": x}), plain) < TOLERANCE

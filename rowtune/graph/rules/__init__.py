@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rowtune.graph.rules.contract import CONTRACTIONS
+from rowtune.graph.rules.patches import PATCHES
 from rowtune.graph.rules.pointwise import (
     batch_norm,
     dropout,
@@ -32,6 +33,7 @@ from rowtune.graph.rules.window import WINDOWS
 
 RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **WINDOWS,
+    **PATCHES,
     **RESAMPLES,
     **SHAPES,
     **SELECTIONS,

@@ -98,6 +98,8 @@ def _resample(q: Question, kind: str) -> RowRule | Opaque:
         if kind == "linear":
             window = Affine(rows, out_rows, 1, factor, -(factor // 2), factor - 1 - (factor - 1) // 2)
         return RowRule(dim, {x: Read(dim, window)}, _native(q, dim, factor, call))
+    if scale is not None and not call.corners and not whole and out_rows in (rows, 2 * rows):
+        return Opaque("PyTorch's kernels disagree on a scale that is not the ratio of the sizes, 1 or 2")
     step = 1.0 / scale if scale else rows / out_rows
     taps = [_TAPS[kind](i, step, rows, out_rows, call.corners) for i in range(out_rows)]
     window = gather(rows, ((min(t.rows), max(t.rows)) for t in taps))
