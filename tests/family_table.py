@@ -167,6 +167,7 @@ FAMILIES: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "prelu": (lambda: nn.Sequential(conv(3, 4), nn.PReLU(4), conv(4, 2), nn.PReLU()), IMAGE),
     "maxout": (lambda: After(lambda x: x.view(x.shape[0], 2, 2, *x.shape[2:]).max(2)[0], 4, 2), IMAGE),
     "picks": (lambda: After(_picks), IMAGE),
+    "casts": (lambda: After(lambda x: x.to(torch.float64) * (x > 0).to(x.dtype).type_as(x)), IMAGE),
     "cosine": (lambda: After(lambda x: x * F.cosine_similarity(x, x.flip(1), dim=1).unsqueeze(1)), IMAGE),
     "softmax": (lambda: After(lambda x: x.softmax(1) * F.log_softmax(x, 1)), IMAGE),
     "circular_width": (lambda: After(lambda x: F.pad(x, (2, 1, 0, 0), mode="circular")), IMAGE),

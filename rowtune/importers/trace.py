@@ -23,17 +23,12 @@ from torch.utils import _pytree as pytree
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.graph import Graph, Node, Ref, Value, check
 from rowtune.graph.parts import PARTED, part_of
+from rowtune.importers.functional import SHAPED_LIKE, draws, functional
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
-# The shape of another tensor is known: its rows need not be there.
-_LIKE = {
-    "expand_as": (torch.ops.aten.expand.default, "expand"),
-    "view_as": (torch.ops.aten.view.default, "view"),
-    "reshape_as": (torch.ops.aten.reshape.default, "reshape"),
-}
 
 
 class _Whole(NamedTuple):
@@ -227,6 +222,8 @@ class _Reader:
                 raise ModelError(f"the exported graph calls {op}, which is not a tensor operator")
             self._append(node, op, target, self._arguments(node.args), {}, "")
             return
+        if not target._schema.returns:
+            return  # export's own assertions, such as that a tensor to convert has the type it had
         op = target._schema.name.split("::")[-1]
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         if op in _SPLITS:
@@ -235,8 +232,8 @@ class _Reader:
         if op in PARTED and isinstance(node.meta["val"], (list, tuple)):
             self.now[node.name] = _Whole(op, target, args, kwargs)
             return
-        if op in _LIKE:
-            target, op = _LIKE[op]
+        if op in SHAPED_LIKE:
+            target, op = SHAPED_LIKE[op]
             args = (args[0], list(node.meta["val"].shape))
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
@@ -244,7 +241,7 @@ class _Reader:
             if self.values[changed].kind == "buffer":
                 effect = changed
             else:
-                target, op = _functional(target, op), op.rstrip("_")
+                target, op = functional(target, op), op.rstrip("_")
                 self._mutate(changed, node.name)
         elif op == "batch_norm" and args[5] and args[3] is not None:
             effect = args[3].name
@@ -264,7 +261,7 @@ class _Reader:
                 self.now[key] = Ref(name)
 
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
-        random = _draws(op, target, args, kwargs)
+        random = draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
         self._add(made, node.meta["val"])
 
@@ -328,25 +325,6 @@ def _value(name: str, fake: Any) -> Value:
         return Value(name, "node", tuple(int(s) for s in fake.shape), fake.dtype)
     except Exception as error:
         raise ModelError(f"{name} has a shape that depends on data; rowtune needs static shapes") from error
-
-
-def _draws(op: str, target: Any, args: Any, kwargs: Any) -> bool:
-    """Whether this call draws random numbers; dropout goes by a rule of its own."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if op == "scaled_dot_product_attention":
-        return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
-    return torch.Tag.nondeterministic_seeded in target.tags
-
-
-def _functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
-    """relu_ -> relu, with the same overload name (bernoulli_.float is bernoulli.p)."""
-    overload = {"bernoulli_.float": "p"}.get(f"{op}.{target._overloadname}", target._overloadname)
-    packet = getattr(getattr(torch.ops, target.namespace), op.rstrip("_"), None)
-    found = getattr(packet, overload, None) if packet is not None else None
-    if found is None:
-        raise ModelError(f"{op}.{target._overloadname} works in place and has no functional twin")
-    return found  # type: ignore[no-any-return]
 
 
 def _module(node: torch.fx.Node) -> str:

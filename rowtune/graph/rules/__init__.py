@@ -66,12 +66,16 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "adaptive_max_pool3d": per_image,
     # Copies and conversions that PyTorch does not mark as pointwise.
     **dict.fromkeys(
-        ("contiguous", "clone", "to", "_to_copy", "type_as", "detach", "alias", "zeros_like", "ones_like"),
+        ("contiguous", "clone", "to", "_to_copy", "detach", "alias", "zeros_like", "ones_like"),
         like,
     ),
     # Pointwise ones that some PyTorch releases do not mark.
     **dict.fromkeys(
-        ("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"), elementwise
+        (
+            *("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"),
+            *("__and__", "__or__", "__xor__"),
+        ),
+        elementwise,
     ),
     # Random masks; losses.
     "dropout": dropout,

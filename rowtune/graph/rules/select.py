@@ -1,4 +1,4 @@
-"""Operators that reorder, repeat, pick or sum up entries of other axes than the band's."""
+"""Operators that reorder, repeat, pick or sum up entries of other axes than the band's; conversions."""
 
 from __future__ import annotations
 
@@ -119,6 +119,20 @@ def gather(q: Question) -> RowRule | Opaque:
     return RowRule(dim, {n: Read(dim, same_rows(q.out[dim])) for n in (x, picked)})
 
 
+def type_as(q: Question) -> RowRule | Opaque:
+    """A conversion to the type of another tensor, of which any rows will do."""
+    x, like = (a.name for a in q.node.args[:2])
+    dim = q.dims[x]
+    if dim is None:
+        return Opaque("type_as a feature map")
+    reads = {x: Read(dim, same_rows(q.out[dim]))}
+    own = q.dims[like]
+    if own is not None and q.shape(like)[own] != q.out[dim]:
+        return Opaque("type_as a feature map of another height")
+    other = WHOLE if own is None else Read(own, same_rows(q.out[dim]))
+    return RowRule(dim, {like: other} | reads)
+
+
 _OVER_AXIS_1 = ("aminmax", "cummax", "cummin", "max", "median", "min", "std_mean", "var_mean")
 
 SELECTIONS: dict[str, Callable[[Question], RowRule | Opaque]] = {
@@ -136,6 +150,7 @@ SELECTIONS: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "norm": over(2),
     "cumprod": over(1),
     "cosine_similarity": cosine_similarity,
+    "type_as": type_as,
     "flip": flip,
     "roll": roll,
     "repeat": repeat,

@@ -30,6 +30,7 @@ def _moved(q: Question, out_dim: int | None, why: str, run: Run = as_is) -> RowR
 
 
 def permute(q: Question) -> RowRule | Opaque:
+    """The band axis changes places with others."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     order = [int(d) % rank for d in q.arg(1, "dims", ())]
@@ -37,6 +38,7 @@ def permute(q: Question) -> RowRule | Opaque:
 
 
 def movedim(q: Question) -> RowRule | Opaque:
+    """The band axis changes places with others."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     source, target = (q.arg(k, n, 0) for k, n in ((1, "source"), (2, "destination")))
@@ -48,6 +50,7 @@ def movedim(q: Question) -> RowRule | Opaque:
 
 
 def transpose(q: Question) -> RowRule | Opaque:
+    """The band axis changes places with others."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     if q.node.op in ("t", "numpy_T"):  # of matrices
@@ -105,6 +108,7 @@ def _reshape(slab: Slab) -> Tensor:
 
 
 def expand(q: Question) -> RowRule | Opaque:
+    """expand along other axes."""
     x = q.node.inputs[0]
     dim = q.dims[x]
     out = None if dim is None else dim + len(q.out) - len(q.shape(x))
@@ -112,12 +116,14 @@ def expand(q: Question) -> RowRule | Opaque:
 
 
 def unsqueeze(q: Question) -> RowRule | Opaque:
+    """A new axis of one entry."""
     x = q.node.inputs[0]
     dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.out)
     return _moved(q, None if dim is None else dim + (at <= dim), "unsqueeze")
 
 
 def squeeze(q: Question) -> RowRule | Opaque:
+    """Axes of one entry, other than the band's, go."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     axes: Any = q.arg(1, "dim", None)
@@ -129,6 +135,7 @@ def squeeze(q: Question) -> RowRule | Opaque:
 
 
 def select(q: Question) -> RowRule | Opaque:
+    """One entry of another axis."""
     x = q.node.inputs[0]
     dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.shape(x))
     return _moved(q, None if dim in (None, at) else dim - (at < dim), "one row is selected")
@@ -261,6 +268,7 @@ _PAD_MODES = {
 
 
 def channel_shuffle(q: Question) -> RowRule | Opaque:
+    """Channels are interleaved."""
     x = q.node.inputs[0]
     return _moved(q, q.dims[x] if q.dims[x] != 1 else None, "channel shuffle mixes channels")
 
