@@ -110,3 +110,61 @@ def test_what_needs_all_rows_says_why(name: str) -> None:
     assert reasons and reasons[0].startswith(reason)
     module = rowtune.apply(net, rowtune.uniform_plan(graph, "rows", 5))
     assert error(step(net, lambda: module(x), {"x": x}), plain) < TOLERANCE
+
+
+class DropPath(torch.nn.Module):
+    """Stochastic depth as torchvision (made empty, filled) and as timm (new_empty, bernoulli_) write it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty([x.shape[0], 1, 1, 1], dtype=x.dtype).bernoulli_(0.7).div_(0.7)
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.7)
+        return x + torch.tanh(x) * noise + torch.sin(x) * mask
+
+
+RANDOM: dict[str, Any] = {
+    "dropout": torch.nn.Dropout(0.4),
+    "dropout2d": torch.nn.Dropout2d(0.4),
+    "dropout2d of everything": torch.nn.Dropout2d(1.0),
+    "drop_path": DropPath(),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_masks_do_not_stop_the_bands(name: str) -> None:
+    """One stretch, the same masks in every plan, and of the right kind."""
+    torch.manual_seed(3)
+    net = torch.nn.Sequential(conv(3, 8), RANDOM[name], conv(8, 2), torch.nn.Tanh()).double().train()
+    x = torch.randn(3, 3, 12, 7, dtype=torch.float64, requires_grad=True)
+    graph = rowtune.trace(net, (x,))
+    (run,) = stretches(graph, 2)
+    assert {n.op for n in graph.nodes[: run[0]]} <= {"new_empty", "empty", "bernoulli"}
+    assert run[1] == len(graph.nodes)
+
+    def results(*args: Any, **options: Any) -> Step:
+        module = rowtune.apply(net, rowtune.uniform_plan(graph, *args, **options))
+
+        def run() -> torch.Tensor:
+            torch.manual_seed(11)
+            return module(x)
+
+        return step(net, run, {"x": x})
+
+    plain = results("keep")
+    assert error(results("checkpoint"), plain) < TOLERANCE
+    for images in (0, 1):
+        for halo in HALOS:
+            assert error(results("rows", 3, halo, images=images), plain) < TOLERANCE
+
+
+def test_channel_dropout_drops_whole_channels() -> None:
+    net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Dropout2d(0.3)).train()
+    x = torch.ones(4, 500, 3, 2)
+    module = rowtune.apply(net, rowtune.uniform_plan(rowtune.trace(net, (x,)), "rows", 2))
+    torch.manual_seed(1)
+    y = module(x)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert torch.equal(y.amax((2, 3)), y.amin((2, 3)))
+    assert abs(float((y == 0).float().mean()) - 0.3) < 0.05
+    net.eval()
+    plan = rowtune.uniform_plan(rowtune.trace(net, (x,), training=False), "rows", 2)
+    assert torch.equal(rowtune.apply(net, plan)(x), x)

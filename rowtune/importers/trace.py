@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.graph import Graph, Node, Ref, Value, check
 from rowtune.graph.parts import PARTED, part_of
-from rowtune.importers.functional import SHAPED_LIKE, draws, functional
+from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
@@ -155,7 +155,7 @@ class _Reader:
         spec = self.exported.call_spec
         return check(
             Graph(
-                nodes=_live(self.nodes, outputs),
+                nodes=_live(masks_first(self.nodes, self.values, self.inputs), outputs),
                 values=self.values,
                 inputs=tuple(self.inputs),
                 outputs=outputs,
@@ -263,6 +263,11 @@ class _Reader:
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
         random = draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
+        if op == "feature_dropout":
+            shape = [*node.meta["val"].shape[:2], *[1] * (node.meta["val"].dim() - 2)]
+            *before, made = channel_dropout(made, shape)
+            for extra in before:
+                self._add(extra, node.meta["val"].new_empty(shape))
         self._add(made, node.meta["val"])
 
     def _add(self, node: Node, fake: Any) -> None:
