@@ -26,9 +26,9 @@ from rowtune.graph.rules.pointwise import (
     random,
 )
 from rowtune.graph.rules.resample import RESAMPLES
-from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab, as_is
 from rowtune.graph.rules.select import SELECTIONS
-from rowtune.graph.rules.shape import SHAPES
+from rowtune.graph.rules.shape import SHAPES, WHOLE_RUNS
 from rowtune.graph.rules.window import WINDOWS
 
 RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
@@ -92,7 +92,7 @@ def rule_for(q: Question) -> RowRule | Opaque:
     if q.node.random and q.node.op != "dropout":
         return random(q)
     if all(dim is None for dim in q.dims.values()):
-        return RowRule(None, {name: Read() for name in q.node.inputs})
+        return RowRule(None, {name: Read() for name in q.node.inputs}, WHOLE_RUNS.get(q.node.op, as_is))
     found = RULES.get(q.node.op)
     if found is None:
         if not is_pointwise(q.node.target):

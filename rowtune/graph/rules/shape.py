@@ -107,12 +107,16 @@ def _reshape(slab: Slab) -> Tensor:
     return slab.tensors[slab.node.inputs[0]].reshape(slab.shape)
 
 
+def _expanded(slab: Slab) -> Tensor:
+    return slab.tensors[slab.node.inputs[0]].expand(slab.shape)
+
+
 def expand(q: Question) -> RowRule | Opaque:
     """expand along other axes."""
     x = q.node.inputs[0]
     dim = q.dims[x]
     out = None if dim is None else dim + len(q.out) - len(q.shape(x))
-    return _moved(q, out, "expand along the band axis", lambda slab: slab.tensors[x].expand(slab.shape))
+    return _moved(q, out, "expand along the band axis", _expanded)
 
 
 def unsqueeze(q: Question) -> RowRule | Opaque:
@@ -303,4 +307,10 @@ SHAPES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "channel_shuffle": channel_shuffle,
     "pad": pad,
     **dict.fromkeys(_PAD_MODES, pad),
+}
+
+# Sizes are written into these; without rows they still hold fewer images where a band is of some images.
+WHOLE_RUNS: dict[str, Run] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
+    "expand": _expanded,
 }
