@@ -77,6 +77,44 @@ def _picks(x: Tensor) -> Tensor:
     return F.normalize(y, dim=1) + torch.logsumexp(y, 1, keepdim=True) + y.sort(1).values.cumsum(1)
 
 
+def _halves(x: Tensor) -> Tensor:
+    """Upper half times lower half: the same rows of the output read rows far apart."""
+    upper, lower = x.split(x.shape[2] // 2, dim=2)
+    left, right = torch.tensor_split(upper * lower.flip(1), [3], dim=3)
+    return torch.cat([right, left], 3)
+
+
+def _res2net(x: Tensor) -> Tensor:
+    """Groups of channels, each added to the next after a pool of its own."""
+    first, *others = x.unbind(1)
+    done = [first]
+    for group in others:
+        done.append(group + F.avg_pool2d(done[-1].unsqueeze(1), 3, 1, 1).squeeze(1))
+    return torch.stack(done, dim=1)
+
+
+def _involution(x: Tensor) -> Tensor:
+    """A kernel for every pixel, made from its channels (here by a fixed rule), on its patch."""
+    b, c, h, w = x.shape
+    kernel = x.repeat(1, 3, 1, 1)[:, :9].tanh().unsqueeze(1)
+    return (kernel * F.unfold(x, 3, 1, 1).reshape(b, c, 9, h, w)).sum(dim=2)
+
+
+def _both_parts(x: Tensor) -> Tensor:
+    """Values and indices of the same operator, both read."""
+    values, where = x.max(1, keepdim=True)
+    return values * torch.sin(x).gather(1, where) + x.min(dim=1, keepdim=True).values
+
+
+def _carafe(x: Tensor) -> Tensor:
+    """Content-aware upsampling: patches, enlarged, weighed by what a pixel shuffle gives."""
+    b, c, h, w = x.shape
+    weight = torch.softmax(F.pixel_shuffle(x.repeat(1, 9, 1, 1), 2), 1)
+    patches = F.unfold(x, 3, padding=1).view(b, c * 9, h, w)
+    near = F.interpolate(patches, scale_factor=2, mode="nearest").view(b, c, 9, 2 * h, 2 * w)
+    return (near * weight.unsqueeze(1)).sum(2)
+
+
 def _local_attention(x: Tensor) -> Tensor:
     """Each pixel looks at the 9 around it (F.unfold), with strides and dilation to make it hard."""
     b, c, h, w = x.shape
@@ -174,6 +212,11 @@ FAMILIES: dict[str, tuple[Factory, tuple[int, ...]]] = {
     "flattened_conv": (FlatConv, IMAGE),
     "row_repeat": (lambda: After(lambda x: x.repeat_interleave(2, 2).repeat_interleave(3, dim=3)), IMAGE),
     "lp_pool": (lambda: After(lambda x: F.lp_pool2d(x, 2, 2)), IMAGE),
+    "halves": (lambda: After(_halves), IMAGE),
+    "res2net": (lambda: After(_res2net), IMAGE),
+    "involution": (lambda: After(_involution), IMAGE),
+    "both_parts": (lambda: After(_both_parts, 4, 1), IMAGE),
+    "carafe": (lambda: After(_carafe), (2, 3, 9, 5)),
     "local_attention": (lambda: After(_local_attention), IMAGE),
     "fold": (lambda: After(_folded), (2, 3, 13, 7)),
     "fold_disjoint": (
