@@ -99,6 +99,25 @@ def test_what_is_not_banded_follows_the_images(images: int, halo: Any) -> None:
     assert error(step(net, lambda: module(x), {"x": x}), plain) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), ""),
+        (lambda x: x.view(4, 1, *x.shape[1:])[:, 0], ""),
+        (lambda x: torch.tanh(x.flatten(0, 1)).view_as(x), "the batch axis is cut, repeated or merged"),
+        (lambda x: x[:2] * x[2:], "the batch axis is cut, repeated or merged"),
+        (lambda x: x + torch.ones(4, 1, 1, 1, dtype=x.dtype), "ones has an entry for every image"),
+    ],
+)
+def test_bands_of_images_need_entry_by_entry(function: Any, reason: str) -> None:
+    """The same images are sliced out of every value, so entry i must come from entry i."""
+    net = torch.nn.Sequential(conv(3, 4), Lambda(function)).double()
+    graph = rowtune.trace(net, (torch.randn(4, 3, 6, 5, dtype=torch.float64),))
+    reasons = [why for _, _, why in opaque_nodes(graph, 0)]
+    assert reasons[0].startswith(reason) if reason else not reasons
+    assert not opaque_nodes(graph, 2)
+
+
 def test_one_column_of_antialiased_resampling() -> None:
     """PyTorch 2.13 reads a single column in channels-last order wrongly; bands of one column must not."""
     for band, halo in ((1, "cache"), (2, "sweep"), (3, "sweep")):

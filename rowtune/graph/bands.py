@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from rowtune.graph.graph import Graph, Value
 from rowtune.graph.rules import Opaque, Question, RowRule, rule_for
-from rowtune.rows import Affine
+from rowtune.rows import Window
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,18 @@ def _image_by_image(rule: RowRule, dims: dict[str, int | None]) -> RowRule | Opa
     for name, read in rule.reads.items():
         if read.dim is None:
             continue
-        if not (isinstance(read.window, Affine) and read.window.pointwise):
+        if read.window is not None and not _same_entries(read.window):
             return Opaque("the batch axis is cut, repeated or merged with another")
         if dims[name] is None:
             return Opaque(f"{name} has an entry for every image, but does not come from the images")
     return rule
+
+
+def _same_entries(window: Window) -> bool:
+    own = range(window.rows)
+    return window.out_rows == window.rows and all(
+        window.lo(i) == i and window.hi(i + 1) == i + 1 for i in own
+    )
 
 
 def _start(value: Value, axis: int, graph: Graph) -> int | None:
