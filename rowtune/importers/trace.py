@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,22 @@ from torch.utils import _pytree as pytree
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.barriers import CUMULATIVE, taken_apart
 from rowtune.graph.graph import Graph, Node, Ref, Value
+from rowtune.graph.parts import PARTED, part_of
+from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
+
+
+class _Whole(NamedTuple):
+    """A call of an operator with several outputs, of which each part used becomes a node."""
+
+    op: str
+    target: torch._ops.OpOverload
+    args: Any
+    kwargs: Any
 
 
 def trace(
@@ -166,7 +177,7 @@ class _Reader:
                 outputs = self._outputs(node)
         spec = self.exported.call_spec
         made = Graph(
-            nodes=_live(self.nodes, outputs),
+            nodes=_live(masks_first(self.nodes, self.values, self.inputs), outputs),
             values=self.values,
             inputs=tuple(self.inputs),
             outputs=outputs,
@@ -221,6 +232,11 @@ class _Reader:
             if isinstance(source, list):
                 self.now[node.name] = source[node.args[1]]  # type: ignore[index]
                 return
+            if isinstance(source, _Whole):
+                index: Any = node.args[1]
+                one = part_of(source.target, index)
+                self._append(node, f"{source.op}.{index}", one, source.args, source.kwargs, "")
+                return
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
             op = getattr(target, "__name__", str(target))
@@ -235,13 +251,19 @@ class _Reader:
         if op in _SPLITS:
             self._split(node, op, args)
             return
+        if op in PARTED and isinstance(node.meta["val"], (list, tuple)):
+            self.now[node.name] = _Whole(op, target, args, kwargs)
+            return
+        if op in SHAPED_LIKE:
+            target, op = SHAPED_LIKE[op]
+            args = (args[0], list(node.meta["val"].shape))
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
             changed = args[0].name
             if self.values[changed].kind == "buffer":
                 effect = changed
             else:
-                target, op = _functional(target, op), op.rstrip("_")
+                target, op = functional(target, op), op.rstrip("_")
                 self._mutate(changed, node.name)
         elif op in ("batch_norm", "instance_norm") and args[5] and args[3] is not None:
             effect = args[3].name
@@ -261,10 +283,13 @@ class _Reader:
                 self.now[key] = Ref(name)
 
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
-        random = (
-            isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
-        )
+        random = draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
+        if op == "feature_dropout":
+            shape = [*node.meta["val"].shape[:2], *[1] * (node.meta["val"].dim() - 2)]
+            *before, made = channel_dropout(made, shape)
+            for extra in before:
+                self._add(extra, node.meta["val"].new_empty(shape))
         self._add(made, node.meta["val"])
 
     def _add(self, node: Node, fake: Any) -> None:
@@ -327,16 +352,6 @@ def _value(name: str, fake: Any) -> Value:
         return Value(name, "node", tuple(int(s) for s in fake.shape), fake.dtype)
     except Exception as error:
         raise ModelError(f"{name} has a shape that depends on data; rowtune needs static shapes") from error
-
-
-def _functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
-    """relu_ -> relu, with the same overload name (bernoulli_.float is bernoulli.p)."""
-    overload = {"bernoulli_.float": "p"}.get(f"{op}.{target._overloadname}", target._overloadname)
-    packet = getattr(getattr(torch.ops, target.namespace), op.rstrip("_"), None)
-    found = getattr(packet, overload, None) if packet is not None else None
-    if found is None:
-        raise ModelError(f"{op}.{target._overloadname} works in place and has no functional twin")
-    return found  # type: ignore[no-any-return]
 
 
 def _module(node: torch.fx.Node) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rowtune.graph.rules.contract import CONTRACTIONS
+from rowtune.graph.rules.patches import PATCHES
 from rowtune.graph.rules.pointwise import (
     batch_norm,
     dropout,
@@ -17,7 +19,6 @@ from rowtune.graph.rules.pointwise import (
     like,
     linear,
     loss_sums,
-    matmul,
     one_axis,
     per_image,
     pooled_axes,
@@ -35,18 +36,20 @@ from rowtune.graph.rules.reduce import (
     take,
 )
 from rowtune.graph.rules.resample import RESAMPLES
-from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab
-from rowtune.graph.rules.shape import SHAPES
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab, as_is
+from rowtune.graph.rules.select import SELECTIONS
+from rowtune.graph.rules.shape import SHAPES, WHOLE_RUNS
 from rowtune.graph.rules.window import WINDOWS
 
 RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **WINDOWS,
+    **PATCHES,
     **RESAMPLES,
     **SHAPES,
+    **SELECTIONS,
+    **CONTRACTIONS,
     # Only other axes are mixed.
     "linear": linear,
-    "matmul": matmul,
-    "mm": matmul,
     "softmax": one_axis(1, -1),
     "log_softmax": one_axis(1, -1),
     "glu": one_axis(1, -1),
@@ -68,12 +71,16 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "adaptive_max_pool3d": per_image,
     # Copies and conversions that PyTorch does not mark as pointwise.
     **dict.fromkeys(
-        ("contiguous", "clone", "to", "_to_copy", "type_as", "detach", "alias", "zeros_like", "ones_like"),
+        ("contiguous", "clone", "to", "_to_copy", "detach", "alias", "zeros_like", "ones_like"),
         like,
     ),
     # Pointwise ones that some PyTorch releases do not mark.
     **dict.fromkeys(
-        ("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"), elementwise
+        (
+            *("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"),
+            *("__and__", "__or__", "__xor__"),
+        ),
+        elementwise,
     ),
     # Reductions, and what reads them.
     "moments": moments,
@@ -100,7 +107,7 @@ def rule_for(q: Question) -> RowRule | Opaque:
     if q.node.random and q.node.op != "dropout":
         return random(q)
     if all(dim is None for dim in q.dims.values()):
-        return RowRule(None, {name: Read() for name in q.node.inputs})
+        return RowRule(None, {name: Read() for name in q.node.inputs}, WHOLE_RUNS.get(q.node.op, as_is))
     found = RULES.get(q.node.op)
     if found is None:
         if not is_pointwise(q.node.target):
