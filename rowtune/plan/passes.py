@@ -13,6 +13,7 @@ from dataclasses import replace
 from rowtune.graph.bands import Banding, banding
 from rowtune.graph.cuts import Stretch, reduces
 from rowtune.graph.graph import Graph, Node
+from rowtune.graph.rules import Opaque, RowRule
 from rowtune.plan.banded import Scheduler, banded
 from rowtune.plan.plan import Segment
 from rowtune.plan.program import Passes, SegmentProgram
@@ -129,6 +130,13 @@ class _Divider:
 
 
 def _twinned(bands: Banding, twins: dict[str, str]) -> Banding:
-    rules = bands.rules | {t: bands.rules[n] for n, t in twins.items()}
+    rules = bands.rules | {t: _local(bands.rules[n]) for n, t in twins.items()}
     dims = bands.dims | {t: bands.dims[n] for n, t in twins.items()}
     return replace(bands, rules=rules, dims=dims)
+
+
+def _local(rule: RowRule | Opaque) -> RowRule | Opaque:
+    """A twin's gradient is that of the finished reduction, which other processes have had their part in."""
+    if isinstance(rule, Opaque) or rule.reduces is None:
+        return rule
+    return replace(rule, reduces=replace(rule.reduces, shared=False))

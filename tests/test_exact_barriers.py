@@ -1,0 +1,321 @@
+"""Train-mode norms, pools and extremes inside rows segments: exact however the barrier is carried."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import TOLERANCE, Step, error, step
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import rowtune
+from rowtune.errors import PlanError
+from rowtune.graph.cuts import barrier_parts, opaque_nodes
+from rowtune.graph.moments import merge, moments, normalise
+
+WAYS = ("store", "recompute", "passes")
+
+
+class Gate(nn.Module):
+    """Squeeze and excite."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(c, 2, 1), nn.Conv2d(2, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.adaptive_avg_pool2d(x, 1)
+        return x * torch.sigmoid(self.outer(F.silu(self.inner(y))))
+
+
+class Response(nn.Module):
+    """Global response norm, as ConvNeXt v2 has it."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(c, 1, 1)), nn.Parameter(torch.randn(c, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        return x + self.shift + self.scale * x * (size / (size.mean(1, keepdim=True) + 1e-6))
+
+
+class Means(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Cells(nn.Module):
+    """Pools to a small grid, and what is made of them."""
+
+    def __init__(self, c: int, pool: type[nn.Module]) -> None:
+        super().__init__()
+        self.pool, self.mix = pool((3, 1)), nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.mix(self.pool(x))).mean(2, keepdim=True)
+
+
+def frozen(c: int) -> nn.Module:
+    return nn.BatchNorm2d(c).requires_grad_(False)
+
+
+LAYERS: dict[str, Any] = {
+    "batch norm": nn.BatchNorm2d,
+    "bare batch norm": lambda c: nn.BatchNorm2d(c, affine=False, track_running_stats=False),
+    "cumulative batch norm": lambda c: nn.BatchNorm2d(c, momentum=None),
+    "frozen weights": frozen,
+    "group norm": lambda c: nn.GroupNorm(2, c),
+    "instance norm": lambda c: nn.InstanceNorm2d(c, affine=True),
+    "running instance norm": lambda c: nn.InstanceNorm2d(c, track_running_stats=True),
+    "gate": Gate,
+    "response": Response,
+    "average cells": lambda c: Cells(c, nn.AdaptiveAvgPool2d),
+    "largest cells": lambda c: Cells(c, nn.AdaptiveMaxPool2d),
+    "amax": lambda c: Means(lambda x: x * x.amax((2, 3), keepdim=True)),
+    "amin of ties": lambda c: Means(lambda x: x - F.relu(x).amin((2, 3), keepdim=True)),
+    "sum": lambda c: Means(lambda x: x * 0.1 + 0.01 * x.sum((2, 3), keepdim=True)),
+    "mean of all": lambda c: Means(lambda x: x - x.mean((1, 2, 3), keepdim=True)),
+    "var": lambda c: Means(lambda x: x / (1 + x.var((2, 3), keepdim=True))),
+    "std": lambda c: Means(lambda x: x * x.std((1, 2, 3), keepdim=True, correction=0)),
+}
+
+
+class Net(nn.Module):
+    """Convolutions with the named layers between them, and a shortcut that is normalised as well."""
+
+    def __init__(self, names: list[str], stride: int, channels: int = 4) -> None:
+        super().__init__()
+        conv = lambda k, s: nn.Conv2d(channels, channels, k, s, k // 2)  # noqa: E731
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.layers = nn.ModuleList(LAYERS[n](channels) for n in names)
+        self.convs = nn.ModuleList(conv(3, stride if i == 0 else 1) for i in range(len(names)))
+        self.short, self.norm = conv(1, stride), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = y = self.first(x)
+        for conv, layer in zip(self.convs, self.layers, strict=True):
+            y = F.silu(layer(conv(y)))
+        return y + self.norm(self.short(x))
+
+
+def plain_and_graph(net: nn.Module, x: Tensor) -> tuple[Step, Any]:
+    twin = copy.deepcopy(net)
+    return step(twin, lambda: twin(x), {"x": x}), rowtune.trace(net, (x,))
+
+
+def run(net: nn.Module, x: Tensor, plan: Any) -> Step:
+    twin = copy.deepcopy(net)
+    module = rowtune.apply(twin, plan)
+    return step(twin, lambda: module(x), {"x": x})
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(
+    names=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=3), stride=st.integers(1, 2),
+    batch=st.integers(1, 3), height=st.integers(6, 13), width=st.integers(6, 9), seed=st.integers(0, 99),
+    data=st.data(),
+)  # fmt: skip
+def test_random_networks(names, stride, batch, height, width, seed, data):
+    torch.manual_seed(seed)
+    net = Net(names, stride).double()
+    x = torch.randn(batch, 3, height, width, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    assert not opaque_nodes(graph)
+    assert len(barrier_parts(graph, 0, len(graph.nodes), 2)) > 1
+    for way in WAYS:
+        halo = data.draw(st.sampled_from(["sweep", "recompute"] + ["cache"] * (way == "store")))
+        tapes = data.draw(st.sampled_from(["split", "whole", "late"]))
+        images = data.draw(st.integers(0, 1)) if "running instance norm" not in names else 0
+        band = data.draw(st.integers(1, height))
+        axis = data.draw(st.sampled_from([2, 2, 3]))
+        plan = rowtune.uniform_plan(
+            graph, "rows", band, halo, images=images, tapes=tapes, barriers=way, axis=axis
+        )
+        assert error(run(net, x, plan), plain) < TOLERANCE, plan
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_keep_and_checkpoint_run_as_pytorch_does(name):
+    torch.manual_seed(0)
+    net = Net([name], 1).double()
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    for policy in ("keep", "checkpoint"):
+        assert error(run(net, x, rowtune.uniform_plan(graph, policy)), plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_one_and_three_dimensions(rank, way):
+    torch.manual_seed(0)
+    conv, norm, own = {
+        1: (nn.Conv1d, nn.BatchNorm1d, nn.InstanceNorm1d), 3: (nn.Conv3d, nn.BatchNorm3d, nn.InstanceNorm3d),
+    }[rank]  # fmt: skip
+    net = nn.Sequential(
+        conv(2, 4, 3, padding=1), norm(4), nn.ReLU(), conv(4, 4, 3, 2, 1), own(4, affine=True), nn.ReLU(),
+        conv(4, 2, 3, padding=1), nn.LayerNorm([2, *[5] * rank]),
+    ).double()  # fmt: skip
+    x = torch.randn(2, 2, *[10] * rank, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    for band in (1, 3, 4):
+        plan = rowtune.uniform_plan(graph, "rows", band, "sweep", barriers=way)
+        assert error(run(net, x, plan), plain) < TOLERANCE
+
+
+def test_batches_are_split_across_batch_norm():
+    """Micro-batches alone, which gradient accumulation cannot do: statistics are those of the whole batch."""
+    torch.manual_seed(0)
+    net = Net(["batch norm", "gate"], 2).double()
+    x = torch.randn(5, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    for way in WAYS:
+        for images in (1, 2):
+            plan = rowtune.uniform_plan(graph, "rows", 0, "sweep", images=images, barriers=way)
+            assert error(run(net, x, plan), plain) < TOLERANCE
+
+
+def test_two_forwards_before_one_backward():
+    torch.manual_seed(0)
+    net = Net(["batch norm"], 1).double()
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    plain = copy.deepcopy(net)
+    want = step(plain, lambda: plain(x) + plain(x * 2), {"x": x})
+    graph = rowtune.trace(net, (x,))
+    for way in WAYS:
+        twin = copy.deepcopy(net)
+        module = rowtune.apply(twin, rowtune.uniform_plan(graph, "rows", 3, barriers=way))
+        got = step(twin, lambda run=module: run(x) + run(x * 2), {"x": x})
+        assert error(got, want) < TOLERANCE
+
+
+def test_cache_keeps_no_rows_for_barriers_that_are_not_stored():
+    graph = rowtune.trace(Net(["batch norm"], 1), (torch.zeros(1, 3, 8, 8),))
+    with pytest.raises(PlanError, match="cache"):
+        rowtune.lower(graph, rowtune.uniform_plan(graph, "rows", 2, "cache", barriers="passes"))
+
+
+# -- statistics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [0, 2, 4])
+def test_large_means_lose_nothing(groups):
+    """Mean 1e4 and deviation 1 in float32: variance and input gradient against float64, beside PyTorch's."""
+    torch.manual_seed(0)
+    x = (1e4 + torch.randn(2, 4, 4096, 3)).requires_grad_()
+    grad = torch.randn(x.shape)
+
+    def native(t: Tensor) -> Tensor:
+        return F.batch_norm(t, None, None, training=True) if not groups else F.group_norm(t, groups)
+
+    exact = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(native(exact), exact, grad.double())
+    (plain,) = torch.autograd.grad(native(x), x, grad)
+    parts = [moments(t, groups) for t in x.detach().split(64, 2)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = merge(total, part)
+    spread = exact.detach().view(2, groups, -1) if groups else exact.detach().transpose(0, 1).reshape(4, -1)
+    var = spread.var(-1, correction=0)
+    assert ((total[2] / total[0] - var).abs() / var).max() < 1e-6
+    assert ((total[1] - spread.mean(-1)).abs()).max() < 1e-6  # float32 itself is 5e-4 apart there
+    (ours,) = torch.autograd.grad(normalise(x, moments(x, groups), None, None, groups, 1e-5), x, grad)
+    assert (ours - want).abs().max() <= 1.5 * (plain - want).abs().max()
+
+
+def test_merging_does_not_depend_on_the_order():
+    parts = [moments(torch.randn(1, 3, n, 5, dtype=torch.float64) + n) for n in (1, 4, 2)]
+    one = merge(merge(parts[0], parts[1]), parts[2])
+    other = merge(parts[2], merge(parts[1], parts[0]))
+    assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_twenty_steps_follow_plain_training():
+    """float32: no further from plain PyTorch than plain PyTorch with its batch in another order, times 3."""
+    torch.manual_seed(0)
+    net = rowtune.zoo.resnet50(width=8, depths=(1, 1, 1, 1), classes=5)
+    x, target = torch.randn(4, 3, 64, 64), torch.randint(0, 5, (4,))
+    order = torch.tensor([2, 0, 3, 1])
+
+    def losses(wrap: Any, x: Tensor, target: Tensor) -> Tensor:
+        model = copy.deepcopy(net)
+        module = wrap(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        found = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(module(x), target)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    plain = losses(lambda m: m, x, target)
+    permuted = losses(lambda m: m, x[order], target[order])
+    allowed = 3 * (plain - permuted).abs().max() + 1e-6
+    graph = rowtune.trace(net, (x,))
+    assert plain[-1] < 0.9 * plain[0]
+    for way in WAYS:
+        plan = rowtune.uniform_plan(graph, "rows", 8, barriers=way)
+        ours = losses(lambda m, plan=plan: rowtune.apply(m, plan), x, target)
+        assert (ours - plain).abs().max() <= allowed, way
+
+
+# -- several processes -------------------------------------------------------------------------------------
+
+
+def synced() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1),
+        nn.BatchNorm2d(4, momentum=None),
+    )  # fmt: skip
+    return net.double()
+
+
+def replica(rank: int, folder: str) -> None:
+    """One of two processes with half the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    x = torch.randn(4, 3, 10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    half = x[2 * rank : 2 * rank + 2]
+    found = []
+    for way in ("keep", "checkpoint", *WAYS):
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(synced())
+        graph = rowtune.trace(net, (half,))
+        rows = way in WAYS
+        plan = rowtune.uniform_plan(
+            graph, "rows" if rows else way, 3, images=int(rows), barriers=way if rows else "store"
+        )
+        rowtune.apply(net, plan)(half).square().mean().backward()
+        for p in net.parameters():  # as DistributedDataParallel does, which takes no SyncBatchNorm on a CPU
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= 2
+        gradients = {n: p.grad for n, p in net.named_parameters()}
+        found.append((gradients, dict(net.named_buffers())))
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_of_two_processes(tmp_path):
+    """SyncBatchNorm with averaged gradients equals one process with the whole batch."""
+    net = synced()
+    x = torch.randn(4, 3, 10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    net(x).square().mean().backward()
+    torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
+    largest = max(float(p.grad.abs().max()) for p in net.parameters())
+    for gradients, buffers in torch.load(tmp_path / "found.pt"):
+        for name, parameter in net.named_parameters():
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-10, atol=1e-10 * largest), name
+        for name, buffer in net.named_buffers():
+            assert torch.allclose(buffers[name], buffer, rtol=1e-10), name
