@@ -125,6 +125,28 @@ class Whole:
         return self.rows if b > 0 else 0
 
 
+@dataclass(frozen=True, slots=True)
+class Chained:
+    """A window on a window: output rows read rows of something in between, which read input rows."""
+
+    outer: Window
+    inner: Window
+
+    @property
+    def rows(self) -> int:
+        return self.inner.rows
+
+    @property
+    def out_rows(self) -> int:
+        return self.outer.out_rows
+
+    def lo(self, a: int) -> int:
+        return self.inner.lo(self.outer.lo(a))
+
+    def hi(self, b: int) -> int:
+        return self.inner.hi(self.outer.hi(b))
+
+
 def pointwise(rows: int) -> Affine:
     return Affine(rows, rows)
 

@@ -16,9 +16,9 @@ from rowtune.cost.memory import Cost, predict
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
+from rowtune.plan import repeat
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.repeat import Shortener
 from rowtune.plan.space import space
 from rowtune.zoo import build
 
@@ -44,9 +44,8 @@ def zoo_graph(name: str, rows: int, images: int = 1, columns: int = 64) -> Graph
 
 def shortened(graph: Graph, plan: Plan) -> bool:
     """Whether bands were left out at all."""
-    shortener = Shortener()
-    lower(graph, plan, shortener)
-    return bool(shortener.repeats)
+    program = lower(graph, plan, repeat.shortened)
+    return any(s.banded is not None and s.banded.repeat is not None for s in program.segments)
 
 
 def assert_same(ours: Cost, full: Cost) -> None:
@@ -181,7 +180,7 @@ def test_work_does_not_grow_with_the_image(name, band, halo, tapes):
     def pieces(rows: int) -> int:
         graph = zoo_graph(name, rows)
         plan = rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes)
-        program = lower(graph, plan, Shortener())
+        program = lower(graph, plan, repeat.shortened)
         return sum(len(s.banded.pieces) for s in program.segments if s.banded is not None)
 
     assert pieces(8192) <= 1.1 * pieces(1024)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
 from rowtune.cost.left_out import Images, LeftOut
-from rowtune.cost.profile import NodeProfile
+from rowtune.cost.post import PostSizes
+from rowtune.cost.profile import Profiles
 from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
-from rowtune.plan.repeat import Repeat
 from rowtune.rows import Rows, need
 
 
@@ -31,10 +31,9 @@ class BandedSizes:
         self,
         heap: Heap,
         graph: Graph,
-        profiles: Mapping[str, NodeProfile],
+        profiles: Profiles,
         segment: SegmentProgram,
-        repeat: Repeat | None = None,
-        shortened: bool = False,
+        wanted: frozenset[str] | None = None,
     ) -> None:
         assert segment.banded is not None
         self.heap, self.graph, self.profiles, self.segment = heap, graph, profiles, segment
@@ -48,9 +47,10 @@ class BandedSizes:
         self.held: list[int] = []
         self.outputs: dict[str, int] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, int]]]] = []
-        self.left_out = LeftOut(heap, repeat)
-        self.images = Images(heap, self.program.image_ranges, shortened)
-        self.wanted = graph.needs_grad
+        self.left_out = LeftOut(heap, segment.banded.repeat)
+        self.images = Images(heap, self.program.image_ranges, self.program.sketch)
+        self.post = PostSizes(heap, graph, profiles, self.program.post)
+        self.wanted = graph.needs_grad if wanted is None else wanted
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
         self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
@@ -70,9 +70,7 @@ class BandedSizes:
             self._clear()
             self.images.forward_done(i)
         self.done = single
-        for name in self.segment.part.outputs:
-            if name not in self.outputs:
-                self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
+        self.outputs |= self.post.forward()
         for name, block in self.outputs.items():
             if name in self.segment.part.outputs:
                 env[name] = block
@@ -91,6 +89,7 @@ class BandedSizes:
 
     def backward(self, outer: Mapping[str, int]) -> None:
         self.outer = frozenset(outer)
+        self.post.backward(outer, self.weight_grads)
         for i, images in enumerate(self.images.ranges):
             self._images(images)
             self.stash = self.stashes[i] if self.stashes else {}
@@ -307,7 +306,9 @@ class BandedSizes:
 
     def _scatter(self, name: str, rows: Rows, block: int) -> None:
         if name in self.outside:
-            if name not in self.input_grads:
+            if name not in self.input_grads and self._bytes(name, rows) == self.graph.values[name].bytes:
+                self.input_grads[name] = self.heap.ref(block)
+            elif name not in self.input_grads:
                 self.input_grads[name] = self.heap.new(
                     self.graph.values[name].bytes, f"the gradient of {name}"
                 )

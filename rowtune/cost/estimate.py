@@ -6,7 +6,7 @@ from rowtune.cost.memory import Cost, predict
 from rowtune.graph.graph import Graph
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan
-from rowtune.plan.repeat import Shortener
+from rowtune.plan.repeat import shortened
 
 
 def estimate(graph: Graph, plan: Plan, optimizer_slots: int = 1) -> Cost:
@@ -18,6 +18,4 @@ def estimate(graph: Graph, plan: Plan, optimizer_slots: int = 1) -> Cost:
     Raises:
         PlanError: as lower does.
     """
-    shortener = Shortener()
-    program = lower(graph, plan, shortener)
-    return predict(program, optimizer_slots, shortener.repeats)
+    return predict(lower(graph, plan, shortened), optimizer_slots)

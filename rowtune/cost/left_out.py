@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rowtune.cost.heap import Heap
-from rowtune.plan.repeat import Repeat
+from rowtune.plan.program import Repeat
 from rowtune.rows import Rows
 
 

@@ -7,16 +7,16 @@ Kernel temporaries are not tensors and are not counted (DESIGN.md, "What a budge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rowtune.cost.banded import BandedSizes
 from rowtune.cost.heap import Heap
-from rowtune.cost.profile import profiles
+from rowtune.cost.passes import PassesSizes
+from rowtune.cost.profile import key_of, profiles
 from rowtune.cost.tape import TapeSizes, backward, forward
 from rowtune.cost.time import seconds
+from rowtune.graph.graph import Node
 from rowtune.plan.program import Program, SegmentProgram
-from rowtune.plan.repeat import Repeat
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,21 @@ class Cost:
     peak_at: str
 
 
-def predict(program: Program, optimizer_slots: int = 1, repeats: Mapping[int, Repeat] | None = None) -> Cost:
+def predict(program: Program, optimizer_slots: int = 1) -> Cost:
     """Peak and time of one training step in steady state (gradients set to None between steps).
 
     Args:
         program: of a graph with a loss.
         optimizer_slots: parameter-sized states of the optimizer (SGD with momentum 1, Adam 2).
-        repeats: of a program of fewer bands than there are: the pieces that stand for the others. Given at
-            all, bands of images are passed over as well (cost/estimate.py).
     """
-    step = _Step(program, optimizer_slots, repeats)
+    step = _Step(program, optimizer_slots)
     step.run()
     heap = step.heap
-    return Cost(heap.peak, heap.peak_activations, seconds(program, repeats), heap.peak_at)
+    return Cost(heap.peak, heap.peak_activations, seconds(program), heap.peak_at)
 
 
 class _Step:
-    def __init__(self, program: Program, slots: int, repeats: Mapping[int, Repeat] | None) -> None:
-        self.repeats, self.shortened = repeats or {}, repeats is not None
+    def __init__(self, program: Program, slots: int) -> None:
         self.program, self.graph = program, program.graph
         self.profiles = profiles(self.graph)
         weights = self.graph.parameters()
@@ -88,28 +85,59 @@ class _Step:
     # -- forward ---------------------------------------------------------------------------------------------
 
     def _forward(self, segment: SegmentProgram) -> object:
-        if segment.banded is not None:
-            repeat = self.repeats.get(segment.part.start)
-            banded = BandedSizes(self.heap, self.graph, self.profiles, segment, repeat, self.shortened)
+        """Returns what backward needs."""
+        if segment.inner:
+            return self._inner(segment)
+        if segment.banded is not None or segment.passes is not None:
+            kind = BandedSizes if segment.banded is not None else PassesSizes
+            banded = kind(self.heap, self.graph, self.profiles, segment)
             banded.forward(self.env)
-            if segment.banded.single_sweep:
-                self._hand_on(segment, banded)
+            if banded.done:
+                self._hand_on(banded)
             else:
                 banded.hold(self.env)
             return banded
         checkpointed = segment.decision.policy == "checkpoint"
         blocks = self.env
         held: list[int] = []
-        if checkpointed and any(self._saves(node.name) for node in segment.part.nodes):
-            held = [self.heap.ref(blocks[n]) for n in segment.part.inputs if n in blocks]
+        if checkpointed and any(self._saves(node) for node in segment.part.nodes):
+            held = self._hold(segment)
         tape = self._nodes(segment, blocks, grad=not checkpointed)
         return held if checkpointed else tape
 
-    def _saves(self, name: str) -> bool:
+    def _hold(self, segment: SegmentProgram) -> list[int]:
+        return [self.heap.ref(self.env[n]) for n in segment.part.inputs if n in self.env]
+
+    def _inner(self, segment: SegmentProgram) -> list[int]:
+        """The first forward of a segment that is run again: only its inputs are kept."""
+        held = self._hold(segment)
+        outside = set(self.env)
+        self._parts(segment, keep=False)
+        for name in set(self.env) - outside - set(segment.part.outputs):
+            self.heap.drop(self.env.pop(name))
+        return held
+
+    def _parts(self, segment: SegmentProgram, keep: bool) -> list[BandedSizes]:
+        """All parts in forward; with `keep`, what they read is kept and the last is not run."""
+        left = []
+        for inner, dead in zip(segment.inner, segment.dead, strict=True):
+            sizes = BandedSizes(self.heap, self.graph, self.profiles, inner)
+            if keep:
+                sizes.hold(self.env)
+            left.append(sizes)
+            if keep and inner is segment.inner[-1]:
+                break
+            sizes.forward(self.env)
+            for name in dead:
+                if name in self.env and name not in segment.part.inputs:
+                    self.heap.drop(self.env.pop(name))
+        return left
+
+    def _saves(self, node: Node) -> bool:
         """Whether autograd keeps anything for a node; if for none, checkpoint has nothing to recompute and
         lets go of its inputs."""
-        profile = self.profiles[name]
-        return self.grad(name) and bool(profile.saves or profile.extra)
+        profile = self.profiles[key_of(node)]
+        return self.grad(node.name) and bool(profile.saves or profile.extra)
 
     def _nodes(self, segment: SegmentProgram, blocks: dict[str, int], grad: bool) -> TapeSizes:
         wanted = self.grad if grad else lambda name: False
@@ -121,11 +149,11 @@ class _Step:
     # -- backward --------------------------------------------------------------------------------------------
 
     def _backward(self, segment: SegmentProgram, kept: object) -> None:
-        if isinstance(kept, BandedSizes):
+        if isinstance(kept, (BandedSizes, PassesSizes)):
             if not kept.done:
                 kept.backward(self.grads)
                 kept.release()
-                self._hand_on(segment, kept)
+                self._hand_on(kept)
             for name in segment.part.outputs:
                 if name in self.grads:
                     self.heap.drop(self.grads.pop(name))
@@ -137,14 +165,28 @@ class _Step:
             self._run_tape(kept)
             return
         assert isinstance(kept, list)
-        blocks = {n: b for n, b in zip(segment.part.inputs, kept, strict=False)}
-        tape = self._nodes(segment, blocks, grad=True)
-        for name, block in blocks.items():
-            if name not in segment.part.inputs:
-                self.heap.drop(block)
-        self._run_tape(tape)
+        if segment.inner:
+            self._again(segment)
+        else:
+            blocks = {n: b for n, b in zip(segment.part.inputs, kept, strict=False)}
+            tape = self._nodes(segment, blocks, grad=True)
+            for name, block in blocks.items():
+                if name not in segment.part.inputs:
+                    self.heap.drop(block)
+            self._run_tape(tape)
         for block in kept:
             self.heap.drop(block)
+
+    def _again(self, segment: SegmentProgram) -> None:
+        """All parts once more, their inputs kept this time, then backward through them."""
+        before, self.env = self.env, dict(self.env)
+        left = self._parts(segment, keep=True)
+        for name, block in self.env.items():
+            if before.get(name) != block:
+                self.heap.drop(block)
+        self.env = before
+        for inner, kept in zip(reversed(segment.inner), reversed(left), strict=True):
+            self._backward(inner, kept)
 
     def _run_tape(self, tape: TapeSizes) -> None:
         backward(
@@ -159,7 +201,7 @@ class _Step:
         else:
             self.weight_grads[name] = self.heap.new(self.size(name), state=True)
 
-    def _hand_on(self, segment: SegmentProgram, banded: BandedSizes) -> None:
+    def _hand_on(self, banded: BandedSizes | PassesSizes) -> None:
         """Weight gradients of a rows segment are summed inside it and become .grad without a copy."""
         for name, block in banded.weight_grads.items():
             if name in self.weight_grads:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -75,21 +76,30 @@ class _Counter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+Profiles = Mapping[tuple[str, str], NodeProfile]
+
+
+def key_of(node: Node) -> tuple[str, str]:
+    """A value may be made by an operator or by the parts it was taken apart into: the name alone won't do."""
+    return node.op, node.name
+
+
 @lru_cache(maxsize=32)
-def profiles(graph: Graph) -> dict[str, NodeProfile]:
-    """A profile for every node; nodes of equal operator and shapes are asked once."""
-    found: dict[str, NodeProfile] = {}
+def profiles(graph: Graph) -> Profiles:
+    """A profile for every node, and for those that were taken apart; nodes of equal operator and shapes are
+    asked once."""
+    found: dict[tuple[str, str], NodeProfile] = {}
     asked: dict[Any, tuple[NodeProfile, Node]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for node in graph.nodes:
+        for node in (*graph.nodes, *(n for fused in graph.fused.values() for n in fused.nodes)):
             key = _key(graph, node)
             if key in asked:
                 known, twin = asked[key]
-                found[node.name] = _renamed(known, twin, node)
+                found[key_of(node)] = _renamed(known, twin, node)
             else:
-                found[node.name] = _ask(graph, node)
-                asked[key] = (found[node.name], node)
+                found[key_of(node)] = _ask(graph, node)
+                asked[key] = (found[key_of(node)], node)
     return found
 
 
@@ -115,7 +125,11 @@ def _renamed(profile: NodeProfile, old: Node, new: Node) -> NodeProfile:
 def _ask(graph: Graph, node: Node) -> NodeProfile:
     if node.op == "dropout":
         return _dropout(graph, node)
-    if node.op == "loss_combine" or graph.values[node.name].parts:
+    if (
+        node.op == "loss_combine"
+        or (node.effect and node.op != "batch_norm")
+        or graph.values[node.name].parts
+    ):
         return NodeProfile()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
-from rowtune.cost.profile import NodeProfile
+from rowtune.cost.profile import Profiles, key_of
 from rowtune.graph.graph import Graph, Node
 
 Bytes = Callable[[str], int]
@@ -24,7 +24,7 @@ class TapeSizes:
 def forward(
     heap: Heap,
     graph: Graph,
-    profiles: Mapping[str, NodeProfile],
+    profiles: Profiles,
     nodes: Sequence[Node],
     drops: Sequence[Sequence[str]],
     blocks: dict[str, int],
@@ -43,7 +43,7 @@ def forward(
     """
     tape = TapeSizes()
     for node, dead in zip(nodes, drops, strict=True):
-        profile, part = profiles[node.name], share(node)
+        profile, part = profiles[key_of(node)], share(node)
         if profile.alias and profile.alias in blocks:
             blocks[node.name] = heap.ref(blocks[profile.alias])
         else:
@@ -66,7 +66,7 @@ def forward(
 def backward(
     heap: Heap,
     graph: Graph,
-    profiles: Mapping[str, NodeProfile],
+    profiles: Profiles,
     tape: TapeSizes,
     grads: dict[str, int],
     size: Bytes,
@@ -85,14 +85,14 @@ def backward(
         read: bytes of an input that a node reads, where those are fewer.
     """
     for node in reversed(tape.nodes):
-        profile = profiles[node.name]
+        profile = profiles[key_of(node)]
         own = grads.pop(node.name, None)
         found: list[tuple[str, int]] = []
         if own is not None and grad(node.name):
             if (full := made(node.name)) > size(node.name):
                 own = widened(heap, own, full)
             again = [heap.new(size(n)) for n in tape.joined.get(node.name, ())]
-            for name in graph.reads[node.name]:
+            for name in graph.reads.get(node.name) or node.inputs:
                 if not grad(name):
                     continue
                 if graph.values[name].kind == "parameter":

@@ -6,11 +6,11 @@ Measured steps replace it; its only use is to order guesses and to reject the ab
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
+from rowtune.cost.passes import wanted_in
 from rowtune.graph.graph import Graph, Node
-from rowtune.plan.program import Program, Run, SegmentProgram
-from rowtune.plan.repeat import Repeat
+from rowtune.plan.program import Banded, Program, Run, SegmentProgram, Step
 
 # Orders of magnitude of a laptop core; a ratio between plans is all that is read from them.
 OPERATIONS_PER_SECOND = 5e10
@@ -34,29 +34,58 @@ def _node_seconds(graph: Graph, node: Node) -> float:
     return operations(graph, node) / OPERATIONS_PER_SECOND + graph.values[node.name].bytes / BYTES_PER_SECOND
 
 
-def seconds(program: Program, repeats: Mapping[int, Repeat] | None = None) -> float:
+def seconds(program: Program) -> float:
     """Forward, backward (twice a forward) and recomputation of one step."""
-    known = repeats or {}
-    return sum(_segment(program.graph, s, known.get(s.part.start)) for s in program.segments)
+    return sum(_segment(program.graph, segment) for segment in program.segments)
 
 
-def _segment(graph: Graph, segment: SegmentProgram, repeat: Repeat | None) -> float:
+def _segment(graph: Graph, segment: SegmentProgram) -> float:
     once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
+    if segment.inner:
+        return sum(_segment(graph, inner) + _forward(graph, inner) for inner in segment.inner)
+    if segment.passes is not None:
+        return _passes(graph, segment, once)
     if segment.banded is None:
         factor = 4 if segment.decision.policy == "checkpoint" else 3
         return factor * sum(once.values()) + len(once) * 3 * SECONDS_PER_STEP / 4
-    banded, total = segment.banded, 0.0
-    steps = 0
-    for step in (*(() if banded.single_sweep else banded.forward), *banded.backward):
+    banded = segment.banded
+    found = _steps(graph, banded, banded.backward, once, None)
+    return found if banded.single_sweep else found + _forward(graph, segment)
+
+
+def _forward(graph: Graph, segment: SegmentProgram) -> float:
+    once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
+    if segment.banded is None:
+        return sum(once.values())
+    return _steps(graph, segment.banded, segment.banded.forward, once, None)
+
+
+def _passes(graph: Graph, segment: SegmentProgram, once: dict[str, float]) -> float:
+    assert segment.passes is not None
+    total = 0.0
+    for one in segment.passes.forward:
+        assert one.banded is not None
+        total += _steps(graph, one.banded, one.banded.forward, once, None)
+    twins = {twin: once[name] for name, twin in segment.passes.twins.items()}
+    for one, wanted in zip(segment.passes.backward, wanted_in(graph, segment.passes), strict=True):
+        assert one.banded is not None
+        given = {**once, **twins}
+        total += _steps(segment.passes.twin_graph, one.banded, one.banded.backward, given, wanted)
+    return total
+
+
+def _steps(
+    graph: Graph, banded: Banded, steps: Sequence[Step], once: dict[str, float], wanted: frozenset[str] | None
+) -> float:
+    """Seconds of these steps; a node on a tape also runs backward, where a gradient flows through it."""
+    total, count = 0.0, 0
+    for step in steps:
         if type(step) is not Run:
             continue
-        times = 1 + repeat.more if repeat is not None and step.piece in repeat.pieces else 1
-        steps += times
-        piece = banded.pieces[step.piece]
-        share = sum(
-            once[name] * rows.size / banded.bands.full_height(graph.values[name])
-            for name, rows in piece.ranges.items()
-            if name in once
-        )
-        total += times * share * (3 if step.tape else 1)
-    return total + steps * 2 * SECONDS_PER_STEP * len(banded.image_ranges)
+        times = 1 + banded.repeat.more if banded.repeat and step.piece in banded.repeat.pieces else 1
+        count += times
+        for name, rows in banded.pieces[step.piece].ranges.items():
+            if name in once:
+                share = once[name] * rows.size / banded.bands.full_height(graph.values[name])
+                total += times * share * (3 if step.tape and (wanted is None or name in wanted) else 1)
+    return total + count * 2 * SECONDS_PER_STEP * len(banded.image_ranges)

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from rowtune.graph.graph import Graph, Value
 from rowtune.graph.rules import Opaque, Question, RowRule, rule_for
+from rowtune.rows import Window
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,33 @@ def banding(graph: Graph, axis: int) -> Banding:
             rule: RowRule | Opaque = Opaque(f"{node.op} has several outputs")
         else:
             rule = rule_for(asked)
+        if axis == 0 and isinstance(rule, RowRule):
+            rule = _image_by_image(rule, dims)
         if isinstance(rule, Opaque) and rule.dim is None and len(out.shape) == image_rank > axis:
             rule = Opaque(rule.reason, axis)  # an image again: a later segment may start here
         rules[node.name] = rule
         dims[node.name] = rule.dim
     return Banding(axis, rules, dims)
+
+
+def _image_by_image(rule: RowRule, dims: dict[str, int | None]) -> RowRule | Opaque:
+    """Bands of images are sliced by the same numbers everywhere, beside bands of rows: entry i must read
+    entry i."""
+    for name, read in rule.reads.items():
+        if read.dim is None:
+            continue
+        if read.window is not None and not _same_entries(read.window):
+            return Opaque("the batch axis is cut, repeated or merged with another")
+        if dims[name] is None:
+            return Opaque(f"{name} has an entry for every image, but does not come from the images")
+    return rule
+
+
+def _same_entries(window: Window) -> bool:
+    own = range(window.rows)
+    return window.out_rows == window.rows and all(
+        window.lo(i) == i and window.hi(i + 1) == i + 1 for i in own
+    )
 
 
 def _start(value: Value, axis: int, graph: Graph) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rowtune.graph.bands import banding
 from rowtune.graph.graph import Graph, Node
-from rowtune.graph.rules import Opaque
+from rowtune.graph.rules import Opaque, RowRule
 
 
 @dataclass(frozen=True)
@@ -54,32 +54,54 @@ def cut_bytes(graph: Graph, position: int) -> int:
     return total
 
 
+def reduces(rule: RowRule | Opaque) -> bool:
+    return isinstance(rule, RowRule) and rule.reduces is not None
+
+
 def why_not(graph: Graph, start: int, stop: int, axis: int) -> str:
     """Why nodes [start, stop) cannot be a rows segment along `axis`; empty if they can."""
     bands = banding(graph, axis)
-    reduced: set[str] = set()
     any_banded = False
     for node in graph.nodes[start:stop]:
         rule = bands.rules[node.name]
         if isinstance(rule, Opaque):
             return f"{node.name}: {rule.reason}"
-        after = any(name in reduced for name in node.inputs)
-        if after and rule.dim is not None:
-            return f"{node.name} needs the finished sums of {node.inputs[0]} (a barrier)"
-        if rule.reduces or after:
-            reduced.add(node.name)
-        any_banded |= rule.dim is not None or rule.reduces
+        any_banded |= rule.dim is not None or reduces(rule)
     return "" if any_banded else "nothing in it has rows"
+
+
+def barrier_parts(graph: Graph, start: int, stop: int, axis: int) -> list[tuple[int, int]]:
+    """Nodes [start, stop) divided where a reduction must be finished before rows can go on (a barrier):
+    within a part, what reads a reduction of the same part has no rows."""
+    rules = banding(graph, axis).rules
+    parts = []
+    at = start
+    finished: set[str] = set()
+    for i in range(start, stop):
+        node = graph.nodes[i]
+        rule = rules[node.name]
+        after = any(name in finished for name in node.inputs)
+        if after and (rule.dim is not None or reduces(rule)):
+            parts.append((at, i))
+            at, finished, after = i, set(), False
+        if after or reduces(rule):
+            finished.add(node.name)
+    return [*parts, (at, stop)]
+
+
+def is_local(graph: Graph, start: int, stop: int, axis: int) -> bool:
+    """Whether nodes [start, stop) can be banded along `axis` with no barrier inside."""
+    return not why_not(graph, start, stop, axis) and len(barrier_parts(graph, start, stop, axis)) == 1
 
 
 def stretches(graph: Graph, axis: int) -> list[tuple[int, int]]:
     """The longest runs of nodes that can be a rows segment, as [start, stop) positions."""
+    rules = banding(graph, axis).rules
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(graph.nodes):
         stop = start
-        seen_reduction: set[str] = set()
-        while stop < len(graph.nodes) and _extends(graph, stop, axis, seen_reduction):
+        while stop < len(graph.nodes) and not isinstance(rules[graph.nodes[stop].name], Opaque):
             stop += 1
         while stop > start and not legal_cut(graph, stop):
             stop -= 1
@@ -89,22 +111,11 @@ def stretches(graph: Graph, axis: int) -> list[tuple[int, int]]:
     return found
 
 
-def _extends(graph: Graph, position: int, axis: int, reduced: set[str]) -> bool:
-    bands, node = banding(graph, axis), graph.nodes[position]
-    rule = bands.rules[node.name]
-    if isinstance(rule, Opaque):
-        return False
-    after = any(name in reduced for name in node.inputs)
-    if rule.reduces or after:
-        reduced.add(node.name)
-    return not (after and rule.dim is not None)
-
-
 def opaque_nodes(graph: Graph, axis: int = 2) -> list[tuple[str, str, str]]:
     """(node, operator, reason) of every node that bounds a rows segment."""
     found = []
     for node in graph.nodes:
         rule = banding(graph, axis).rules[node.name]
-        if isinstance(rule, Opaque) and not (node.effect and node.op != "batch_norm"):
+        if isinstance(rule, Opaque) and not node.effect:
             found.append((node.name, node.op, rule.reason))
     return found

@@ -71,6 +71,15 @@ class Node:
         return tuple(dict.fromkeys(ref.name for ref in refs((self.args, self.kwargs))))
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """PyTorch's own operator for what the graph takes apart: the nodes that make the same value, and the
+    names of the parts that it makes needless."""
+
+    nodes: tuple[Node, ...]
+    parts: tuple[str, ...]
+
+
 def refs(tree: Any) -> Iterator[Ref]:
     """Every Ref in nested tuples, lists and dicts."""
     if isinstance(tree, Ref):
@@ -104,7 +113,8 @@ def numel(shape: tuple[int, ...]) -> int:
 @dataclass(frozen=True, eq=False)
 class Graph:
     """A traced model: `inputs` and `targets` are what a call supplies, `outputs` what it returns (flattened;
-    `output_spec` puts the structure back)."""
+    `output_spec` puts the structure back). `fused` holds, by the name of the value made, the operators that
+    were taken apart."""
 
     nodes: tuple[Node, ...]
     values: dict[str, Value]
@@ -117,6 +127,7 @@ class Graph:
     targets: tuple[str, ...] = ()
     loss: Any = None
     loss_output: str = ""
+    fused: dict[str, Fused] = field(default_factory=dict)
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -13,20 +13,34 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
-from rowtune.graph.graph import Graph, Node, Ref, Value, check
+from rowtune.graph.barriers import CUMULATIVE, taken_apart
+from rowtune.graph.graph import Graph, Node, Ref, Value
+from rowtune.graph.parts import PARTED, part_of
+from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
+
+
+class _Whole(NamedTuple):
+    """A call of an operator with several outputs, of which each part used becomes a node."""
+
+    op: str
+    target: torch._ops.OpOverload
+    args: Any
+    kwargs: Any
 
 
 def trace(
@@ -56,7 +70,7 @@ def trace(
     if training != model.training:
         model.train(training)
     try:
-        with _quiet():
+        with _quiet(), _traceable(model):
             given = _without_data(model, (inputs, named or {}))
             exported = torch.export.export(model, *given, strict=False)
     except Exception as error:
@@ -115,6 +129,25 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
+@contextlib.contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """momentum=None makes a norm read its counter of batches while it runs, and a SyncBatchNorm asks for its
+    process group: torch.export refuses both."""
+    cumulative = [m for m in model.modules() if isinstance(m, _NormBase) and m.momentum is None]
+    for module in cumulative:
+        module.momentum = CUMULATIVE
+    shared = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    for norm in shared:  # as a batch norm; rowtune shares the statistics itself
+        norm.forward = MethodType(_BatchNorm.forward, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in cumulative:
+            module.momentum = None
+        for norm in shared:
+            del norm.forward
+
+
 class _Reader:
     """Walks one exported graph, once."""
 
@@ -122,6 +155,7 @@ class _Reader:
         self.exported = exported
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.training = training
+        self.shared = frozenset(n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm))
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
@@ -142,18 +176,17 @@ class _Reader:
             elif node.op == "output":
                 outputs = self._outputs(node)
         spec = self.exported.call_spec
-        return check(
-            Graph(
-                nodes=_live(self.nodes, outputs),
-                values=self.values,
-                inputs=tuple(self.inputs),
-                outputs=outputs,
-                input_spec=spec.in_spec,
-                output_spec=spec.out_spec,
-                constants=self.constants,
-                training=self.training,
-            )
+        made = Graph(
+            nodes=_live(masks_first(self.nodes, self.values, self.inputs), outputs),
+            values=self.values,
+            inputs=tuple(self.inputs),
+            outputs=outputs,
+            input_spec=spec.in_spec,
+            output_spec=spec.out_spec,
+            constants=self.constants,
+            training=self.training,
         )
+        return taken_apart(made, self.shared)
 
     def _placeholder(self, node: torch.fx.Node) -> None:
         signature, name = self.exported.graph_signature, node.name
@@ -199,6 +232,11 @@ class _Reader:
             if isinstance(source, list):
                 self.now[node.name] = source[node.args[1]]  # type: ignore[index]
                 return
+            if isinstance(source, _Whole):
+                index: Any = node.args[1]
+                one = part_of(source.target, index)
+                self._append(node, f"{source.op}.{index}", one, source.args, source.kwargs, "")
+                return
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
             op = getattr(target, "__name__", str(target))
@@ -213,15 +251,21 @@ class _Reader:
         if op in _SPLITS:
             self._split(node, op, args)
             return
+        if op in PARTED and isinstance(node.meta["val"], (list, tuple)):
+            self.now[node.name] = _Whole(op, target, args, kwargs)
+            return
+        if op in SHAPED_LIKE:
+            target, op = SHAPED_LIKE[op]
+            args = (args[0], list(node.meta["val"].shape))
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
             changed = args[0].name
             if self.values[changed].kind == "buffer":
                 effect = changed
             else:
-                target, op = _functional(target, op), op.rstrip("_")
+                target, op = functional(target, op), op.rstrip("_")
                 self._mutate(changed, node.name)
-        elif op == "batch_norm" and args[5] and args[3] is not None:
+        elif op in ("batch_norm", "instance_norm") and args[5] and args[3] is not None:
             effect = args[3].name
         self._append(node, op, target, args, kwargs, effect)
         if target._schema.is_mutable and effect == "" and args and isinstance(args[0], Ref):
@@ -239,10 +283,13 @@ class _Reader:
                 self.now[key] = Ref(name)
 
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
-        random = (
-            isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
-        )
+        random = draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
+        if op == "feature_dropout":
+            shape = [*node.meta["val"].shape[:2], *[1] * (node.meta["val"].dim() - 2)]
+            *before, made = channel_dropout(made, shape)
+            for extra in before:
+                self._add(extra, node.meta["val"].new_empty(shape))
         self._add(made, node.meta["val"])
 
     def _add(self, node: Node, fake: Any) -> None:
@@ -305,16 +352,6 @@ def _value(name: str, fake: Any) -> Value:
         return Value(name, "node", tuple(int(s) for s in fake.shape), fake.dtype)
     except Exception as error:
         raise ModelError(f"{name} has a shape that depends on data; rowtune needs static shapes") from error
-
-
-def _functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
-    """relu_ -> relu, with the same overload name (bernoulli_.float is bernoulli.p)."""
-    overload = {"bernoulli_.float": "p"}.get(f"{op}.{target._overloadname}", target._overloadname)
-    packet = getattr(getattr(torch.ops, target.namespace), op.rstrip("_"), None)
-    found = getattr(packet, overload, None) if packet is not None else None
-    if found is None:
-        raise ModelError(f"{op}.{target._overloadname} works in place and has no functional twin")
-    return found  # type: ignore[no-any-return]
 
 
 def _module(node: torch.fx.Node) -> str:

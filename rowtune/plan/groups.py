@@ -112,11 +112,16 @@ def fuse(graph: Graph, bands: Banding, part: Stretch, halos: int = 0) -> list[Gr
         halos: how many overlapping windows may join a step; their halo rows are computed twice.
     """
     inside = {node.name for node in part.nodes}
+    readers: dict[str, set[str]] = {}
+    for node in part.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, set()).add(node.name)
+    free = {n for n in inside if len(readers.get(n, ())) == 1 and n not in part.outputs}
     home: dict[str, int] = {}
     members: list[list[Node]] = []
     spent: list[int] = []
     for node in part.nodes:
-        joined = _joins(graph, bands, node, inside, home, members)
+        joined = _joins(bands, node, inside, free, home, members)
         if joined is not None and not joined.disjoint and spent[joined.group] >= halos:
             joined = None
         if joined is None:
@@ -131,11 +136,7 @@ def fuse(graph: Graph, bands: Banding, part: Stretch, halos: int = 0) -> list[Gr
     groups = []
     for nodes in ordered:
         own = {n.name for n in nodes}
-        outputs = tuple(
-            n.name
-            for n in nodes
-            if any(c >= part.stop or graph.nodes[c].name not in own for c in graph.consumers[n.name])
-        )
+        outputs = tuple(n.name for n in nodes if n.name in part.outputs or readers.get(n.name, set()) - own)
         groups.append(make_group(graph, bands, tuple(nodes), outputs))
     return groups
 
@@ -146,22 +147,22 @@ class _Joined(NamedTuple):
 
 
 def _joins(
-    graph: Graph,
     bands: Banding,
     node: Node,
     inside: set[str],
+    free: set[str],
     home: dict[str, int],
     members: list[list[Node]],
 ) -> _Joined | None:
-    """The group that `node` may join: that of its latest producer, if only this node reads it, and whether
-    it reads every row of it once. All other inputs must be made by earlier groups."""
+    """The group that `node` may join: that of its latest producer, if only this node reads it (`free`), and
+    whether it reads every row of it once. All other inputs must be made by earlier groups."""
     rule = bands.rule(node.name)
     banded = [n for n in node.inputs if n in inside and bands.dims[n] is not None]
     if not banded or (rule.dim is None and not rule.reduces):
         return None
     latest = max(banded, key=lambda n: home[n])
     target = home[latest]
-    if members[target][-1].name != latest or graph.consumers[latest] != (graph.index[node.name],):
+    if members[target][-1].name != latest or latest not in free:
         return None
     if any(home[n] > target for n in node.inputs if n in inside):
         return None

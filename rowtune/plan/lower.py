@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rowtune.errors import PlanError
-from rowtune.graph.bands import Banding, banding
-from rowtune.graph.cuts import Stretch, legal_cut, stretch, why_not
-from rowtune.graph.graph import Graph, Node
-from rowtune.graph.rules import Opaque
+from rowtune.graph.bands import banding
+from rowtune.graph.barriers import restored
+from rowtune.graph.cuts import Stretch, barrier_parts, is_local, legal_cut, stretch, why_not
+from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
+from rowtune.plan.banded import Scheduler, banded, by_policy
+from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.policies import SCHEDULES
-from rowtune.plan.policies.schedule import Request, Schedule
-from rowtune.plan.program import Banded, Program, SegmentProgram
-from rowtune.rows import Rows
-
-Scheduler = Callable[[str, Request], Schedule]
-
-
-def by_policy(halo: str, ask: Request) -> Schedule:
-    return SCHEDULES[halo](ask)
+from rowtune.plan.program import Program, SegmentProgram
 
 
 def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program:
@@ -38,8 +32,8 @@ def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program
     """
     spans = _spans(graph, plan)
     with _uncollected():
-        segments = tuple(_segment(graph, plan, s, start, stop, scheduler) for s, start, stop in spans)
-    return Program(graph, plan, segments, _dead_after(graph, segments))
+        segments = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
+    return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 
 
 @contextmanager
@@ -93,102 +87,80 @@ def _with_loss(
     return [*spans, (Segment(SUMS, LOSS), stop, end)]
 
 
-def _segment(
+def _segments(
     graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
-) -> SegmentProgram:
+) -> list[SegmentProgram]:
+    """The programs of one segment: several where a rows segment stores the tensors at its barriers."""
+    if decision.policy != "rows":
+        return [_plain(graph, decision, stretch(graph, start, stop), scheduler)]
+    axis = plan.axis if decision.band_rows else 0
+    why = why_not(graph, start, stop, axis)
+    if why:
+        raise PlanError(f"segment {decision.first}..{decision.last} cannot be banded: {why}")
+    parts = barrier_parts(graph, start, stop, axis)
+    if decision.barriers != "store" and decision.halo == "cache" and len(parts) > 1:
+        raise PlanError(
+            f"segment {decision.first}..{decision.last}: halo cache keeps rows from forward to backward; "
+            f"barriers {decision.barriers} takes halo sweep or recompute"
+        )
+    if decision.barriers == "passes" and len(parts) > 1:
+        part = stretch(graph, start, stop)
+        return [SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, scheduler))]
+    inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
+    if decision.barriers == "store" or len(parts) == 1:
+        return list(inner)
     part = stretch(graph, start, stop)
-    drops = _drops(graph, part)
-    if decision.policy == "rows" or (decision.policy == "checkpoint" and decision.images):
-        return SegmentProgram(decision, part, drops, _banded(graph, plan, decision, part, scheduler))
-    if decision.images:
+    inner = tuple(_twice(i) for i in inner)
+    return [SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))]
+
+
+def _twice(inner: SegmentProgram) -> SegmentProgram:
+    """A part that runs again in backward computes no gradients in forward."""
+    return replace(inner, banded=replace(inner.banded, single_sweep=False)) if inner.banded else inner
+
+
+def _part(
+    graph: Graph, decision: Segment, start: int, stop: int, axis: int, scheduler: Scheduler
+) -> SegmentProgram:
+    """The rows between two barriers: each begins with a node that has some."""
+    part = stretch(graph, start, stop)
+    bands, images = banding(graph, axis), banding(graph, 0)
+    return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
+
+
+def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler) -> SegmentProgram:
+    if decision.images and decision.policy == "keep":
         raise PlanError(f"segment {decision.first}..{decision.last}: keep takes no images")
-    return SegmentProgram(decision, part, drops)
+    if decision.images:
+        if not is_local(graph, part.start, part.stop, 0):
+            raise PlanError(f"segment {decision.first}..{decision.last} mixes images; checkpoint it whole")
+        images = banding(graph, 0)
+        return SegmentProgram(decision, part, banded=banded(graph, decision, part, images, images, scheduler))
+    part = restored(graph, part)
+    return SegmentProgram(decision, part, _drops(part))
 
 
-def _drops(graph: Graph, part: Stretch) -> tuple[tuple[str, ...], ...]:
+def _drops(part: Stretch) -> tuple[tuple[str, ...], ...]:
     """What each node is the last to read, of what is made inside."""
-    made = {node.name for node in part.nodes} - set(part.outputs)
+    last = {node.name: i for i, node in enumerate(part.nodes)}
+    for i, node in enumerate(part.nodes):
+        last |= {name: i for name in node.inputs if name in last}
     drops: list[list[str]] = [[] for _ in part.nodes]
-    for name in made:
-        readers = [c for c in graph.consumers[name] if c < part.stop]
-        last = max(readers) if readers else graph.index[name]
-        drops[last - part.start].append(name)
+    for name, at in last.items():
+        if name not in part.outputs:
+            drops[at].append(name)
     return tuple(tuple(names) for names in drops)
 
 
-def _dead_after(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[tuple[str, ...], ...]:
+def _dead_after(
+    graph: Graph, segments: tuple[SegmentProgram, ...], live: list[str]
+) -> tuple[tuple[str, ...], ...]:
+    """What no later segment reads, after each; `live` is there from the start."""
     dead: list[tuple[str, ...]] = []
     gone: set[str] = set()
-    live = [*graph.inputs, *graph.targets]
     for segment in segments:
         live += segment.part.outputs
         here = [n for n in live if n not in gone and all(c < segment.part.stop for c in graph.consumers[n])]
         gone |= set(here)
         dead.append(tuple(here))
     return tuple(dead)
-
-
-def _banded(graph: Graph, plan: Plan, decision: Segment, part: Stretch, scheduler: Scheduler) -> Banded:
-    """Bands along the rows, inside bands of images; along the images alone where no rows are given."""
-    axis = plan.axis if decision.policy == "rows" and decision.band_rows else 0
-    band = decision.band_rows or decision.images
-    if not band:
-        raise PlanError(f"segment {decision.first}..{decision.last}: rows needs band_rows or images")
-    why = why_not(graph, part.start, part.stop, axis)
-    if why:
-        raise PlanError(f"segment {decision.first}..{decision.last} cannot be banded: {why}")
-    if axis and decision.images and (why := why_not(graph, part.start, part.stop, 0)):
-        raise PlanError(f"segment {decision.first}..{decision.last} cannot be split over images: {why}")
-    bands, images = banding(graph, axis), banding(graph, 0)
-    main, post, sums = _reductions(graph, bands, part)
-    # Everything downstream of the bands, or only what the caller reads of them.
-    outputs = tuple(dict.fromkeys([*(o for o in part.outputs if o not in {n.name for n in post}), *sums]))
-    banded_part = Stretch(part.start, part.stop - len(post), main, part.inputs, part.weights, outputs)
-    halo = decision.halo if decision.policy == "rows" else "recompute"
-    made = scheduler(halo, Request(graph, bands, banded_part, outputs, decision, band))
-    single = halo == "sweep" and _single(graph, part, post)
-    return Banded(
-        made.groups[0].bands,
-        images,
-        made.groups,
-        tuple(made.pieces),
-        post,
-        sums,
-        tuple(made.forward),
-        tuple(made.backward),
-        _image_ranges(graph, part, images, decision.images if axis else 0),
-        single,
-    )
-
-
-def _reductions(
-    graph: Graph, bands: Banding, part: Stretch
-) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[str, ...]]:
-    """(nodes that run band by band, nodes that read finished sums, the sums)."""
-    main, post, sums = [], [], []
-    late: set[str] = set()
-    for node in part.nodes:
-        rule = bands.rules[node.name]
-        if any(name in late for name in node.inputs):
-            post.append(node)
-            late.add(node.name)
-            continue
-        main.append(node)
-        if not isinstance(rule, Opaque) and rule.reduces:
-            sums.append(node.name)
-            late.add(node.name)
-    return tuple(main), tuple(post), tuple(sums)
-
-
-def _single(graph: Graph, part: Stretch, post: tuple[Node, ...]) -> bool:
-    """Backward may run inside forward: the segment is the last, and ends in a loss linear in its sums."""
-    ends = graph.loss is not None and graph.loss.linear and part.stop == len(graph.nodes)
-    return bool(ends and [n.op for n in post] == ["loss_combine"])
-
-
-def _image_ranges(graph: Graph, part: Stretch, images: Banding, count: int) -> tuple[Rows, ...]:
-    total = max(
-        (graph.values[n].shape[d] for n in part.inputs if (d := images.dims[n]) is not None), default=1
-    )
-    step = count or total
-    return tuple(Rows(a, min(a + step, total)) for a in range(0, total, step))

@@ -14,6 +14,7 @@ from rowtune.errors import PlanError
 Policy = Literal["keep", "checkpoint", "rows"]
 Halo = Literal["recompute", "cache", "sweep"]
 Tapes = Literal["split", "whole", "late"]
+Barriers = Literal["store", "recompute", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 
 
@@ -28,6 +29,9 @@ class Segment:
     images      batch entries computed at a time, 0 for the whole batch
     tapes       split: tapes end where gradients arrive; whole: one tape a band (fewer steps, more memory);
                 late: split, and made only when their gradient arrives (least memory, a forward more)
+    barriers    where all rows must have passed (a train-mode norm, a global pool) inside a rows segment:
+                store: keep the tensor there; recompute: make it again in backward, from the segment's inputs;
+                passes: never make it, stream the segment once more for each barrier
     band_cols   reserved: rows of a second band axis
     """
 
@@ -38,6 +42,7 @@ class Segment:
     halo: Halo = "sweep"
     images: int = 0
     tapes: Tapes = "split"
+    barriers: Barriers = "store"
     band_cols: int = 0
 
 
@@ -92,7 +97,7 @@ def _segment(data: Any) -> Segment:
     if not isinstance(data, dict) or not {"first", "last"} <= set(data) <= names:
         raise PlanError(f"a segment has keys {', '.join(sorted(names))}; found {data!r}")
     made = Segment(**data)
-    for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes)):
+    for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes), ("barriers", Barriers)):
         if getattr(made, key) not in get_args(kind):
             raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
     for key in ("band_rows", "images", "band_cols"):

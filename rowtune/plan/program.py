@@ -60,6 +60,15 @@ class Restore(NamedTuple):
 Step = Run | Back | Drop | Stash | Restore
 
 
+class Repeat(NamedTuple):
+    """In a program that is only predicted, with fewer bands than there are: the `pieces` of one period stand
+    for `more` others each. What it keeps until backward lies between the stashes after bands `stashes`."""
+
+    more: int
+    pieces: frozenset[int]
+    stashes: tuple[int, int] | None
+
+
 @dataclass(frozen=True)
 class Banded:
     """How a rows segment runs: `forward` and `backward` are repeated for each range of `images`.
@@ -78,19 +87,46 @@ class Banded:
     backward: tuple[Step, ...]
     image_ranges: tuple[Rows, ...]
     single_sweep: bool
+    sketch: bool = False
+    """Only predicted: bands of rows and of images that are like others may be left out."""
+    repeat: Repeat | None = None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A rows segment with barriers inside, streamed once more for each: `forward` finishes the reductions of
+    one barrier after another, then the outputs; `backward` finds the gradients of the last barrier's
+    reductions first, and those of inputs and weights at the end.
+
+    Every pass is a rows segment of its own, that reads finished reductions like any other input. A pass
+    that hands gradients on to later reductions makes them again under another name, their twin.
+    """
+
+    forward: tuple[SegmentProgram, ...]
+    backward: tuple[SegmentProgram, ...]
+    levels: tuple[tuple[str, ...], ...]
+    """By barrier: the reductions and what is made from them without rows, in order."""
+    twins: dict[str, str]
+    twin_graph: Graph
+    """The graph with the twins' values."""
 
 
 @dataclass(frozen=True)
 class SegmentProgram:
-    """One segment: its decision, the nodes it covers, and for a rows segment how its bands run.
+    """One segment: its decision, the nodes it covers, and how it runs.
 
-    `drops[i]` names the values that nothing reads after node i (keep and checkpoint).
+    `drops[i]` names the values that nothing reads after node i (keep and checkpoint). `banded` tells how the
+    bands of a rows segment run. `inner` are the rows segments between the barriers of a segment that is
+    computed again as a whole, `dead` what is not read after each; `passes` streams it several times.
     """
 
     decision: Segment
     part: Stretch
-    drops: tuple[tuple[str, ...], ...]
+    drops: tuple[tuple[str, ...], ...] = ()
     banded: Banded | None = None
+    inner: tuple[SegmentProgram, ...] = ()
+    dead: tuple[tuple[str, ...], ...] = ()
+    passes: Passes | None = None
 
 
 @dataclass(frozen=True)

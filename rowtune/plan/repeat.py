@@ -3,60 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from rowtune.plan.groups import Group, make_group
 from rowtune.plan.policies import SCHEDULES
 from rowtune.plan.policies.schedule import Request, Schedule
-from rowtune.plan.program import Back, Piece, Run, Stash, Step
+from rowtune.plan.program import Back, Piece, Repeat, Run, Stash, Step
 from rowtune.plan.shorten import Ratios, banded_reads, period_of, ratios, without
 from rowtune.rows import Affine, Rows
 
 
-class Repeat(NamedTuple):
-    """The `pieces` of one period stand for `more` others each. What is kept of it until backward lies between
-    the stashes after bands `stashes`."""
+def shortened(halo: str, ask: Request) -> Schedule:
+    """Schedules a segment on as few bands as show all that happens."""
+    whole = make_group(ask.graph, ask.bands, ask.part.nodes, ask.outputs)
+    top = max(ask.outputs, key=lambda o: whole.heights[o])
+    found = ratios(ask.bands, ask.part, top)
+    if found is not None and _proportional(whole, ask.outputs, found, top):
+        period = period_of(found, ask.band_rows)
+        rows = _first_guess(whole, found, top, period, ask, halo)
+        while (more := (whole.heights[top] - rows) // period) > 1:
+            short = _try(halo, ask, found, top, period, more)
+            if short is not None:
+                return short
+            rows += max(rows // 2, period)
+    made = SCHEDULES[halo](ask)
+    made.sketch = True
+    return made
 
-    more: int
-    pieces: frozenset[int]
-    stashes: tuple[int, int] | None
 
-
-@dataclass
-class Shortener:
-    """Schedules segments on as few bands as show all that happens; `repeats` by the segment's first node."""
-
-    repeats: dict[int, Repeat] = field(default_factory=dict)
-
-    def __call__(self, halo: str, ask: Request) -> Schedule:
-        whole = make_group(ask.graph, ask.bands, ask.part.nodes, ask.outputs)
-        top = max(ask.outputs, key=lambda o: whole.heights[o])
-        found = ratios(ask.bands, ask.part, top)
-        if found is not None and _proportional(whole, ask.outputs, found, top):
-            period = period_of(found, ask.band_rows)
-            rows = _first_guess(whole, found, top, period, ask, halo)
-            while (more := (whole.heights[top] - rows) // period) > 1:
-                made = self._try(halo, ask, found, top, period, more)
-                if made is not None:
-                    return made
-                rows += max(rows // 2, period)
-        return SCHEDULES[halo](ask)
-
-    def _try(
-        self, halo: str, ask: Request, found: Ratios, top: str, period: int, more: int
-    ) -> Schedule | None:
-        removed = {name: int(period * more * r) for name, r in found.items()}
-        bands = without(ask.graph, ask.bands, ask.part, removed)
-        if bands is None:
-            return None
-        made = SCHEDULES[halo](replace(ask, bands=bands))
-        shift = {name: int(period * r) for name, r in found.items()}
-        repeat = _repeat(made, top, shift, more, halo)
-        if repeat is None:
-            return None
-        self.repeats[ask.part.start] = repeat
-        return made
+def _try(halo: str, ask: Request, found: Ratios, top: str, period: int, more: int) -> Schedule | None:
+    removed = {name: int(period * more * r) for name, r in found.items()}
+    bands = without(ask.graph, ask.bands, ask.part, removed)
+    if bands is None:
+        return None
+    made = SCHEDULES[halo](replace(ask, bands=bands))
+    shift = {name: int(period * r) for name, r in found.items()}
+    made.repeat, made.sketch = _repeat(made, top, shift, more, halo), True
+    return made if made.repeat is not None else None
 
 
 def _proportional(whole: Group, outputs: tuple[str, ...], found: Ratios, top: str) -> bool:

@@ -13,16 +13,29 @@ from functools import cached_property
 from itertools import pairwise
 
 from rowtune.graph.bands import banding
-from rowtune.graph.cuts import legal_cut, why_not
+from rowtune.graph.cuts import barrier_parts, is_local, legal_cut, stretches, why_not
 from rowtune.graph.graph import Graph
+from rowtune.graph.rules import Opaque
 from rowtune.plan.plan import Plan, Segment
 
 Setting = dict[str, str | int]
 
 ZONES = ("front", "middle", "back")
-POLICIES = ("keep", "checkpoint", "rows/sweep", "rows/cache", "rows/recompute")
+_SEGMENT = Segment("", "", "rows")
+ROWS = {
+    "rows/sweep": _SEGMENT,
+    "rows/cache": replace(_SEGMENT, halo="cache"),
+    "rows/recompute": replace(_SEGMENT, halo="recompute"),
+}
+"""Policies of a zone that take rows, and their segments but for names and numbers."""
+BARRIERS = {
+    "again": replace(_SEGMENT, barriers="recompute"),
+    "passes": replace(_SEGMENT, barriers="passes"),
+}
+"""For networks with barriers: the tensors there made again, or never."""
+ROWS |= {f"rows/sweep/{name}": segment for name, segment in BARRIERS.items()}
 BANDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-CUTS = 12
+CUTS = 16
 
 
 @dataclass(frozen=True)
@@ -53,21 +66,29 @@ class PlanSpace:
         if policy == "keep":
             return [self._segment(start, stop, "keep")]
         if policy == "checkpoint":
-            inner = [c for c in self.cuts if start < c < stop]
-            return [self._checkpoint(a, b, images) for a, b in self._pairs(start, inner, stop)]
-        halo = policy.partition("/")[2]
-        band, tapes = int(values[f"{zone}_band"]), str(values.get("tapes", "split"))
-        axis = self.axis
+            return [self._checkpoint(a, b, images) for a, b in self._regions(start, stop)]
         if policy == "images":  # micro-batches: bands of images alone
-            halo, band, tapes, axis, images = "sweep", 0, "whole", 0, images or 1
+            rows = Segment("", "", "rows", 0, "sweep", images or 1, "whole")
+            return self._rows(start, stop, 0, rows)
+        rows = replace(
+            ROWS[policy],
+            band_rows=int(values[f"{zone}_band"]),
+            images=images,
+            tapes=values.get("tapes", "split"),  # type: ignore[arg-type]
+        )
+        return self._rows(start, stop, self.axis, rows)
+
+    def _rows(self, start: int, stop: int, axis: int, rows: Segment) -> list[Segment]:
+        """`rows` on every stretch that can be banded, in regions where its barriers are not stored."""
         made: list[Segment] = []
         at = start
         for a, b in self._bandable(start, stop, axis):
             if a > at:
                 made.append(self._segment(at, a, "keep"))
-            first, last = self.graph.nodes[a].name, self.graph.nodes[b - 1].name
-            split = images if images and not why_not(self.graph, a, b, 0) else 0
-            made.append(Segment(first, last, "rows", band, halo, split, tapes))  # type: ignore[arg-type]
+            regions = [(a, b)] if rows.barriers == "store" else self._regions(a, b)
+            for lo, hi in regions:
+                split = 0 if axis and not is_split(self.graph, lo, hi, axis) else rows.images
+                made.append(replace(rows, first=self._name(lo), last=self._name(hi - 1), images=split))
             at = b
         if at < stop:
             made.append(self._segment(at, stop, "keep"))
@@ -76,30 +97,33 @@ class PlanSpace:
     def _checkpoint(self, start: int, stop: int, images: int) -> Segment:
         """Recomputed for some images at a time, where the segment does not mix images."""
         made = self._segment(start, stop, "checkpoint")
-        return replace(made, images=images) if images and not why_not(self.graph, start, stop, 0) else made
+        return replace(made, images=images) if images and is_local(self.graph, start, stop, 0) else made
 
     def _segment(self, start: int, stop: int, policy: str) -> Segment:
-        return Segment(self.graph.nodes[start].name, self.graph.nodes[stop - 1].name, policy)  # type: ignore[arg-type]
+        return Segment(self._name(start), self._name(stop - 1), policy)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _pairs(start: int, inner: list[int], stop: int) -> list[tuple[int, int]]:
-        points = [start, *inner, stop]
-        return list(pairwise(points))
+    def _name(self, position: int) -> str:
+        return self.graph.nodes[position].name
+
+    def _regions(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Parts of a zone that are recomputed each on its own."""
+        return list(pairwise([start, *(c for c in self.cuts if start < c < stop), stop]))
 
     def _bandable(self, start: int, stop: int, axis: int) -> list[tuple[int, int]]:
-        """Runs of a zone that can be rows segments and are worth it (a halo or more than one node)."""
+        """Runs of a zone that can be rows segments and are worth it (more than one node)."""
+        rules = banding(self.graph, axis).rules
         found = []
         at = start
         while at < stop:
-            end = at + 1
-            while end <= stop and not why_not(self.graph, at, end, axis):
+            end = at
+            while end < stop and not isinstance(rules[self._name(end)], Opaque):
                 end += 1
-            end -= 1
-            while end > at and not (legal_cut(self.graph, end) and not why_not(self.graph, at, end, axis)):
+            after = max(end, at + 1)
+            while end > at and not legal_cut(self.graph, end):
                 end -= 1
-            if end > at + 1:
+            if end > at + 1 and not why_not(self.graph, at, end, axis):
                 found.append((at, end))
-            at = max(end, at + 1)
+            at = after
         return found
 
     def _merged(self, segments: list[Segment]) -> list[Segment]:
@@ -108,16 +132,14 @@ class PlanSpace:
         for segment in segments:
             if out and self._same(out[-1], segment):
                 last = out.pop()
-                segment = Segment(last.first, segment.last, segment.policy, segment.band_rows, segment.halo,
-                                  segment.images, segment.tapes)  # fmt: skip
+                segment = replace(segment, first=last.first)
             out.append(segment)
         return out
 
     def _same(self, a: Segment, b: Segment) -> bool:
-        alike = (a.policy, a.band_rows, a.halo, a.images, a.tapes) == (
-            b.policy, b.band_rows, b.halo, b.images, b.tapes,
-        )  # fmt: skip
-        if not alike or a.policy == "checkpoint":
+        if replace(a, first="", last="") != replace(b, first="", last=""):
+            return False
+        if a.policy == "checkpoint" or (a.policy == "rows" and a.barriers != "store"):
             return False
         start, stop = self.graph.index[a.first], self.graph.index[b.last] + 1
         return a.policy == "keep" or not why_not(self.graph, start, stop, self.axis if a.band_rows else 0)
@@ -131,6 +153,15 @@ class PlanSpace:
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
         for band, tapes in ((32, "split"), (8, "split"), (16, "late"), (128, "split"), (32, "late")):
             found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
+        again, passes = "rows/sweep/again", "rows/sweep/passes"
+        if again in self._choices["back"]:
+            for band, tapes in ((16, "split"), (32, "late")):
+                for policy in (again, passes):
+                    found.append(self._guess(0, 0, "keep", "keep", policy, band) | {"tapes": tapes})
+            half, most = self._front(0.5), self._front(0.2)
+            found.append(self._guess(half, most, passes, again, "checkpoint", 16))
+            found.append(self._guess(half, half, again, "keep", "checkpoint", 16))
+            found.append(self._guess(half, half, "rows/sweep", "keep", "checkpoint", 16))
         if "images" in self._choices["back"]:
             found.append(self._guess(0, 0, "keep", "keep", "images"))
         heavy = self._front(0.2)
@@ -182,13 +213,29 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
     images: tuple[str | int, ...] = tuple(k for k in (0, 1, 2, 4, 8, 16) if k < batch)
     places: tuple[str | int, ...] = (0, *cuts, len(graph.nodes))
     knobs = [Knob("cut1", places), Knob("cut2", places)]
-    policies = (*POLICIES, "images") if len(images) > 1 else POLICIES
-    knobs += [Knob(zone, policies) for zone in ZONES]
+    barriers = has_barriers(graph, axis)
+    policies = [
+        "keep",
+        "checkpoint",
+        *(name for name, rows in ROWS.items() if barriers or rows.barriers == "store"),
+    ]
+    if len(images) > 1:
+        policies.append("images")
+    knobs += [Knob(zone, tuple(policies)) for zone in ZONES]
     knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
     knobs += [Knob("tapes", ("split", "late", "whole"))]
     if len(images) > 1:
         knobs.append(Knob("images", images))
     return PlanSpace(graph, axis, cuts, tuple(knobs))
+
+
+def has_barriers(graph: Graph, axis: int) -> bool:
+    return any(len(barrier_parts(graph, a, b, axis)) > 1 for a, b in stretches(graph, axis))
+
+
+def is_split(graph: Graph, start: int, stop: int, axis: int) -> bool:
+    """Whether a rows segment can take some images at a time between its barriers."""
+    return all(is_local(graph, a, b, 0) for a, b in barrier_parts(graph, start, stop, axis))
 
 
 def candidate_cuts(graph: Graph, most: int) -> tuple[int, ...]:

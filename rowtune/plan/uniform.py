@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rowtune.graph.cuts import stretches
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Halo, Plan, Policy, Segment, Tapes
+from rowtune.plan.plan import Barriers, Halo, Plan, Policy, Segment, Tapes
 
 
 def uniform_plan(
@@ -15,6 +15,7 @@ def uniform_plan(
     *,
     images: int = 0,
     tapes: Tapes = "split",
+    barriers: Barriers = "store",
     axis: int = 2,
 ) -> Plan:
     """`rows` on every stretch that can be banded along `axis`; `checkpoint` and `keep` on all nodes."""
@@ -26,7 +27,7 @@ def uniform_plan(
         if start > at:
             segments.append(_keep(graph, at, start))
         first, last = graph.nodes[start].name, graph.nodes[stop - 1].name
-        segments.append(Segment(first, last, "rows", band_rows, halo, images, tapes))
+        segments.append(Segment(first, last, "rows", band_rows, halo, images, tapes, barriers))
         at = stop
     if at < len(graph.nodes):
         segments.append(_keep(graph, at, len(graph.nodes)))

@@ -19,10 +19,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from rowtune.graph.graph import Graph
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
-from rowtune.plan.program import Back, Banded, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
-from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, run_whole
+from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
 from rowtune.runtime.lines import Lines, PieceGradients
+from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
 
 
@@ -73,28 +74,44 @@ class BandedRun:
         tensors: dict[str, Tensor],
         wanted: frozenset[str],
         seed: int,
+        *,
+        first_time: bool = True,
+        totals: Mapping[str, Tensor] | None = None,
     ) -> None:
         assert segment.banded is not None
         self.graph, self.segment, self.program = graph, segment, segment.banded
-        self.bands: Banded = segment.banded
-        self.tensors = tensors
-        self.wanted = wanted
+        self.wanted, self.first_time = wanted, first_time
         device = next(iter(tensors.values())).device
         self.evaluator = Evaluator(graph, self.program.bands, self.program.images, seed, device)
-        self.seed = seed
         self.token = torch.zeros((), requires_grad=True)
         self.dims = self.program.bands.dims
-        self.whole = {n: tensors[n] for n in segment.part.weights}
-        self.whole |= {n: t for n, t in tensors.items() if graph.values[n].kind == "norms"}
         self.outputs: dict[str, Tensor] = {}
+        self.sums = Sums(graph, self.program, tensors, seed, totals)
+        self.recall(tensors)
+        self.carriers: frozenset[str] = frozenset()
         self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, Tensor]]]] = []
+
+    def recall(self, tensors: dict[str, Tensor]) -> None:
+        """Segment inputs and weights, for the backward of a call that let go of them."""
+        self.tensors = self.sums.tensors = tensors
+        weights = self.segment.part.weights
+        self.whole = {
+            n: t for n, t in tensors.items() if n in weights or self.graph.values[n].kind == "norms"
+        }
+
+    def forget(self) -> None:
+        """Let go of all tensors but those that forward kept for backward; autograd holds the inputs, or under
+        checkpoint does not."""
+        self.recall({})
+        self.leaves: dict[str, Tensor] = {}
 
     # -- forward -------------------------------------------------------------------------------------------
 
     def forward(self) -> dict[str, Tensor]:
         """Segment outputs by name; backward needs only what a cache schedule stashes."""
-        self._begin({}, None, collect=True)
+        self._begin({}, collect=True)
+        self.carriers = frozenset()
         for images in self.program.image_ranges:
             self._images(images)
             self.stashes.append(self.stash)
@@ -103,10 +120,8 @@ class BandedRun:
 
     def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]:
         """Loss, outputs and gradients for `scale` times the loss, in one pass."""
-        leaves = self._sum_leaves(None)
-        loss = self._run_post(leaves)[self.segment.part.nodes[-1].name]
-        seeds = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-        self._begin({n: g * scale for n, g in seeds.items()}, {}, collect=True)
+        self.sums.unit(self.segment.part.nodes[-1].name, scale)
+        self._begin({}, collect=True)
         for images in self.program.image_ranges:
             self._images(images)
             self._steps(self.program.backward)
@@ -114,8 +129,8 @@ class BandedRun:
 
     def _finish(self) -> dict[str, Tensor]:
         self.lines.clear()
-        with torch.no_grad():
-            made = {**self.outputs, **self._run_post(self.sums)}
+        self.sums.finish()
+        made = {**self.outputs, **self.sums.made(self.first_time)}
         self.outputs = {}  # backward does not need them
         return {o: made[o] for o in self.segment.part.outputs}
 
@@ -123,63 +138,26 @@ class BandedRun:
 
     def backward(self, grads: Mapping[str, Tensor]) -> Gradients:
         """Gradients of inputs and weights for these gradients of the segment's outputs."""
-        sums = self._sum_gradients(grads)
-        self._begin(sums, grads, collect=False)
+        beyond = self.sums.backward(grads, self.wanted)
+        self._begin(grads, collect=False)
         for i, images in enumerate(self.program.image_ranges):
             self._images(images)
             if self.stashes:
                 self.stash = self.stashes[i]
                 self.stashes[i] = {}
             self._steps(self.program.backward)
+        for name, g in beyond.items():
+            place = self.gradients.weights if name in self.whole else self.gradients.inputs
+            place[name] = place[name] + g if name in place else g
         return self.gradients
-
-    def _sum_gradients(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the reductions, through the nodes that read them."""
-        if not self.program.sums:
-            return {}
-        leaves = self._sum_leaves(self.sums)
-        post = self._run_post(leaves)
-        outs = [
-            (post[o], g) for o, g in grads.items() if o in post and o not in leaves and post[o].requires_grad
-        ]
-        direct = {n: grads[n] for n in leaves if n in grads}
-        if not outs:
-            return direct
-        tensors, seeds = zip(*outs, strict=True)
-        found = torch.autograd.grad(tensors, list(leaves.values()), seeds, allow_unused=True)
-        total = dict(direct)
-        for name, g in zip(leaves, found, strict=True):
-            if g is not None:
-                total[name] = total[name] + g if name in total else g
-        return total
-
-    def _sum_leaves(self, sums: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        leaves = {}
-        for name in self.program.sums:
-            value = self.graph.values[name]
-            device = next(iter(self.tensors.values())).device
-            start = sums[name] if sums else torch.zeros(value.shape, dtype=value.dtype, device=device)
-            leaves[name] = start.detach().requires_grad_()
-        return leaves
-
-    def _run_post(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = dict(sums)
-        with torch.set_grad_enabled(any(t.requires_grad for t in sums.values())):
-            for node in self.program.post:
-                made[node.name] = run_whole(
-                    node, lambda n: made[n] if n in made else self.tensors[n], self.seed, first_time=False
-                )
-        return made
 
     # -- steps ---------------------------------------------------------------------------------------------
 
-    def _begin(self, sums: dict[str, Tensor], grads: Mapping[str, Tensor] | None, collect: bool) -> None:
-        self.sum_gradients, self.outer, self.collect = sums, grads or {}, collect
+    def _begin(self, grads: Mapping[str, Tensor], collect: bool) -> None:
+        self.outer, self.collect = grads, collect
         self.gradients = Gradients({}, {})
-        if collect:
-            self.outputs = {}
-            self.sums: dict[str, Tensor] = {}
-        self.carriers = self._carriers() if grads is not None else frozenset()
+        self.carriers = self._carriers()
+        self.evaluator.totals = self.sums.totals
         self.leaves = {
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
             for n, t in self.whole.items()
@@ -245,10 +223,9 @@ class BandedRun:
             self._deliver(name, rows, outputs[name])
 
     def _deliver(self, name: str, rows: Rows, tensor: Tensor) -> None:
-        if name in self.program.sums:
+        if name in self.sums.names:
             if self.collect:
-                share = tensor.detach()
-                self.sums[name] = self.sums[name] + share if name in self.sums else share
+                self.sums.add(name, tensor, self.images)
             return
         if self.collect and name in self.segment.part.outputs:
             self._write(name, rows, tensor.detach())
@@ -367,36 +344,41 @@ class BandedRun:
             return
         tape.outputs.clear()
         given = {s.untyped_storage().data_ptr() for s in seeds}
-        found = torch.autograd.grad(outputs, asked, seeds, allow_unused=True)
+        found: list[Tensor | None] = [*torch.autograd.grad(outputs, asked, seeds, allow_unused=True)]
+        del found[len(tape.slabs) :]
         del outputs, seeds
         self._scatter(tape, found, given)
 
     def _seed(self, number: int, name: str, rows: Rows) -> Tensor | None:
-        if name in self.program.sums:
-            return self.sum_gradients.get(name)
+        if name in self.sums.names:
+            return self.sums.gradient(name, self.images)
         outer = self.outer.get(name)
         if outer is not None:
             outer = self._part(name, outer, rows)
         return self.shares.take(number, name, rows, outer)
 
-    def _scatter(self, tape: Tape, found: tuple[Tensor | None, ...], given: set[int]) -> None:
-        """Gradients of slices to the pieces that made them, or to the segment's inputs."""
-        found = found[: len(tape.slabs)]
+    def _scatter(self, tape: Tape, found: list[Tensor | None], given: set[int]) -> None:
+        """Gradients of slices to the pieces that made them, or to the segment's inputs; each is let go of
+        before the next."""
         where = [g.untyped_storage().data_ptr() for g in found if g is not None]
-        for (name, rows, _), g in zip(tape.slabs, found, strict=True):
+        for name, rows, _ in tape.slabs:
+            g = found.pop(0)
             if g is None:
                 continue
+            at = g.untyped_storage().data_ptr()
+            owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
             if name in self.tensors:
-                self._add_input(name, rows, g)
+                self._add_input(name, rows, g, owned)
             else:
-                at = g.untyped_storage().data_ptr()
-                owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
                 self.shares.add(name, rows, g, owned)
 
-    def _add_input(self, name: str, rows: Rows, g: Tensor) -> None:
+    def _add_input(self, name: str, rows: Rows, g: Tensor, owned: bool) -> None:
         total = self.gradients.inputs.get(name)
         if total is None:
             full = self.tensors[name]
+            if owned and g.shape == full.shape and g.dtype == grad_dtype(g.dtype):
+                self.gradients.inputs[name] = g
+                return
             total = torch.zeros_like(full, dtype=g.dtype)
             self.gradients.inputs[name] = total
         self._part(name, total, rows).add_(g)

@@ -25,7 +25,7 @@ def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time
     if node.op == "dropout":
         return _dropout(node, args, seed)
     if node.effect and not first_time:
-        if node.op != "batch_norm":
+        if node.op not in ("batch_norm", "instance_norm"):
             return args[0]
         # Copies: checkpoint counts the tensors that autograd saves, and the statistics are among them.
         args = (*args[:3], args[3].clone(), args[4].clone(), *args[5:])
@@ -44,12 +44,14 @@ def _dropout(node: Node, args: tuple[Any, ...], seed: int) -> Tensor:
 
 
 class Evaluator:
-    """Runs groups on slices of rows `ranges` and images `images`."""
+    """Runs groups on slices of rows `ranges` and images `images`. Tapes of reductions read the finished
+    `totals`."""
 
     def __init__(
         self, graph: Graph, bands: Banding, images: Banding, seed: int, device: torch.device
     ) -> None:
         self.graph, self.bands, self.image_bands, self.seed, self.device = graph, bands, images, seed, device
+        self.totals: Mapping[str, Tensor] = {}
 
     def run(
         self,
@@ -113,7 +115,16 @@ class Evaluator:
         if node.op == "dropout" and bool(node.args[2]) and node.args[1]:
             x = tensors[node.inputs[0]]
             return dropout_slab(x, float(node.args[1]), self.seed, node.name, rule.dim, rows, images)
-        return rule.run(Slab(node, tensors, rows, reads, shape, images))
+        slab = Slab(node, tensors, rows, reads, shape, images)
+        if rule.reduces and rule.reduces.again and node.name in self.totals and torch.is_grad_enabled():
+            return rule.reduces.again(slab, self._of_images(node.name, self.totals[node.name], images))
+        return rule.run(slab)
+
+    def _of_images(self, name: str, total: Tensor, images: Rows) -> Tensor:
+        at = self.image_bands.dims[name]
+        if at is None or images == ALL_IMAGES:
+            return total
+        return total.narrow(at, images.lo, images.size)
 
     def empty(self, name: str, images: Rows) -> Tensor:
         """No rows of a value."""

@@ -11,17 +11,21 @@ from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
 from rowtune.plan.program import Program, SegmentProgram
+from rowtune.runtime.again import AgainRun
 from rowtune.runtime.banded import BandedRun, Gradients
 from rowtune.runtime.evaluate import run_whole
+from rowtune.runtime.passes import PassesRun
+from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
+Running = BandedRun | PassesRun | AgainRun
 
 
 def run_segment(
     program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
 ) -> None:
     """Add the segment's outputs to `env`."""
-    if segment.banded is not None:
+    if segment.banded is not None or segment.passes is not None or segment.inner:
         _run_banded(program, segment, env, seed, scale)
     elif segment.decision.policy == "checkpoint" and torch.is_grad_enabled():
         _run_checkpoint(segment, env, seed)
@@ -63,9 +67,10 @@ def _run_checkpoint(segment: SegmentProgram, env: Env, seed: int) -> None:
 def _run_banded(
     program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
 ) -> None:
-    names = [*segment.part.inputs, *segment.part.weights]
+    changed = {n: env[n] for n in changed_buffers(segment.part)}
+    names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(program, segment, names, seed, scale)
+    call = _Call(program, segment, names, changed, seed, scale)
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
@@ -74,18 +79,31 @@ class _Call:
     """What one call of a rows segment carries from forward to backward."""
 
     def __init__(
-        self, program: Program, segment: SegmentProgram, names: list[str], seed: int, scale: float | Tensor
+        self,
+        program: Program,
+        segment: SegmentProgram,
+        names: list[str],
+        changed: Env,
+        seed: int,
+        scale: float | Tensor,
     ) -> None:
         self.program, self.segment, self.names, self.seed, self.scale = program, segment, names, seed, scale
+        self.changed = changed
         self.autocast: Callable[[], Any] = _autocast_state()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
-        self.run: BandedRun | None = None
+        self.run: Running | None = None
 
-    def start(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> BandedRun:
+    def start(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Running:
+        """`changed` are the buffers that effects write: no inputs of autograd's node, which would find them
+        changed since."""
         wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
-        detached = {n: t.detach() for n, t in zip(self.names, tensors, strict=True)}
-        return BandedRun(self.program.graph, self.segment, detached, wanted, self.seed)
+        detached = self.detached(tensors)
+        kind = AgainRun if self.segment.inner else PassesRun if self.segment.passes else BandedRun
+        return kind(self.program.graph, self.segment, detached, wanted, self.seed)
+
+    def detached(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
 
 
 def _autocast_state() -> Callable[[], Any]:
@@ -105,9 +123,8 @@ class _BandedSegment(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[1:]) if call.grad_enabled else (False,) * len(tensors)
         run = call.start(tensors, needs)
         banded = call.segment.banded
-        assert banded is not None
         with call.autocast():
-            if banded.single_sweep and any(needs):
+            if isinstance(run, BandedRun) and banded and banded.single_sweep and any(needs):
                 outputs, call.stored = run.single_sweep(call.scale)
             else:
                 outputs = run.forward()
@@ -119,6 +136,7 @@ class _BandedSegment(torch.autograd.Function):
             ctx.mark_non_differentiable(*(outputs[n] for n in names if n != loss))
         else:
             ctx.mark_non_differentiable(*(outputs[n] for n in names if not outputs[n].is_floating_point()))
+            run.forget()
             call.run = run
             ctx.save_for_backward(*tensors)
         return tuple(outputs[n] for n in names)
@@ -144,6 +162,7 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     if run is None:
         raise RowtuneError("backward through a rows segment runs once, also with retain_graph=True")
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
+    run.recall(call.detached(tensors))
     with call.autocast():
         made = run.backward(given)
     call.run = None

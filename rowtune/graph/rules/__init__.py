@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rowtune.graph.rules.contract import CONTRACTIONS
+from rowtune.graph.rules.patches import PATCHES
 from rowtune.graph.rules.pointwise import (
     batch_norm,
     dropout,
@@ -17,26 +19,37 @@ from rowtune.graph.rules.pointwise import (
     like,
     linear,
     loss_sums,
-    matmul,
     one_axis,
     per_image,
     pooled_axes,
     prelu,
     random,
 )
+from rowtune.graph.rules.reduce import (
+    adaptive_avg,
+    extremes,
+    largest,
+    mean_or_sum,
+    moments,
+    normalise,
+    spread_of,
+    take,
+)
 from rowtune.graph.rules.resample import RESAMPLES
-from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab
-from rowtune.graph.rules.shape import SHAPES
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab, as_is
+from rowtune.graph.rules.select import SELECTIONS
+from rowtune.graph.rules.shape import SHAPES, WHOLE_RUNS
 from rowtune.graph.rules.window import WINDOWS
 
 RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **WINDOWS,
+    **PATCHES,
     **RESAMPLES,
     **SHAPES,
+    **SELECTIONS,
+    **CONTRACTIONS,
     # Only other axes are mixed.
     "linear": linear,
-    "matmul": matmul,
-    "mm": matmul,
     "softmax": one_axis(1, -1),
     "log_softmax": one_axis(1, -1),
     "glu": one_axis(1, -1),
@@ -45,8 +58,6 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "rms_norm": layer_norm,
     "batch_norm": batch_norm,
     "prelu": prelu,
-    "mean": pooled_axes,
-    "sum": pooled_axes,
     "amax": pooled_axes,
     "amin": pooled_axes,
     "var": pooled_axes,
@@ -55,21 +66,32 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     # Whole images are needed, but any number of them.
     "group_norm": per_image,
     "instance_norm": per_image,
-    "adaptive_avg_pool1d": per_image,
-    "adaptive_avg_pool2d": per_image,
-    "adaptive_avg_pool3d": per_image,
     "adaptive_max_pool1d": per_image,
     "adaptive_max_pool2d": per_image,
     "adaptive_max_pool3d": per_image,
     # Copies and conversions that PyTorch does not mark as pointwise.
     **dict.fromkeys(
-        ("contiguous", "clone", "to", "_to_copy", "type_as", "detach", "alias", "zeros_like", "ones_like"),
+        ("contiguous", "clone", "to", "_to_copy", "detach", "alias", "zeros_like", "ones_like"),
         like,
     ),
     # Pointwise ones that some PyTorch releases do not mark.
     **dict.fromkeys(
-        ("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"), elementwise
+        (
+            *("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"),
+            *("__and__", "__or__", "__xor__"),
+        ),
+        elementwise,
     ),
+    # Reductions, and what reads them.
+    "moments": moments,
+    "normalise": normalise,
+    "mean": mean_or_sum,
+    "sum": mean_or_sum,
+    **dict.fromkeys((f"adaptive_avg_pool{n}d" for n in (1, 2, 3)), adaptive_avg),
+    "largest": largest,
+    "extremes": extremes,
+    "spread_of": spread_of,
+    "take": take,
     # Random masks; losses.
     "dropout": dropout,
     "loss_sums": loss_sums,
@@ -80,12 +102,12 @@ __all__ = ["RULES", "Opaque", "Question", "Read", "RowRule", "Slab", "rule_for"]
 
 def rule_for(q: Question) -> RowRule | Opaque:
     """The rule of one node. A node that reads nothing banded is computed whole, once for all bands."""
-    if q.node.effect and q.node.op != "batch_norm":
+    if q.node.effect and any(dim is not None for dim in q.dims.values()):
         return Opaque(f"{q.node.op} changes the buffer {q.node.effect}")
     if q.node.random and q.node.op != "dropout":
         return random(q)
     if all(dim is None for dim in q.dims.values()):
-        return RowRule(None, {name: Read() for name in q.node.inputs})
+        return RowRule(None, {name: Read() for name in q.node.inputs}, WHOLE_RUNS.get(q.node.op, as_is))
     found = RULES.get(q.node.op)
     if found is None:
         if not is_pointwise(q.node.target):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Run, as_is
+from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Run, as_is
 from rowtune.rows import pointwise as same_rows
 
 
@@ -55,6 +55,7 @@ def along(
 
 
 def linear(q: Question) -> RowRule | Opaque:
+    """A linear layer over the last axis, which is not the band's."""
     return along(q, lambda q, d: d == len(q.out) - 1, "a linear layer mixes the band axis")
 
 
@@ -62,6 +63,7 @@ def one_axis(position: int, default: int) -> Callable[[Question], RowRule | Opaq
     """softmax, log_softmax, glu, cumsum ...: mixes one dimension, given at `position`."""
 
     def rule(q: Question) -> RowRule | Opaque:
+        """softmax, log_softmax, glu, cumsum over one axis, which is not the band's."""
         axis = int(q.arg(position, "dim", default)) % len(q.out)
         return along(q, lambda q, d: d == axis, f"{q.node.op} over the band axis")
 
@@ -69,6 +71,7 @@ def one_axis(position: int, default: int) -> Callable[[Question], RowRule | Opaq
 
 
 def layer_norm(q: Question) -> RowRule | Opaque:
+    """Layer and RMS norm over last axes that do not include the band's."""
     axes = len(q.arg(1, "normalized_shape", ()))
     return along(q, lambda q, d: d >= len(q.out) - axes, f"{q.node.op} over the band axis")
 
@@ -88,6 +91,7 @@ def per_image(q: Question) -> RowRule | Opaque:
 
 
 def prelu(q: Question) -> RowRule | Opaque:
+    """PReLU with one slope, or one a channel."""
     return along(q, lambda q, d: d == 1, "PReLU's channels")
 
 
@@ -110,14 +114,6 @@ def pooled_axes(q: Question) -> RowRule | Opaque:
     return RowRule(out_dim, {x: Read(dim, same_rows(q.shape(x)[dim]))})
 
 
-def matmul(q: Question) -> RowRule | Opaque:
-    """x @ w with w used whole: rows are any axis of x but its last."""
-    x, w = (a.name for a in q.node.args[:2])
-    if x == w or q.dims[x] is None or q.dims[w] is not None or len(q.shape(w)) != 2:
-        return Opaque("a matrix product of two feature maps")
-    return linear(q)
-
-
 def dropout(q: Question) -> RowRule | Opaque:
     """The mask is a function of (step seed, node, image, absolute row): see runtime/dropout.py."""
     return along(q, lambda q, d: False, "")
@@ -135,7 +131,7 @@ def loss_sums(q: Question) -> RowRule | Opaque:
     if own >= len(q.shape(target)) or q.shape(target)[own] != rows:
         return Opaque("the loss's target has other rows than its output")
     reads = {output: Read(dim, same_rows(rows)), target: Read(own, same_rows(rows))}
-    return RowRule(None, reads, reduces=True)
+    return RowRule(None, reads, reduces=Reduction())
 
 
 def random(q: Question) -> RowRule | Opaque:

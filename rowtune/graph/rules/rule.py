@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Node, Value, replace
@@ -52,10 +53,21 @@ def as_is(slab: Slab) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Reduction:
+    """How the shares of bands become one value: `merge` two of them. Where a band's gradient depends on the
+    finished total, `again(slab, total)` stands in for its share in backward; its value is not read. `shared`:
+    the finished statistics are those of all processes."""
+
+    merge: Callable[[Tensor, Tensor], Tensor] = torch.add
+    again: Callable[[Slab, Tensor], Tensor] | None = None
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RowRule:
     """`dim` is the band dimension of the output (None: the output is used whole).
 
-    With `reduces`, the output is a sum over bands: `run` gives the share of the rows it is handed.
+    With `reduces`, the output accumulates over bands: `run` gives the share of the rows it is handed.
     `makes(rows, got)` is how many rows `run` computes from input rows `got` to take `rows` from, as a view
     that keeps them all in memory; None where it makes no more than asked.
     """
@@ -63,7 +75,7 @@ class RowRule:
     dim: int | None
     reads: Mapping[str, Read]
     run: Run = as_is
-    reduces: bool = False
+    reduces: Reduction | None = None
     makes: Callable[[Rows, Rows], int] | None = None
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is
-from rowtune.rows import Affine, gather
+from rowtune.rows import Affine, Rows, gather
 from rowtune.rows import pointwise as same_rows
 
 _END = 2**62
@@ -30,6 +30,7 @@ def _moved(q: Question, out_dim: int | None, why: str, run: Run = as_is) -> RowR
 
 
 def permute(q: Question) -> RowRule | Opaque:
+    """The band axis changes places with others."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     order = [int(d) % rank for d in q.arg(1, "dims", ())]
@@ -37,6 +38,7 @@ def permute(q: Question) -> RowRule | Opaque:
 
 
 def movedim(q: Question) -> RowRule | Opaque:
+    """The band axis changes places with others."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     source, target = (q.arg(k, n, 0) for k, n in ((1, "source"), (2, "destination")))
@@ -48,48 +50,84 @@ def movedim(q: Question) -> RowRule | Opaque:
 
 
 def transpose(q: Question) -> RowRule | Opaque:
+    """The band axis changes places with others."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
-    if q.node.op in ("t", "numpy_T"):
+    if q.node.op in ("t", "numpy_T"):  # of matrices
         first, second = 0, 1
+    elif q.node.op == "mT":
+        first, second = rank - 2, rank - 1
     else:
         first, second = int(q.arg(1, "dim0", 0)) % rank, int(q.arg(2, "dim1", 1)) % rank
     return _moved(q, {first: second, second: first}.get(dim, dim) if dim is not None else None, "transpose")
 
 
 def view(q: Question) -> RowRule | Opaque:
-    """view, reshape, flatten, unflatten: fine where the band axis stays a dimension of its own."""
+    """view, reshape, flatten, unflatten: the band axis stays, or it is the first of the axes that are merged
+    or split, so that rows become multiples or parts of rows."""
     x = q.node.inputs[0]
     dim, shape, out = q.dims[x], q.shape(x), q.out
     if dim is None:
         return Opaque("a view")
     before = math.prod(shape[:dim])
-    found = [e for e in range(len(out)) if math.prod(out[:e]) == before and out[e] == shape[dim]]
-    if not found:
+    starts = [e for e in range(len(out)) if math.prod(out[:e]) == before]
+    found = [e for e in starts if out[e] == shape[dim]]
+    if found:
+        # Among size-one neighbours the last candidate keeps its distance from the end like the input's.
+        best = min(found, key=lambda e: abs((len(out) - e) - (len(shape) - dim)))
+        return _moved(q, best, "a view", _reshape)
+    if not starts or shape[dim] == 1:
         return Opaque(f"{q.node.op} merges the band axis with others")
-    # Among size-one neighbours the last candidate keeps its distance from the end like the input's.
-    best = min(found, key=lambda e: abs((len(out) - e) - (len(shape) - dim)))
-    return _moved(q, best, "a view", _reshape)
+    return _regrouped(q, x, dim, starts[-1])
+
+
+def _regrouped(q: Question, x: str, dim: int, out_dim: int) -> RowRule:
+    """One row of the input holds `whole` elements, one of the output `part`; both count from the same place,
+    so output row k reads input rows floor(k part / whole) to floor(((k + 1) part - 1) / whole)."""
+    whole, part = math.prod(q.shape(x)[dim + 1 :]), math.prod(q.out[out_dim + 1 :])
+    common = math.gcd(whole, part)
+    whole, part = whole // common, part // common
+    window = Affine(q.shape(x)[dim], q.out[out_dim], part, whole, 0, part - 1)
+
+    def run(slab: Slab) -> Tensor:
+        got, rows, image = slab.reads[x], slab.rows, slab.tensors[x]
+        image = image.flatten(dim)
+        start = rows.lo * part - got.lo * whole
+        if start or rows.size * part != got.size * whole:
+            image = image.narrow(dim, start * common, rows.size * part * common)
+        return image.reshape(slab.shape)
+
+    def makes(rows: Rows, got: Rows) -> int:
+        return max(rows.size, got.size * whole // part)
+
+    return RowRule(out_dim, {x: Read(dim, window)}, run, makes=makes)
 
 
 def _reshape(slab: Slab) -> Tensor:
     return slab.tensors[slab.node.inputs[0]].reshape(slab.shape)
 
 
+def _expanded(slab: Slab) -> Tensor:
+    return slab.tensors[slab.node.inputs[0]].expand(slab.shape)
+
+
 def expand(q: Question) -> RowRule | Opaque:
+    """expand along other axes."""
     x = q.node.inputs[0]
     dim = q.dims[x]
     out = None if dim is None else dim + len(q.out) - len(q.shape(x))
-    return _moved(q, out, "expand along the band axis", lambda slab: slab.tensors[x].expand(slab.shape))
+    return _moved(q, out, "expand along the band axis", _expanded)
 
 
 def unsqueeze(q: Question) -> RowRule | Opaque:
+    """A new axis of one entry."""
     x = q.node.inputs[0]
     dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.out)
     return _moved(q, None if dim is None else dim + (at <= dim), "unsqueeze")
 
 
 def squeeze(q: Question) -> RowRule | Opaque:
+    """Axes of one entry, other than the band's, go."""
     x = q.node.inputs[0]
     rank, dim = len(q.shape(x)), q.dims[x]
     axes: Any = q.arg(1, "dim", None)
@@ -101,6 +139,7 @@ def squeeze(q: Question) -> RowRule | Opaque:
 
 
 def select(q: Question) -> RowRule | Opaque:
+    """One entry of another axis."""
     x = q.node.inputs[0]
     dim, at = q.dims[x], int(q.arg(1, "dim", 0)) % len(q.shape(x))
     return _moved(q, None if dim in (None, at) else dim - (at < dim), "one row is selected")
@@ -129,20 +168,20 @@ def slice_(q: Question) -> RowRule | Opaque:
 
 
 def cat(q: Question) -> RowRule | Opaque:
-    """cat, stack over other axes."""
-    tensors, rank = q.node.args[0], len(q.out)
-    at = int(q.arg(1, "dim", 0)) % rank
-    if q.node.op == "stack":
-        dims = {None if q.dims[r.name] is None else q.dims[r.name] + (at <= q.dims[r.name]) for r in tensors}  # type: ignore[operator]
-    else:
-        dims = {q.dims[r.name] for r in tensors}
-    if len(dims) != 1 or None in dims:
-        return Opaque("a cat of banded and whole tensors")
-    dim = dims.pop()
-    assert dim is not None
+    """cat, stack over other axes. What has all the rows without being banded (coordinates) is sliced too."""
+    at = int(q.arg(1, "dim", 0)) % len(q.out)
+    new = q.node.op == "stack"
+    names = [r.name for r in q.node.args[0]]
+    found = {d + (new and at <= d) for n in names if (d := q.dims[n]) is not None}
+    if len(found) != 1:
+        return Opaque("its inputs are banded along different axes")
+    dim = found.pop()
     if dim == at:
-        return Opaque("a cat along the band axis")
-    return RowRule(dim, {r.name: Read(q.dims[r.name], same_rows(q.out[dim])) for r in tensors})
+        return Opaque(f"a {q.node.op} along the band axis")
+    own = dim - (new and at < dim)
+    if any(len(q.shape(n)) <= own or q.shape(n)[own] != q.out[dim] for n in names):
+        return Opaque("a cat with an empty tensor")
+    return RowRule(dim, {n: Read(own, same_rows(q.out[dim])) for n in names})
 
 
 def pixel_shuffle(q: Question) -> RowRule | Opaque:
@@ -172,12 +211,13 @@ def pad(q: Question) -> RowRule | Opaque:
     pads = [int(p) for p in q.arg(1, "pad", ())]
     mode = str(q.arg(2, "mode", "constant")) if q.node.op == "pad" else _PAD_MODES[q.node.op]
     value = q.arg(3 if q.node.op == "pad" else 2, "value", None)
-    if mode == "circular":
-        return Opaque("a circular pad wraps around")
     if dim is None:
         return Opaque("a pad")
     at = (rank - 1 - dim) * 2
     top = pads[at] if at < len(pads) else 0
+    if mode == "circular":
+        why = "a circular pad wraps around the band axis"
+        return Opaque(why) if any(pads[at : at + 2]) else _moved(q, dim, why)
     rest = list(pads)
     if at < len(pads):
         rest[at] = rest[at + 1] = 0
@@ -232,6 +272,7 @@ _PAD_MODES = {
 
 
 def channel_shuffle(q: Question) -> RowRule | Opaque:
+    """Channels are interleaved."""
     x = q.node.inputs[0]
     return _moved(q, q.dims[x] if q.dims[x] != 1 else None, "channel shuffle mixes channels")
 
@@ -245,6 +286,7 @@ SHAPES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "swapdims": transpose,
     "t": transpose,
     "numpy_T": transpose,
+    "mT": transpose,
     "view": view,
     "reshape": view,
     "_unsafe_view": view,
@@ -265,4 +307,10 @@ SHAPES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "channel_shuffle": channel_shuffle,
     "pad": pad,
     **dict.fromkeys(_PAD_MODES, pad),
+}
+
+# Sizes are written into these; without rows they still hold fewer images where a band is of some images.
+WHOLE_RUNS: dict[str, Run] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
+    "expand": _expanded,
 }

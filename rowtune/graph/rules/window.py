@@ -21,7 +21,7 @@ from rowtune.rows import Affine, Rows, convolution, transposed
 aten = torch.ops.aten
 
 
-def _expand(value: Any, n: int) -> list[int]:
+def expand_ints(value: Any, n: int) -> list[int]:
     """PyTorch's int-or-list arguments, as a list of n."""
     items = [int(value)] if isinstance(value, int) else [int(v) for v in value]
     return items * n if len(items) == 1 else items
@@ -37,10 +37,10 @@ def _weight_pads(
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [(t // 2, t - t // 2) for t in total]
-    return [(p, p) for p in _expand(padding, spatial)]
+    return [(p, p) for p in expand_ints(padding, spatial)]
 
 
-def _pad_rows(x: Tensor, dim: int, top: int, bottom: int, value: float = 0.0) -> Tensor:
+def pad_rows(x: Tensor, dim: int, top: int, bottom: int, value: float = 0.0) -> Tensor:
     if top == bottom == 0:
         return x
     pads = [0, 0] * (x.dim() - 1 - dim) + [top, bottom]
@@ -91,7 +91,10 @@ def conv(q: Question) -> RowRule | Opaque:
     if any(d is not None for n, d in q.dims.items() if n != x):
         return Opaque("a convolution's weight depends on the image")
     kernel = q.shape(w)[2:]
-    stride, dilation = _expand(q.arg(3, "stride", 1), spatial), _expand(q.arg(5, "dilation", 1), spatial)
+    stride, dilation = (
+        expand_ints(q.arg(3, "stride", 1), spatial),
+        expand_ints(q.arg(5, "dilation", 1), spatial),
+    )
     pads, groups, i = _weight_pads(q, spatial, dilation, kernel), int(q.arg(6, "groups", 1)), dim - 2
     window = convolution(q.shape(x)[dim], q.out[dim], kernel[i], stride[i], pads[i][0], dilation[i])
     function = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[spatial]
@@ -120,7 +123,7 @@ def _asymmetric(x: Tensor, pads: list[tuple[int, int]]) -> tuple[Tensor, list[in
         if before == after and x.shape[i + 2] > 0:
             plain.append(before)
         else:
-            x = _pad_rows(x, i + 2, before, after)
+            x = pad_rows(x, i + 2, before, after)
             plain.append(0)
     return x, plain
 
@@ -133,9 +136,12 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
         return along(q, lambda q, d: d == 1, "a convolution mixes channels")
     if any(d is not None for n, d in q.dims.items() if n != x):
         return Opaque("a convolution's weight depends on the image")
-    stride, padding = _expand(q.arg(3, "stride", 1), spatial), _expand(q.arg(4, "padding", 0), spatial)
-    extra, groups = _expand(q.arg(5, "output_padding", 0), spatial), int(q.arg(6, "groups", 1))
-    dilation, i = _expand(q.arg(7, "dilation", 1), spatial), dim - 2
+    stride, padding = (
+        expand_ints(q.arg(3, "stride", 1), spatial),
+        expand_ints(q.arg(4, "padding", 0), spatial),
+    )
+    extra, groups = expand_ints(q.arg(5, "output_padding", 0), spatial), int(q.arg(6, "groups", 1))
+    dilation, i = expand_ints(q.arg(7, "dilation", 1), spatial), dim - 2
     kernel = q.shape(w)[2 + i]
     window = transposed(q.shape(x)[dim], q.out[dim], kernel, stride[i], padding[i], dilation[i])
     function = {
@@ -150,7 +156,7 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
         bias = args[2] if len(args) > 2 else replace(slab.node.kwargs, slab.tensors.__getitem__).get("bias")
         got, image, shift = slab.reads[x], args[0], 0
         if got.size == 0:  # rows that no input reaches (output padding): the bias alone, by a row of zeros
-            image = _pad_rows(image, dim, 1, 0)
+            image = pad_rows(image, dim, 1, 0)
             shift = extent + stride[i]  # beyond every tap
         pad, out_pad = list(padding), list(extra)
         pad[i] = 0
@@ -158,7 +164,7 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
         out_pad[i] = 0
         full = function(image, args[1], bias if got.size else None, stride, pad, out_pad, groups, dilation)
         first = slab.rows.lo - (got.lo * stride[i] - padding[i]) if got.size else shift
-        return _crop(full, dim, first, slab.rows.size, bias)
+        return crop_rows(full, dim, first, slab.rows.size, bias)
 
     def makes(rows: Rows, got: Rows) -> int:
         full = (got.size - 1) * stride[i] + extent + 1
@@ -169,7 +175,7 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
     return RowRule(dim, reads, run, makes=makes)
 
 
-def _crop(full: Tensor, dim: int, first: int, rows: int, bias: Tensor | None) -> Tensor:
+def crop_rows(full: Tensor, dim: int, first: int, rows: int, bias: Tensor | None) -> Tensor:
     """Rows [first, first + rows) of a tensor that goes on above and below with the bias alone."""
     have = full.shape[dim]
     lo, hi = min(max(first, 0), have), min(max(first + rows, 0), have)
@@ -194,10 +200,10 @@ def _crop(full: Tensor, dim: int, first: int, rows: int, bias: Tensor | None) ->
 
 def _pool_geometry(q: Question, dim: int, dilation_at: int | None) -> tuple[Affine, list[list[int]]]:
     spatial = len(q.shape(q.node.inputs[0])) - 2
-    kernel = _expand(q.arg(1, "kernel_size", 1), spatial)
-    stride = _expand(q.arg(2, "stride", None) or kernel, spatial)
-    padding = _expand(q.arg(3, "padding", 0), spatial)
-    dilation = _expand(q.arg(dilation_at, "dilation", 1), spatial) if dilation_at else [1] * spatial
+    kernel = expand_ints(q.arg(1, "kernel_size", 1), spatial)
+    stride = expand_ints(q.arg(2, "stride", None) or kernel, spatial)
+    padding = expand_ints(q.arg(3, "padding", 0), spatial)
+    dilation = expand_ints(q.arg(dilation_at, "dilation", 1), spatial) if dilation_at else [1] * spatial
     i = dim - 2
     rows = q.shape(q.node.inputs[0])[dim]
     window = convolution(rows, q.out[dim], kernel[i], stride[i], padding[i], dilation[i])
@@ -226,7 +232,7 @@ def max_pool(q: Question) -> RowRule | Opaque:
         if top == bottom and top <= kernel[i] // 2:
             pad[i] = top
         else:
-            image = _pad_rows(image, dim, top, bottom, float("-inf"))
+            image = pad_rows(image, dim, top, bottom, float("-inf"))
         return slab.node.target(image, kernel, stride, pad, dilation, ceil)  # type: ignore[no-any-return]
 
     return RowRule(dim, {x: Read(dim, window)}, run, makes=_makes(window, padding[i]))
@@ -252,7 +258,7 @@ def avg_pool(q: Question) -> RowRule | Opaque:
         top, bottom = border(window, slab.rows, slab.reads[x])
         pad = list(padding)
         pad[i] = 0
-        image = _pad_rows(slab.tensors[x], dim, top, bottom)
+        image = pad_rows(slab.tensors[x], dim, top, bottom)
         extra = (override,) if override is not None else ()
         out = slab.node.target(image, kernel, stride, pad, ceil, counted, *extra)
         share = [1.0 if override else kernel[i] / divisor(r) for r in range(*slab.rows)]
@@ -280,6 +286,8 @@ WINDOWS: dict[str, Callable[[Question], RowRule | Opaque]] = {
     "max_pool1d": max_pool,
     "max_pool2d": max_pool,
     "max_pool3d": max_pool,
+    "max_pool2d_with_indices.0": max_pool,
+    "max_pool3d_with_indices.0": max_pool,
     "avg_pool1d": avg_pool,
     "avg_pool2d": avg_pool,
     "avg_pool3d": avg_pool,

@@ -10,7 +10,7 @@ from rowtune.graph.graph import Graph
 from rowtune.plan.frontier import Frontiers, keep_from
 from rowtune.plan.groups import Group
 from rowtune.plan.plan import Segment
-from rowtune.plan.program import Drop, Piece, Run, Step
+from rowtune.plan.program import Drop, Piece, Repeat, Run, Step
 from rowtune.rows import Rows
 
 
@@ -34,6 +34,8 @@ class Schedule:
     pieces: list[Piece] = field(default_factory=list)
     forward: list[Step] = field(default_factory=list)
     backward: list[Step] = field(default_factory=list)
+    sketch: bool = False
+    repeat: Repeat | None = None
 
     def piece(self, index: int, rows: dict[str, Rows]) -> int:
         self.pieces.append(Piece(index, tuple(rows.items()), self.groups[index].ranges(rows)))

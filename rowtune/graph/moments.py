@@ -1,0 +1,198 @@
+"""Statistics of train-mode norms as a reduction: count, mean and M2, merged band by band.
+
+Merging follows Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances" (1979): deviations are taken from each band's own mean, so that a large mean does no harm, as it
+does to sums of squares. Statistics are float64 and of shape (3, channels), or (3, images, groups).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18
+"""Elements whose deviations are in memory at a time: they stay in cache, and cost no memory to speak of."""
+
+
+def moments(x: Tensor, groups: int = 0, centred: bool = True, shared: bool = False) -> Tensor:
+    """(count, mean, M2) of each channel over images and rows, or of each group of channels of each image.
+
+    Args:
+        groups: 0 for a batch norm's statistics; 1 for a layer norm's, the channels for an instance norm's.
+        centred: False for an RMS norm: the mean is 0 and M2 the sum of squares.
+        shared: over all processes of torch.distributed's default group (SyncBatchNorm).
+    """
+    return _Moments.apply(x, None, groups, centred, shared)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def moments_again(x: Tensor, total: Tensor, groups: int, centred: bool) -> Tensor:
+    """A stand-in for the statistics of some rows whose gradient is the share that these rows have in the
+    gradient of the finished statistics `total`: d mean / dx = 1/n, d M2 / dx = 2 (x - mean)."""
+    return _Moments.apply(x, total, groups, centred, False)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """Statistics of two sets of rows together (Chan's formula)."""
+    (n, mean, m2), (more, other, plus) = a.unbind(), b.unbind()
+    total = n + more
+    delta = other - mean
+    return torch.stack((total, mean + delta * (more / total), m2 + plus + delta * delta * (n * more / total)))
+
+
+def merge_processes(stats: Tensor) -> Tensor:
+    """Statistics of all processes together."""
+    if not _several_processes():
+        return stats
+    found = [torch.empty_like(stats) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, stats.contiguous())
+    return functools.reduce(merge, found)
+
+
+def add_processes(grad: Tensor) -> Tensor:
+    """The gradient of shared statistics: every process's loss depends on them."""
+    if _several_processes():
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+    return grad
+
+
+def _several_processes() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def update_running(
+    mean: Tensor, var: Tensor, stats: Tensor, momentum: float | None, batches: Tensor | None = None
+) -> Tensor:
+    """Running statistics after one more batch, in place; with momentum None their cumulative average over
+    `batches` batches. An instance norm's statistics are averaged over the images."""
+    with torch.no_grad():
+        n, now, m2 = stats.unbind()
+        unbiased = m2 / (n - 1)
+        if now.dim() > 1:
+            now, unbiased = now.mean(0), unbiased.mean(0)
+        assert momentum is not None or batches is not None
+        factor = momentum if momentum is not None else 1.0 / float(batches)  # type: ignore[arg-type]
+        mean.lerp_(now.to(mean.dtype), factor)
+        var.lerp_(unbiased.to(var.dtype), factor)
+    return torch.empty(0, dtype=torch.bool, device=mean.device)
+
+
+def normalise(
+    x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """x normalised by statistics, channel by channel, and scaled: pointwise over rows. The statistics are
+    inputs like any other and get a gradient."""
+    mean, var = stats[1], stats[2] / stats[0]
+    if not groups:
+        return _Normalise.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call, no-any-return]
+    # Every channel of every image has statistics of its own: one image of images x channels channels.
+    images, channels = x.shape[:2]
+    mean, var = (t.repeat_interleave(channels // groups, 1).reshape(-1) for t in (mean, var))
+    weight, bias = (None if t is None else t.repeat(images) for t in (weight, bias))
+    flat = x.reshape(1, images * channels, *x.shape[2:])
+    return _Normalise.apply(flat, mean, var, weight, bias, eps).view(x.shape)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def spread_of(
+    stats: Tensor, correction: float | None, power: float, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Variance (power 1) or deviation (0.5) from finished statistics; without a correction, of M2 itself."""
+    n, _, m2 = stats.unbind()
+    found = m2 if correction is None else m2 / (n - correction)
+    return (found if power == 1.0 else found.sqrt()).reshape(shape).to(dtype)
+
+
+def _spread(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+    """(x, the dimensions that share a statistic)."""
+    if not groups:
+        return x, (0, *range(2, x.dim()))
+    return x.view(x.shape[0], groups, -1, *x.shape[2:]), tuple(range(2, x.dim() + 1))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _measure(x: Tensor, groups: int, centred: bool) -> Tensor:
+    spread, dims = _spread(x, groups)
+    step = max(1, CHUNK * spread.shape[1] // max(spread.numel(), 1))
+    found = [_measure_part(part, dims, centred) for part in torch.split(spread, step, 1)]
+    return torch.cat(found, -1)
+
+
+def _measure_part(part: Tensor, dims: tuple[int, ...], centred: bool) -> Tensor:
+    wide = part.to(_wide(part))
+    count = 1
+    for d in dims:
+        count *= part.shape[d]
+    if not centred:
+        total = wide.square().sum(dims).double()
+        return torch.stack((torch.full_like(total, count), torch.zeros_like(total), total))
+    near = wide.mean(dims, keepdim=True)
+    deviations = wide - near
+    rest = deviations.sum(dims).double()  # what rounding left of the mean
+    squares = deviations.square_().sum(dims).double()
+    mean = near.reshape(rest.shape).double() + rest / count
+    return torch.stack((torch.full_like(mean, count), mean, squares - rest * rest / count))
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, total: Tensor | None, groups: int, centred: bool, shared: bool
+    ) -> Tensor:
+        ctx.groups, ctx.centred, ctx.shared = groups, centred, shared
+        made = _measure(x, groups, centred) if total is None else torch.zeros_like(total)
+        made = merge_processes(made) if shared else made
+        ctx.save_for_backward(x, made if total is None else total)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, total = ctx.saved_tensors
+        grad = add_processes(grad) if ctx.shared else grad
+        spread, _ = _spread(x, ctx.groups)
+        shape = [1] * spread.dim()
+        kept = (0, 1) if ctx.groups else (1,)
+        for d, size in zip(kept, total.shape[1:], strict=True):
+            shape[d] = size
+        n, mean, _ = (t.to(_wide(x)).view(shape) for t in total.unbind())
+        _, by_mean, by_m2 = (t.to(_wide(x)).view(shape) for t in grad.unbind())
+        if ctx.centred:
+            found = (spread - mean).mul_(2 * by_m2).add_(by_mean / n)
+        else:
+            found = spread * (2 * by_m2)
+        return found.reshape(x.shape).to(x.dtype), None, None, None, None
+
+
+class _Normalise(torch.autograd.Function):
+    """PyTorch's own batch norm with given statistics, which have no gradient there; here they have."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        dtype = weight.dtype if weight is not None else _wide(x)
+        narrow_mean, narrow_var = mean.to(dtype), var.to(dtype)
+        ctx.save_for_backward(x, var, weight, narrow_mean, narrow_var)
+        ctx.eps = eps
+        return torch.batch_norm(x, weight, bias, narrow_mean, narrow_var, False, 0.0, eps, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, var, weight, narrow_mean, narrow_var = ctx.saved_tensors
+        by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, narrow_mean, narrow_var, narrow_mean, narrow_var, False, ctx.eps,
+            [ctx.needs_input_grad[0], True, True],
+        )  # fmt: skip
+        scale = (var + ctx.eps).rsqrt()
+        slope = scale if weight is None else scale * weight
+        by_mean = -by_bias.double() * slope
+        by_var = -0.5 * by_weight.double() * slope * scale
+        if weight is None:
+            return by_x, by_mean, by_var, None, None, None
+        return by_x, by_mean, by_var, by_weight, by_bias, None

@@ -1,0 +1,106 @@
+"""The rows between two barriers -> how their bands run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from rowtune.errors import PlanError
+from rowtune.graph.bands import Banding
+from rowtune.graph.cuts import Stretch, reduces
+from rowtune.graph.graph import Graph, Node
+from rowtune.graph.rules import Opaque
+from rowtune.plan.plan import Segment
+from rowtune.plan.policies import SCHEDULES
+from rowtune.plan.policies.schedule import Request, Schedule
+from rowtune.plan.program import Banded
+from rowtune.rows import Rows
+
+Scheduler = Callable[[str, Request], Schedule]
+
+
+def by_policy(halo: str, ask: Request) -> Schedule:
+    return SCHEDULES[halo](ask)
+
+
+def banded(
+    graph: Graph, decision: Segment, part: Stretch, bands: Banding, images: Banding, scheduler: Scheduler
+) -> Banded:
+    """Bands along the rows, inside bands of images; along the images alone where no rows are given.
+
+    Args:
+        part: without barriers inside.
+        bands, images: the axes that bands of rows and of images lie on.
+        scheduler: orders the bands.
+
+    Raises:
+        PlanError: images are to be split that cannot be.
+    """
+    axis = bands.axis
+    if axis and decision.images and (why := _not_split(images, part)):
+        raise PlanError(f"segment {decision.first}..{decision.last} cannot be split over images: {why}")
+    main, post, sums = _reductions(bands, part)
+    # Everything downstream of the bands, or only what the caller reads of them.
+    outputs = tuple(dict.fromkeys([*(o for o in part.outputs if o not in {n.name for n in post}), *sums]))
+    banded_part = replace(part, nodes=main, outputs=outputs)
+    halo = decision.halo if decision.policy == "rows" else "recompute"
+    band = decision.band_rows if axis else decision.images
+    made = scheduler(halo, Request(graph, bands, banded_part, outputs, decision, band))
+    return Banded(
+        made.groups[0].bands,
+        images,
+        made.groups,
+        tuple(made.pieces),
+        post,
+        sums,
+        tuple(made.forward),
+        tuple(made.backward),
+        _image_ranges(graph, part, images, decision.images if axis else 0),
+        halo == "sweep" and _single(graph, part, post),
+        made.sketch,
+        made.repeat,
+    )
+
+
+def _not_split(images: Banding, part: Stretch) -> str:
+    """Why a part between barriers cannot take some images at a time."""
+    sums: set[str] = set()
+    for node in part.nodes:
+        rule = images.rules[node.name]
+        if isinstance(rule, Opaque) and not node.effect:
+            return f"{node.name}: {rule.reason}"
+        if rule.dim is not None and any(n in sums for n in node.inputs):
+            return f"{node.name} needs all images"
+        if reduces(rule):
+            sums.add(node.name)
+    return ""
+
+
+def _reductions(bands: Banding, part: Stretch) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[str, ...]]:
+    """(nodes that run band by band, nodes that read finished sums or change buffers, the sums)."""
+    main, post, sums = [], [], []
+    late: set[str] = set()
+    for node in part.nodes:
+        if node.effect or any(name in late for name in node.inputs):
+            post.append(node)
+            late.add(node.name)
+            continue
+        main.append(node)
+        if reduces(bands.rules[node.name]):
+            sums.append(node.name)
+            late.add(node.name)
+    return tuple(main), tuple(post), tuple(sums)
+
+
+def _single(graph: Graph, part: Stretch, post: tuple[Node, ...]) -> bool:
+    """Backward may run inside forward: the segment is the last, and ends in a loss linear in its sums."""
+    ends = graph.loss is not None and graph.loss.linear and part.stop == len(graph.nodes)
+    return bool(ends and [n.op for n in post if not n.effect] == ["loss_combine"])
+
+
+def _image_ranges(graph: Graph, part: Stretch, images: Banding, count: int) -> tuple[Rows, ...]:
+    total = max(
+        (graph.values[n].shape[d] for n in part.inputs if (d := images.dims[n]) is not None), default=1
+    )
+    step = count or total
+    return tuple(Rows(a, min(a + step, total)) for a in range(0, total, step))
