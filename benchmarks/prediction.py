@@ -6,8 +6,8 @@
 
 Networks are at full width, traced and predicted without data. Times are one run each, after a first
 prediction of the same graph (which asks PyTorch what each operator saves, once a graph). Band heights are
-rows of the network's output: vgg16_features ends 32 times lower than it begins. Results are written to
-benchmarks/results/.
+rows of the network's output: vgg16_features ends 32 times lower than it begins. With --full, results are
+written to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
 from rowtune.plan.lower import lower
-from rowtune.plan.repeat import Shortener
+from rowtune.plan.repeat import shortened
 from rowtune.zoo import build
 
 NETWORKS = ("vgg16_features", "unet", "edsr")
@@ -62,7 +62,7 @@ def traced(name: str, size: int) -> Graph:
 def measure(graph: Graph, name: str, way: tuple[str, str], band: int, full: bool) -> Row:
     halo, tapes = way
     plan = rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes)  # type: ignore[arg-type]
-    program = lower(graph, plan, Shortener())
+    program = lower(graph, plan, shortened)
     pieces = sum(len(s.banded.pieces) for s in program.segments if s.banded is not None)
     ours, seconds = timed(lambda: estimate(graph, plan))
     row = Row(name, halo, tapes, band, pieces, seconds)
@@ -108,6 +108,8 @@ def main() -> None:
                 rows.append(measure(graph, name, way, band, given.full))
                 print(shown(rows[-1]), flush=True)
     print(f"slowest estimate {max(r.estimate_seconds for r in rows):.2f} s")
+    if not given.full:
+        return
     out = Path(__file__).parent / "results" / f"{datetime.date.today()}-prediction.json"
     machine = {
         "processor": platform.machine(),

@@ -13,13 +13,16 @@ from torch import nn
 import rowtune
 from rowtune.cost.estimate import estimate
 from rowtune.cost.memory import Cost, predict
+from rowtune.graph.bands import banding
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
+from rowtune.graph.rules import RowRule
 from rowtune.graph.training import with_loss
 from rowtune.plan import repeat
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.space import space
+from rowtune.rows import Chained
 from rowtune.zoo import build
 
 NETS: dict[str, dict[str, Any]] = {
@@ -184,3 +187,28 @@ def test_work_does_not_grow_with_the_image(name, band, halo, tapes):
         return sum(len(s.banded.pieces) for s in program.segments if s.banded is not None)
 
     assert pieces(8192) <= 1.1 * pieces(1024)
+
+
+class Patches(nn.Module):
+    """Rows of patches, read through two windows: patches by their place, and rows of the image by patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = nn.functional.unfold(self.first(x), 3, padding=1).relu()
+        return self.last(nn.functional.fold(patches, x.shape[2:], 3, padding=1))
+
+
+@pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
+def test_windows_on_windows(halo):
+    graph = training_graph(Patches(), 1, 3, 384, 8)
+    assert any(
+        isinstance(read.window, Chained) for rule in banding(graph, 2).rules.values()
+        if isinstance(rule, RowRule) for read in rule.reads.values()
+    )  # fmt: skip
+    plan = rowtune.uniform_plan(graph, "rows", 8, halo)
+    assert shortened(graph, plan)
+    assert_same(estimate(graph, plan), predict(lower(graph, plan)))

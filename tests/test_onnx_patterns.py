@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_onnx_import import load, make
 
 import rowtune
 from rowtune.errors import ModelError
+from rowtune.importers.onnx_file import load_onnx
 
 node = helper.make_node
 SHAPE = (2, 4, 8, 8)
@@ -105,3 +107,30 @@ def test_a_value_that_nothing_makes_is_named(tmp_path):
     module._steps = (type(step)(step.node, step.proto, step.function, ("ghost",), step.outputs),)
     with pytest.raises(ModelError, match="ghost"):
         module(torch.randn(1, 4, 8, 8))
+
+
+class Shuffled(torch.nn.Module):
+    """Space to depth and back, as exporters take it apart; and a transpose that only looks like it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.pixel_unshuffle(x, 2).sigmoid()
+        n, c, h, w = small.shape
+        wide = small.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+        odd = x.reshape(n, 2, 2, h, 2, w * 2).permute(0, 1, 4, 2, 5, 3).reshape(x.shape)
+        return wide * 2 + odd
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_pixel_shuffles_come_back_whole(dynamo, tmp_path):
+    x = torch.randn(2, 4, 8, 12)
+    file = tmp_path / "m.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Shuffled(), (x,), str(file), dynamo=dynamo, **({"verbose": False} if dynamo else {})
+        )
+    module = load_onnx(file).module
+    assert torch.equal(module(x), Shuffled()(x))
+    made = [n.op for n in rowtune.trace(module, (x,)).nodes]
+    assert made.count("pixel_unshuffle") == 1 and made.count("pixel_shuffle") == 1
+    assert made.count("permute") == 1

@@ -24,6 +24,7 @@ from rowtune.importers.onnx_rewrite import (
     as_cast,
     fuse_group_norm,
     fuse_linear,
+    fuse_shuffle,
     name_sharers,
     trim,
 )
@@ -105,6 +106,7 @@ class _Builder:
         sharing = self.separate(raws, set(outputs))
         raws = fuse_linear(raws, self.weight_shape, set(outputs))
         raws = fuse_group_norm(raws, self.known, set(outputs))
+        raws = fuse_shuffle(raws, set(outputs))
         self.refuse(raws)
         steps = self.resolve(raws)
         refs = tuple(self.ref(name, "output", 0) for name in outputs)

@@ -172,8 +172,10 @@ OPERATORS: dict[str, Operator] = {
     "Transpose": shape.transpose,
     "Trilu": shape.trilu,
     "Unsqueeze": shape.unsqueeze,
-    # not ONNX: what the importer makes of MatMul (+ Add) with a weight, and of a group norm taken apart
+    # not ONNX: what the importer makes of MatMul (+ Add) with a weight, and of a group norm and a pixel
+    # shuffle taken apart
     "rowtune.Linear": norm.linear,
+    "rowtune.Shuffle": window.shuffle_of_reshapes,
     "rowtune.GroupNorm": norm.group_norm_of_reshapes,
 }
 

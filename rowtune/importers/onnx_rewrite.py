@@ -244,6 +244,38 @@ def fuse_group_norm(raws: list[Raw], known: Mapping[str, Static], outputs: set[s
     return [raw for raw in result if id(raw) not in gone]
 
 
+# Transposes between two Reshapes that are a pixel shuffle (False) or undo one (True).
+SHUFFLES = {(0, 1, 4, 2, 5, 3): False, (0, 1, 3, 5, 2, 4): True}
+
+
+def fuse_shuffle(raws: list[Raw], outputs: set[str]) -> list[Raw]:
+    """Reshape to six axes, a Transpose, Reshape back: probably a pixel shuffle or its inverse.
+
+    Exporters write torch's pixel_unshuffle like this, and the reshapes take the band axis apart. Whether it
+    is one is known when the shapes are (onnx_window.shuffle_of_reshapes).
+    """
+    maker = {raw.outputs[0]: raw for raw in raws if raw.outputs}
+    readers = Counter(name for raw in raws for name in raw.inputs)
+    ends: set[int] = set()
+    gone: set[int] = set()
+    result: list[Raw] = []
+    for raw in raws:
+        turn = maker.get(raw.inputs[0]) if raw.node.op == "Reshape" and len(raw.inputs) == 2 else None
+        inverse = (
+            SHUFFLES.get(tuple(turn.node.get("perm", ()))) if turn and turn.node.op == "Transpose" else None
+        )
+        first = maker.get(turn.inputs[0]) if turn is not None and inverse is not None else None
+        if turn and first and first.node.op == "Reshape" and len(first.inputs) == 2:
+            between = (turn.outputs[0], first.outputs[0])
+            if id(first) not in ends and not any(readers[o] != 1 or o in outputs for o in between):
+                ends.add(id(raw))  # a Reshape that ends one shuffle cannot begin another
+                node = replace(raw.node, op="rowtune.Shuffle", attrs={"inverse": inverse})
+                gone |= {id(turn), id(first)}
+                raw = Raw(node, raw.proto, [*first.inputs, raw.inputs[1]], raw.outputs)
+        result.append(raw)
+    return [raw for raw in result if id(raw) not in gone]
+
+
 def _groups(norm: Raw, first: Raw, known: Mapping[str, Static]) -> int:
     """The number of groups if these two are the first half of a group norm, else 0."""
     if norm.node.op != "InstanceNormalization" or first.node.op != "Reshape" or len(first.inputs) != 2:

@@ -228,6 +228,31 @@ def space_to_depth(node: Node, x: Tensor) -> Tensor:
     return y.reshape(n, c // block**2, block * block, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+def shuffle_of_reshapes(node: Node, x: Tensor, split: Value, target: Value) -> Tensor:
+    """Reshape to six axes, a transpose, Reshape back: a pixel shuffle or its inverse, which keep rows apart,
+    where the sizes are those of one; else as written."""
+    parts, result = (_resolved(x, ints(node, sizes, "target shape")) for sizes in (split, target))
+    inverse = node.get("inverse")
+    if x.dim() == 4 and len(parts) == 6:
+        n, c, h, w = x.shape
+        block = parts[3]
+        fine = inverse and parts == [n, c, h // block, block, w // block, block]
+        if fine and result == [n, c * block**2, h // block, w // block]:
+            return F.pixel_unshuffle(x, block)
+        fine = not inverse and parts == [n, c // block**2, block, block, h, w]
+        if fine and result == [n, c // block**2, h * block, w * block]:
+            return F.pixel_shuffle(x, block)
+    order = (0, 1, 3, 5, 2, 4) if inverse else (0, 1, 4, 2, 5, 3)
+    return x.reshape(parts).permute(order).reshape(result)
+
+
+def _resolved(x: Tensor, sizes: list[int]) -> list[int]:
+    """A Reshape's target in full: 0 copies the size of x, -1 stands for the rest."""
+    full = [n or int(x.shape[i]) for i, n in enumerate(sizes)]
+    rest = x.numel() // max(math.prod(n for n in full if n != -1), 1)
+    return [rest if n == -1 else n for n in full]
+
+
 def grid_sample(node: Node, x: Value, grid: Value) -> Tensor:
     x, grid = tensors((x, grid))
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(node.get("mode", "linear"), node.get("mode"))

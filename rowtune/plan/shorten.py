@@ -17,7 +17,7 @@ from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph
 from rowtune.graph.rules import Read
-from rowtune.rows import Affine, Gather, Window
+from rowtune.rows import Affine, Chained, Gather, Window
 
 Ratios = dict[str, Fraction]
 
@@ -62,6 +62,9 @@ def _rate(window: Window) -> Fraction | None:
     if isinstance(window, Gather) and window.out_rows >= 4:
         a, b = window.out_rows // 4, window.out_rows * 3 // 4
         return Fraction(window.firsts[b] - window.firsts[a], b - a).limit_denominator(LONGEST_PERIOD)
+    if isinstance(window, Chained):
+        outer, inner = _rate(window.outer), _rate(window.inner)
+        return None if outer is None or inner is None else outer * inner
     return None
 
 
@@ -91,6 +94,14 @@ def without(graph: Graph, bands: Banding, part: Stretch, removed: Mapping[str, i
 def _shorter(window: Window, rows: int, out_rows: int) -> Window | None:
     if isinstance(window, Affine):
         return replace(window, rows=window.rows - rows, out_rows=window.out_rows - out_rows)
+    if isinstance(window, Chained):
+        rate = _rate(window.outer)
+        between = None if rate is None else out_rows * rate
+        if between is None or between.denominator != 1:
+            return None
+        outer = _shorter(window.outer, int(between), out_rows)
+        inner = _shorter(window.inner, rows, int(between))
+        return None if outer is None or inner is None else Chained(outer, inner)
     assert isinstance(window, Gather)
     if not out_rows:
         return window
