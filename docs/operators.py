@@ -23,11 +23,12 @@ from rowtune.importers.onnx_ops import OPERATORS
 from rowtune.importers.trace import trace
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import test_onnx_conformance as conformance
+import onnx_cases as conformance
 
 # Module of the rule -> what its family does, in the page's order; families not named here come last.
 FAMILIES = {
     "pointwise": "Pointwise: output row i reads input row i",
+    "reduce": "Reductions: accumulated over bands, and what reads them finished",
     "window": "Window: a stencil of rows, padded at the real border only",
     "resample": "Resampling: source rows by absolute index",
     "shape": "Moved: rows keep their contents, perhaps under another number",
@@ -130,7 +131,7 @@ def _becomes(case: Any) -> Iterator[str]:
         model, data = conformance.stored(case, case.data_sets[0][0])
         graph = trace(from_proto(model, opset).module, tuple(conformance.tensor(v) for v in data))
     except (RowtuneError, RuntimeError, TypeError, AssertionError):
-        return  # one of those that conformance.DIFFERENT lists, or nothing is left to compute
+        return  # one of those that differ for a known reason, or nothing is left to compute
     data = set(graph.inputs)
     for node in graph.nodes:
         if not data & set(node.inputs):

@@ -23,6 +23,14 @@ DATA = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+class Flip(torch.nn.Module):
+    def forward(self, x):
+        return x.flip(2)
+
+def upside_down():
+    conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+    return torch.nn.Sequential(conv, Flip(), torch.nn.ReLU())
+
 def pairs():
     x = torch.randn(6, 3, 64, 16)
     return TensorDataset(x, (x[:, 0] > 0).long())
@@ -188,8 +196,11 @@ def test_inspect(folder: Path) -> None:
     assert made["inputs"] == [{"name": "input", "shape": [1, 3, 64, 16], "dtype": "float32"}]
     assert made["parameters"] > 100 and made["norm_layers"] == 0 and made["segments"] and made["opaque"] == []
     normed = call("inspect", "zoo:unet_bn", *MODEL[1:])
-    assert normed["norm_layers"] > 0
-    assert {o["operator"] for o in normed["opaque"]} and all(o["reason"] for o in normed["opaque"])
+    assert normed["norm_layers"] > 0 and normed["opaque"] == []
+    assert normed["segments"][0]["barriers"] == normed["norm_layers"]
+    stopped = call("inspect", "cli_data:upside_down", "--shape", "1x3x64x16", "--loss", "mse")
+    (found,) = stopped["opaque"]
+    assert found["operator"] == "flip" and found["reason"] and 0.2 < found["share"] < 0.5
 
 
 def test_nothing_fits(folder: Path) -> None:

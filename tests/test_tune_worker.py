@@ -87,7 +87,7 @@ def worker(work: tuple[Workload, Path]) -> Iterator[Worker]:
         ("print", "ok", "", False),
         ("kill", "oom", "signal 9", True),
         ("abort", "crash", "SIGABRT", True),
-        ("exit", "crash", "code 3: about to leave", True),
+        ("exit", "crash", "about to leave", True),
         ("sleep", "timeout", "after 2 s", True),
     ],
 )

@@ -42,7 +42,7 @@ def command(
 
 def describe(work: Workload) -> dict[str, Any]:
     """The JSON of inspect."""
-    from rowtune.graph.cuts import opaque_nodes, stretches
+    from rowtune.graph.cuts import barrier_parts, opaque_nodes, stretches
     from rowtune.tune.measure import plain_peak
 
     graph = work.graph
@@ -50,7 +50,17 @@ def describe(work: Workload) -> dict[str, Any]:
     for start, stop in stretches(graph, 2):
         nodes = graph.nodes[start:stop]
         size = sum(graph.values[node.name].bytes for node in nodes)
-        segments.append({"first": nodes[0].name, "last": nodes[-1].name, "nodes": len(nodes), "bytes": size})
+        barriers = len(barrier_parts(graph, start, stop, 2)) - 1
+        segments.append(
+            {
+                "first": nodes[0].name,
+                "last": nodes[-1].name,
+                "nodes": len(nodes),
+                "bytes": size,
+                "barriers": barriers,
+            }
+        )
+    total = sum(graph.values[node.name].bytes for node in graph.nodes) or 1
     inputs = [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in work.problem.inputs]
     return {
         "status": "ok",
@@ -64,7 +74,10 @@ def describe(work: Workload) -> dict[str, Any]:
         "optimizer": work.problem.optimizer,
         "nodes": len(graph.nodes),
         "segments": segments,
-        "opaque": [{"node": n, "operator": op, "reason": why} for n, op, why in opaque_nodes(graph)],
+        "opaque": [
+            {"node": n, "operator": op, "reason": why, "share": graph.values[n].bytes / total}
+            for n, op, why in opaque_nodes(graph)
+        ],
         "plain_peak_bytes": plain_peak(work),
         "notes": list(work.loaded.notes),
     }
@@ -99,28 +112,37 @@ def _segments(screen: Screen, segments: list[dict[str, Any]]) -> None:
     from rowtune.tune.sizes import format_bytes
 
     table = plain_table(
-        ("rows can run from", "left"), ("to", "left"), ("nodes", "right"), ("outputs", "right")
+        ("rows can run from", "left"),
+        ("to", "left"),
+        ("nodes", "right"),
+        ("barriers", "right"),
+        ("outputs", "right"),
     )
     largest = sorted(segments, key=lambda s: s["bytes"], reverse=True)
     shown = segments if screen.verbose else [s for s in segments if s in largest[:MOST]]
     for s in shown:
-        table.add_row(s["first"], s["last"], str(s["nodes"]), format_bytes(s["bytes"]))
+        table.add_row(s["first"], s["last"], str(s["nodes"]), str(s["barriers"]), format_bytes(s["bytes"]))
     screen.out.print()
     screen.out.print(table if segments else "No stretch of this network can be banded by rows.")
     if len(shown) < len(segments):
         screen.out.print(f"... and {len(segments) - MOST} smaller ones (-v shows all)", style="dim")
 
 
-def _opaque(screen: Screen, opaque: list[dict[str, str]]) -> None:
+def _opaque(screen: Screen, opaque: list[dict[str, Any]]) -> None:
     """One line an operator and reason, with its first node; every node with -v."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for item in opaque:
-        groups.setdefault((item["operator"], item["reason"]), []).append(item["node"])
+        groups.setdefault((item["operator"], item["reason"]), []).append(item)
     table = plain_table(
-        ("banding stops at", "left"), ("times", "right"), ("nodes", "left"), ("because", "left")
+        ("banding stops at", "left"),
+        ("times", "right"),
+        ("memory", "right"),
+        ("nodes", "left"),
+        ("because", "left"),
     )
-    for (operator, reason), nodes in groups.items():
+    for (operator, reason), items in groups.items():
+        nodes, share = [item["node"] for item in items], sum(item["share"] for item in items)
         names = ", ".join(nodes) if screen.verbose or len(nodes) < 3 else f"{nodes[0]} ... {nodes[-1]}"
-        table.add_row(operator, str(len(nodes)), names, reason)
+        table.add_row(operator, str(len(nodes)), f"{share:.1%}", names, reason)
     screen.out.print()
     screen.out.print(table)

@@ -193,6 +193,5 @@ class _Normalise(torch.autograd.Function):
         slope = scale if weight is None else scale * weight
         by_mean = -by_bias.double() * slope
         by_var = -0.5 * by_weight.double() * slope * scale
-        if weight is None:
-            return by_x, by_mean, by_var, None, None, None
-        return by_x, by_mean, by_var, by_weight, by_bias, None
+        _, _, _, scaled, shifted, _ = ctx.needs_input_grad
+        return by_x, by_mean, by_var, by_weight if scaled else None, by_bias if shifted else None, None

@@ -87,6 +87,9 @@ class PlanSpace:
                 made.append(self._segment(at, a, "keep"))
             regions = [(a, b)] if rows.barriers == "store" else self._regions(a, b)
             for lo, hi in regions:
+                if why_not(self.graph, lo, hi, axis):  # a region of the loss alone, say
+                    made.append(self._segment(lo, hi, "keep"))
+                    continue
                 split = 0 if axis and not is_split(self.graph, lo, hi, axis) else rows.images
                 made.append(replace(rows, first=self._name(lo), last=self._name(hi - 1), images=split))
             at = b
