@@ -24,7 +24,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,36 @@ def fronts(*parts: tuple[str, int, str], rest: str = "keep") -> Callable[[Any], 
     return build
 
 
+def barred(band: int, barriers: str, halo: str = "sweep", tapes: str = "split") -> Callable[[Any], Plan]:
+    return lambda graph: rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes, barriers=barriers)  # type: ignore[arg-type]
+
+
+def stages(*parts: tuple[str, Segment]) -> Callable[[Any], Plan]:
+    """Segments like the given ones, cut behind the last node of the named modules."""
+
+    def build(graph: Any) -> Plan:
+        segments, at = [], 0
+        for module, like in parts:
+            inside = [i for i, n in enumerate(graph.nodes) if n.module.startswith(module)] if module else []
+            stop = max(inside) + 1 if inside else len(graph.nodes)
+            segments.append(replace(like, first=graph.nodes[at].name, last=graph.nodes[stop - 1].name))
+            at = stop
+        return Plan(tuple(segments))
+
+    return build
+
+
+def again(band: int) -> Segment:
+    return Segment("", "", "rows", band, "recompute", barriers="recompute")
+
+
+def passed(band: int, tapes: str = "split") -> Segment:
+    return Segment("", "", "rows", band, "sweep", tapes=tapes, barriers="passes")  # type: ignore[arg-type]
+
+
+CHECKPOINT = Segment("", "", "checkpoint")
+BLOCKS_OF_RESNET = [f"layer{i}.{j}" for i, depth in ((1, 3), (2, 4), (3, 6), (4, 3)) for j in range(depth)]
+
 CASES = (
     Case(
         "per_pixel 8x32ch, 1x3x1024x1024, single sweep", "per_pixel", {}, (1, 3, 1024, 1024), "cross_entropy",
@@ -98,6 +128,44 @@ CASES = (
             "rowtune 8+4 sweep": fronts(("max_pool2d_2", 8, "sweep"), ("max_pool2d_3", 4, "sweep")),
             "rowtune 16+16 cache": fronts(("max_pool2d_2", 16, "cache"), ("max_pool2d_3", 16, "cache")),
         },
+    ),
+    Case(
+        "unet, 1x3x1024x1024", "unet", {}, (1, 3, 1024, 1024), "cross_entropy",
+        {"rowtune sweep 16": sweep(16), "rowtune late sweep 16": sweep(16, "late")}, compiled=False,
+    ),
+    Case(
+        "batch-norm unet, 1x3x1024x1024", "unet_bn", {}, (1, 3, 1024, 1024), "cross_entropy",
+        {"rowtune store 16": barred(16, "store"), "rowtune store 32": barred(32, "store", "recompute")},
+        compiled=False,
+    ),
+    Case(
+        "unet3d of three levels, 1x1x256x64x64", "unet3d", {"depth": 3}, (1, 1, 256, 64, 64), "cross_entropy",
+        {"rowtune store 16": barred(16, "store"), "rowtune store 32": barred(32, "store", "recompute")},
+        compiled=False,
+    ),
+    Case(
+        "resnet50, 1x3x1024x1024", "resnet50", {}, (1, 3, 1024, 1024), "cross_entropy",
+        {
+            "rowtune store 32": barred(32, "store", "recompute"),
+            "rowtune again 16, block by block": stages(
+                *((name, again(16)) for name in BLOCKS_OF_RESNET[:-1]), ("", CHECKPOINT)
+            ),
+            "rowtune passes 16 to layer1, again after": stages(
+                ("layer1", passed(16)), *((f"layer2.{i}", again(16)) for i in (1, 3)),
+                *((f"layer3.{i}", again(16)) for i in (1, 3, 5)), ("", CHECKPOINT)
+            ),
+        },
+        compiled=False,
+    ),
+    Case(
+        "resnet50, 8x3x224x224", "resnet50", {}, (8, 3, 224, 224), "cross_entropy",
+        {
+            "rowtune store 28": barred(28, "store", "recompute"),
+            "rowtune again 28, block by block": stages(
+                *((name, again(28)) for name in BLOCKS_OF_RESNET[:-1]), ("", CHECKPOINT)
+            ),
+        },
+        compiled=False,
     ),
 )  # fmt: skip
 
@@ -149,8 +217,45 @@ def _edsr_blocks(model: Any) -> list[Callable[[Any], Any]]:
     return first + body + last
 
 
+def _resnet_blocks(model: Any) -> list[Callable[[Any], Any]]:
+    return [
+        lambda x: model.maxpool(model.relu(model.bn1(model.conv1(x)))),
+        *(block for stage in model.stages for block in model.get_submodule(stage)),
+        lambda x: model.fc(torch.flatten(model.avgpool(x), 1)),
+    ]
+
+
+def modules_checkpointed(model: nn.Module, kinds: tuple[str, ...]) -> Callable[[Tensor], Any]:
+    """For networks with skips, torch.utils.checkpoint around every child of the named lists."""
+    parts = [m for kind in kinds for m in _children(model.get_submodule(kind))]
+
+    def run(x: Tensor) -> Any:
+        for part in parts:
+            inside = type(part).forward.__get__(part)
+            part.forward = lambda *a, f=inside: checkpoint(f, *a, use_reentrant=False)
+        try:
+            return model(x)
+        finally:
+            for part in parts:
+                del part.forward
+
+    return run
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+LEVELS = {
+    "unet": ("down", "bottom", "merge"),
+    "unet_bn": ("down", "bottom", "merge"),
+    "unet3d": ("down", "merge"),
+}
+
+
 BLOCKS: dict[str, Callable[[Any], list[Callable[[Any], Any]]]] = {
     "vgg16": _vgg_blocks,
+    "resnet50": _resnet_blocks,
     "edsr": _edsr_blocks,
     "per_pixel": lambda model: list(model),
 }
@@ -173,7 +278,14 @@ def contenders(
             "plain channels_last", training(lambda: loss(model(x.to(memory_format=last_format)), target))
         )
     )
-    for pieces in (2, 4, 6):
+    if case.network in LEVELS:
+        every = modules_checkpointed(model, LEVELS[case.network])
+        deep = modules_checkpointed(model, LEVELS[case.network][1:])
+        for name, net in (("checkpoint every level", every), ("checkpoint bottom and decoder", deep)):
+            found.append(Contender(name, training(lambda net=net: loss(net(x), target))))
+    for pieces in (2, 4, 6, 9, 18) if case.network == "resnet50" else (2, 4, 6):
+        if case.network in LEVELS:
+            break
         net = checkpointed(model, case, pieces)
         found.append(Contender(f"checkpoint {pieces}", training(lambda net=net: loss(net(x), target))))
     if case.compiled and not quick:
@@ -205,26 +317,26 @@ def _compiled(
 # -- measuring --------------------------------------------------------------------------------
 
 
-def measure(case: Case, rounds: int, quick: bool) -> dict[str, Any]:
+def measure(case: Case, rounds: int, quick: bool, only: tuple[str, ...]) -> dict[str, Any]:
     model = rowtune.zoo.build(case.network, **case.options)
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
     loss = parse(case.loss)
     with torch.device("meta"):
         probe = rowtune.trace(model, (torch.empty(case.shape),))
     target = synthetic_target(loss, probe.values[probe.outputs[0]].shape, torch.float32, 0)
-    field_ = contenders(case, model, x, target, loss, quick)
+    everyone = contenders(case, model, x, target, loss, quick)
+    field_ = [c for c in everyone if c.name.startswith(only)]
     memory(field_, model, x, target)
     best = min((c for c in field_ if c.name.startswith("checkpoint")), key=lambda c: c.activation_bytes or 0)
     running = [c for c in field_ if not c.name.startswith("checkpoint") or c is best]
-    best.name = f"best checkpointing ({best.name})"
-    for r in range(rounds + 1):
+    best.name = f"least checkpointing ({best.name})"
+    for r in range(rounds):  # measuring memory has warmed everything up
         for contender in running:
             gc.collect()
             start = time.perf_counter()
             contender.step()
-            if r:
-                contender.times.append(time.perf_counter() - start)
-        print(f"  round {r} of {rounds}", flush=True)
+            contender.times.append(time.perf_counter() - start)
+        print(f"  round {r + 1} of {rounds}", flush=True)
     return report(case, running)
 
 
@@ -292,6 +404,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="leave out torch.compile")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="contenders whose name starts so; and plain eager"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     results = Path(__file__).parent / "results"
@@ -301,10 +416,13 @@ def main() -> None:
         if given.cases and not all(word in case.name for word in given.cases):
             continue
         print(f"\n{case.name}", flush=True)
-        found = measure(case, given.rounds, given.quick)
+        found = measure(
+            case, given.rounds, given.quick, ("plain eager", *given.only) if given.only else ("",)
+        )
         found |= {"date": today, "torch": torch.__version__, "threads": given.threads, "rounds": given.rounds,
                   "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU"}  # fmt: skip
-        path = results / f"{today}-cpu-{case.network}.json"
+        size = "x".join(map(str, case.shape))
+        path = results / f"{today}-cpu-{case.network}-{size}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"written to {path}")
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "10000"
+)  # before torch: tests run side by side, threads need not spin
+
 import hypothesis
 import pytest
 import torch

@@ -31,6 +31,7 @@ def policies(decisions: Any) -> str:
             word = f"rows {s['band_rows']} {s.get('halo', 'sweep')}"
             word += f" x{s['images']}" if s.get("images") else ""
             word += " whole tapes" if s.get("tapes") == "whole" else ""
+            word += f" barriers {s['barriers']}" if s.get("barriers", "store") != "store" else ""
         if not words or words[-1] != word:
             words.append(word)
     layout = (decisions or {}).get("layout", "contiguous")

@@ -150,7 +150,7 @@ def _segments(segments: Sequence[Mapping[str, Any]]) -> Any:
     )
     for s in segments:
         rows = s["policy"] == "rows"
-        more = [f"{key} {s[key]}" for key in ("images", "tapes") if key in s]
+        more = [f"{key} {s[key]}" for key in ("images", "tapes", "barriers") if key in s]
         table.add_row(
             s["first"],
             s["last"],
