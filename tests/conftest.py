@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 os.environ.setdefault(
     "GOMP_SPINCOUNT", "10000"
@@ -18,6 +19,8 @@ import torch
 phases = [hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate]
 hypothesis.settings.register_profile("default", phases=phases, deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("default")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and in all it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("torch").setLevel(logging.WARNING)
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 
