@@ -7,14 +7,13 @@ that made the rows, to the segment's inputs and to the weight accumulators.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rowtune.graph.graph import Graph
 from rowtune.plan.groups import Group
@@ -25,6 +24,7 @@ from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
+from rowtune.runtime.windows import Windows
 
 
 @dataclass
@@ -43,18 +43,6 @@ class Gradients:
 
     inputs: dict[str, Tensor]
     weights: dict[str, Tensor]
-
-
-class _Joined(torch.autograd.Function):
-    """Give a tensor a place in the autograd graph that does not hold on to its memory (a leaf would)."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, box: list[Tensor]) -> Tensor:
-        return box.pop()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 class BandedRun:
@@ -244,58 +232,27 @@ class BandedRun:
     def _run_tape(self, number: int, piece: Piece, group: Group) -> dict[str, Tensor]:
         slabs: dict[str, Tensor] = {}
         edges: list[tuple[str, Rows, GradientEdge]] = []
-        joined: dict[int, tuple[str, Rows, weakref.ref[Tensor]]] = {}
+        windows = Windows(self.lines, self.token)
         for name in group.reads:
             if name not in piece.ranges:
                 continue
             rows = piece.ranges[name]
             tensor, fresh = self._slab(name, rows)
             if name in self.carriers and tensor.dtype.is_floating_point:
-                if fresh:
-                    with torch.enable_grad():
-                        tensor = _Joined.apply(self.token, [tensor])  # type: ignore[no-untyped-call]
-                else:
-                    tensor = tensor.detach().requires_grad_()
+                tensor = windows.placed(tensor) if fresh else tensor.detach().requires_grad_()
                 edges.append((name, rows, get_gradient_edge(tensor)))
             if fresh:
-                joined[tensor.untyped_storage().data_ptr()] = (name, rows, weakref.ref(tensor))
+                windows.add(name, rows, tensor)
             slabs[name] = tensor
             del tensor
-        with torch.enable_grad():
-            if joined:
-                with saved_tensors_hooks(self._pack(joined), self._unpack):
-                    outputs = self.evaluator.run(
-                        group, piece.outputs, piece.ranges, slabs, self.leaves, self.images
-                    )
-            else:
-                outputs = self.evaluator.run(
-                    group, piece.outputs, piece.ranges, slabs, self.leaves, self.images
-                )
+        with torch.enable_grad(), windows.saved_by_name():
+            outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
         weights = dict.fromkeys(
             n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole
         )
         kept = {n: (get_gradient_edge(t), t.dtype) for n, t in outputs.items() if t.requires_grad}
         self.tapes[number] = Tape(edges, list(weights), kept)
         return outputs
-
-    @staticmethod
-    def _pack(joined: dict[int, tuple[str, Rows, weakref.ref[Tensor]]]) -> Any:
-        """Save a joined window by name: its rows are in the line buffers until this tape has run. Once the
-        window is gone its address may serve another tensor, hence the weak reference."""
-
-        def pack(t: Tensor) -> Any:
-            found = joined.get(t.untyped_storage().data_ptr()) if t.numel() else None
-            if found is None or found[2]() is None:
-                return t
-            return found[0], found[1], t.size(), t.stride(), t.storage_offset()
-
-        return pack
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        name, rows, size, stride, offset = packed
-        return self.lines.get(name, rows)[0].as_strided(size, stride, offset)
 
     def _slab(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
         """(rows of a value, whether they are fresh memory)."""
