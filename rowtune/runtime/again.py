@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
-from rowtune.runtime.banded import BandedRun, Gradients
+from rowtune.runtime.banded import BandedRun
+from rowtune.runtime.gradients import Gradients, add
 
 
 class AgainRun:
@@ -55,10 +56,9 @@ class AgainRun:
             made = run.backward({o: pending.pop(o) for o in one.part.outputs if o in pending})
             run.forget()
             for name, g in made.inputs.items():
-                place = total.inputs if name in self.segment.part.inputs else pending
-                place[name] = place[name] + g if name in place else g
+                add(total.inputs if name in self.segment.part.inputs else pending, name, g)
             for name, g in made.weights.items():
-                total.weights[name] = total.weights[name] + g if name in total.weights else g
+                add(total.weights, name, g)
             made.inputs.clear()
         return total
 

@@ -21,6 +21,7 @@ from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
+from rowtune.runtime.gradients import Gradients, add
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
@@ -35,14 +36,6 @@ class Tape:
     slabs: list[tuple[str, Rows, GradientEdge]]
     weights: list[str]
     outputs: dict[str, tuple[GradientEdge, torch.dtype]]
-
-
-@dataclass
-class Gradients:
-    """Sums over bands and images, by name: of segment inputs and of weights."""
-
-    inputs: dict[str, Tensor]
-    weights: dict[str, Tensor]
 
 
 class BandedRun:
@@ -135,8 +128,7 @@ class BandedRun:
                 self.stashes[i] = {}
             self._steps(self.program.backward)
         for name, g in beyond.items():
-            place = self.gradients.weights if name in self.whole else self.gradients.inputs
-            place[name] = place[name] + g if name in place else g
+            add(self.gradients.weights if name in self.whole else self.gradients.inputs, name, g)
         return self.gradients
 
     # -- steps ---------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
-from rowtune.runtime.banded import BandedRun, Gradients
+from rowtune.runtime.banded import BandedRun
+from rowtune.runtime.gradients import Gradients, add
 
 
 class PassesRun:
@@ -58,12 +59,9 @@ class PassesRun:
             one = self.program.backward[len(self.program.levels) - 1 - at]
             found = self._pass(one, at, outer, seeds)
             for name, g in found.inputs.items():
-                if name in self._finished:
-                    pending[name] = pending[name] + g if name in pending else g
-                else:
-                    total.inputs[name] = total.inputs[name] + g if name in total.inputs else g
+                add(pending if name in self._finished else total.inputs, name, g)
             for name, g in found.weights.items():
-                total.weights[name] = total.weights[name] + g if name in total.weights else g
+                add(total.weights, name, g)
         return total
 
     @property
@@ -82,11 +80,8 @@ class PassesRun:
         made = {n: pending[n] for n in self.program.levels[at] if n in pending}
         beyond = sums.backward(made, self.wanted | self._finished)
         for name, g in beyond.items():
-            if name in self._finished:
-                pending[name] = pending[name] + g if name in pending else g
-            else:
-                place = total.inputs if name in self.segment.part.inputs else total.weights
-                place[name] = place[name] + g if name in place else g
+            own = total.inputs if name in self.segment.part.inputs else total.weights
+            add(pending if name in self._finished else own, name, g)
         seeds |= {self.program.twins[n]: g for n, g in sums.gradients.items()}
 
     def _pass(

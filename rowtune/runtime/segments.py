@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from rowtune.errors import RowtuneError
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.again import AgainRun
-from rowtune.runtime.banded import BandedRun, Gradients
+from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.evaluate import run_whole
+from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.passes import PassesRun
 from rowtune.runtime.sums import changed_buffers
 

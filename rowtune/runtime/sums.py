@@ -14,6 +14,7 @@ from rowtune.graph.moments import add_processes, merge_processes
 from rowtune.plan.program import Banded
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, grad_dtype, run_whole
+from rowtune.runtime.gradients import add
 
 
 class Sums:
@@ -116,7 +117,7 @@ class Sums:
         for name in self.names:
             g = found.get(name)
             if g is not None:
-                self.gradients[name] = self.gradients[name] + g if name in self.gradients else g
+                add(self.gradients, name, g)
         return {n: g for n in others if (g := found[n]) is not None}
 
     def _shared(self, name: str) -> bool:
