@@ -15,7 +15,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 
@@ -173,12 +172,6 @@ def gather(rows: int, reads: Iterable[tuple[int, int]]) -> Gather:
     for i in range(1, len(ends)):
         ends[i] = max(ends[i], ends[i - 1])
     return Gather(rows, tuple(firsts), tuple(ends))
-
-
-def split_at(rows: Rows, points: Iterable[int]) -> list[Rows]:
-    """Cut a range at every point strictly inside it; points are in increasing order."""
-    cuts = [rows.lo, *(p for p in points if rows.lo < p < rows.hi), rows.hi]
-    return [Rows(a, b) for a, b in pairwise(cuts) if a < b]
 
 
 def band_ends(height: int, bands: int, tallest: int, band_rows: int) -> list[int]:

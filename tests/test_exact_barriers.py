@@ -188,6 +188,31 @@ def test_batches_are_split_across_batch_norm():
             assert error(run(net, x, plan), plain) < TOLERANCE
 
 
+class Standardised(nn.Module):
+    """Weights that are computed from parameters: for a gate, for a classifier, and for both at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        weight = self.gate.weight - self.gate.weight.mean()
+        y = F.conv2d(y, weight) * torch.sigmoid(F.conv2d(F.adaptive_avg_pool2d(y, 1), weight, self.gate.bias))
+        return F.linear(y.mean((2, 3)), F.normalize(self.head.weight, dim=1), self.head.bias)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_computed_from_parameters(way):
+    torch.manual_seed(0)
+    net = Standardised().double()
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    for band, images in ((2, 0), (5, 1)):
+        plan = rowtune.uniform_plan(graph, "rows", band, barriers=way, images=images)
+        assert error(run(net, x, plan), plain) < TOLERANCE
+
+
 def test_two_forwards_before_one_backward():
     torch.manual_seed(0)
     net = Net(["batch norm"], 1).double()

@@ -45,15 +45,6 @@ def legal_cut(graph: Graph, position: int) -> bool:
     )
 
 
-def cut_bytes(graph: Graph, position: int) -> int:
-    """Bytes of the activations alive between node position-1 and node position."""
-    total = 0
-    for i, node in enumerate(graph.nodes[:position]):
-        if any(c >= position for c in graph.consumers[node.name]) and i < position:
-            total += graph.values[node.name].bytes
-    return total
-
-
 def reduces(rule: RowRule | Opaque) -> bool:
     return isinstance(rule, RowRule) and rule.reduces is not None
 

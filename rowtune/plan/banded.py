@@ -89,7 +89,30 @@ def _reductions(bands: Banding, part: Stretch) -> tuple[tuple[Node, ...], tuple[
         if reduces(bands.rules[node.name]):
             sums.append(node.name)
             late.add(node.name)
-    return tuple(main), tuple(post), tuple(sums)
+    main, early = _moved(bands, main, post, set(part.outputs))
+    return tuple(main), (*early, *post), tuple(sums)
+
+
+def _moved(
+    bands: Banding, main: list[Node], post: list[Node], outputs: set[str]
+) -> tuple[list[Node], list[Node]]:
+    """(main without the nodes that only `post` reads, the nodes to run before `post`): what is computed from
+    weights alone, and is read by both, is computed by both."""
+    late = {n for node in post for n in node.inputs}
+    banded = set(outputs)
+    kept: list[Node] = []
+    early: list[Node] = []
+    for node in reversed(main):
+        rule = bands.rule(node.name)
+        whole = rule.dim is None and not reduces(rule)
+        if whole and node.name in late:
+            early.insert(0, node)
+            late |= set(node.inputs)
+            if node.name not in banded - outputs:
+                continue
+        kept.insert(0, node)
+        banded |= set(node.inputs)
+    return kept, early
 
 
 def _single(graph: Graph, part: Stretch, post: tuple[Node, ...]) -> bool:

@@ -146,13 +146,6 @@ class Evaluator:
         return tuple(shape)
 
 
-def detached(tensors: Mapping[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Fresh leaves over the same memory, with gradients where wanted."""
-    return {
-        n: t.detach().requires_grad_(n in wanted and t.dtype.is_floating_point) for n, t in tensors.items()
-    }
-
-
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gradients that are summed over bands are summed in at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
