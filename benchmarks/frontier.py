@@ -120,7 +120,7 @@ CASES = (
     ),
     Case(
         "edsr baseline, 1x3x512x512, single sweep", "edsr", {}, (1, 3, 512, 512), "mse",
-        {"rowtune sweep 16": sweep(16), "rowtune sweep 48": sweep(48)},
+        {"rowtune sweep 16": sweep(16), "rowtune sweep 60": sweep(60)},
     ),
     Case(
         "vgg16, 1x3x2048x2048", "vgg16", {"dropout": 0.0}, (1, 3, 2048, 2048), "cross_entropy",

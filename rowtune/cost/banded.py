@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from rowtune.cost.finish import finish
 from rowtune.cost.heap import Heap
 from rowtune.cost.left_out import Images, LeftOut
 from rowtune.cost.post import PostSizes
@@ -96,6 +97,7 @@ class BandedSizes:
             self._steps(self.program.backward, collect=False)
             self._clear()
             self.images.backward_done(i)
+        finish(self.heap, self.graph, self.segment, self.input_grads)
 
     def _images(self, images: Rows) -> None:
         total = self.program.image_ranges[-1].hi
@@ -214,6 +216,10 @@ class BandedSizes:
     def _run(self, step: Run, collect: bool) -> None:
         piece = self.program.pieces[step.piece]
         group = self.program.groups[piece.group]
+        if not collect and self.program.left_out(group, step.tape):
+            if step.tape:
+                self.tapes[step.piece] = (TapeSizes(), {})
+            return
         blocks: dict[str, int] = {}
         joined: set[str] = set()
         if step.tape:
@@ -226,10 +232,17 @@ class BandedSizes:
             if fresh:
                 joined.add(name)
         grad = (lambda n: n in self.wanted) if step.tape else (lambda n: False)
-        active = [(n, d) for n, d in zip(group.nodes, group.last_use, strict=True) if n.name in piece.ranges]
+        spared = frozenset() if collect else self.program.spared
+        unread = frozenset() if collect or not step.tape else self.program.unread
+        active = [
+            (n, d)
+            for n, d in zip(group.nodes, group.last_use, strict=True)
+            if n.name in piece.ranges and n.name not in spared
+        ]
+        made = self._made(piece)
         tape = forward(
             self.heap, self.graph, self.profiles, [n for n, _ in active], [d for _, d in active], blocks,
-            self._made(piece), self._share(piece), grad, frozenset(joined),
+            lambda name: 0 if name in unread else made(name), self._share(piece), grad, frozenset(joined),
         )  # fmt: skip
         if step.tape:
             self.tapes[step.piece] = (tape, {})
@@ -237,6 +250,8 @@ class BandedSizes:
 
     def _deliver(self, piece: Piece, group: Group, blocks: dict[str, int], collect: bool) -> None:
         for name, rows in piece.outputs:
+            if name not in blocks:  # left out
+                continue
             block = blocks.pop(name)
             if collect and name in self.segment.part.outputs and name not in self.sums:
                 if self._bytes(name, rows) == self.graph.values[name].bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rowtune.cost.banded import BandedSizes
+from rowtune.cost.finish import finish
 from rowtune.cost.heap import Heap
 from rowtune.cost.post import PostSizes
 from rowtune.cost.profile import Profiles, key_of
@@ -62,6 +63,7 @@ class PassesSizes:
                 else:
                     self.heap.drop(block)
             self.weight_grads |= sizes.weight_grads
+        finish(self.heap, self.graph, self.segment, self.input_grads)
 
 
 def wanted_in(graph: Graph, passes: Passes) -> list[frozenset[str]]:

@@ -49,7 +49,7 @@ def _segment(graph: Graph, segment: SegmentProgram) -> float:
         factor = 4 if segment.decision.policy == "checkpoint" else 3
         return factor * sum(once.values()) + len(once) * 3 * SECONDS_PER_STEP / 4
     banded = segment.banded
-    found = _steps(graph, banded, banded.backward, once, None)
+    found = _steps(graph, banded, banded.backward, once, None, backward=not banded.single_sweep)
     return found if banded.single_sweep else found + _forward(graph, segment)
 
 
@@ -75,17 +75,28 @@ def _passes(graph: Graph, segment: SegmentProgram, once: dict[str, float]) -> fl
 
 
 def _steps(
-    graph: Graph, banded: Banded, steps: Sequence[Step], once: dict[str, float], wanted: frozenset[str] | None
+    graph: Graph,
+    banded: Banded,
+    steps: Sequence[Step],
+    once: dict[str, float],
+    wanted: frozenset[str] | None,
+    backward: bool = False,
 ) -> float:
-    """Seconds of these steps; a node on a tape also runs backward, where a gradient flows through it."""
+    """Seconds of these steps; a node on a tape also runs backward, where a gradient flows through it. A
+    `backward` leaves out what it can."""
     total, count = 0.0, 0
+    spared = banded.spared if backward else frozenset()
+    unread = banded.unread if backward else frozenset()
     for step in steps:
         if type(step) is not Run:
+            continue
+        if backward and banded.left_out(banded.groups[banded.pieces[step.piece].group], step.tape):
             continue
         times = 1 + banded.repeat.more if banded.repeat and step.piece in banded.repeat.pieces else 1
         count += times
         for name, rows in banded.pieces[step.piece].ranges.items():
-            if name in once:
+            if name in once and name not in spared:
                 share = once[name] * rows.size / banded.bands.full_height(graph.values[name])
-                total += times * share * (3 if step.tape and (wanted is None or name in wanted) else 1)
+                back = 2 if step.tape and (wanted is None or name in wanted) else 0
+                total += times * share * (back + (name not in unread))
     return total + count * 2 * SECONDS_PER_STEP * len(banded.image_ranges)

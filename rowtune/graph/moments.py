@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18
+CHUNK = 1 << 19
 """Elements whose deviations are in memory at a time: they stay in cache, and cost no memory to speak of."""
 
 
@@ -32,6 +32,27 @@ def moments_again(x: Tensor, total: Tensor, groups: int, centred: bool) -> Tenso
     """A stand-in for the statistics of some rows whose gradient is the share that these rows have in the
     gradient of the finished statistics `total`: d mean / dx = 1/n, d M2 / dx = 2 (x - mean)."""
     return _Moments.apply(x, total, groups, centred, False)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def add_gradient(x: Tensor, total: Tensor, grad: Tensor, groups: int, centred: bool, into: Tensor) -> None:
+    """Add to `into`, the gradient of x, what comes of the gradient of its finished statistics, a part of the
+    channels at a time."""
+    spread, _ = _spread(x, groups)
+    target, _ = _spread(into, groups)
+    kept = (0, 1) if groups else (1,)
+    shape = [total.shape[1 + kept.index(d)] if d in kept else 1 for d in range(spread.dim())]
+    n, mean, _ = (t.view(shape) for t in total.unbind())
+    _, by_mean, by_m2 = (t.view(shape) for t in grad.unbind())
+    slope, shift = (2 * by_m2).to(target.dtype), (by_mean / n).to(target.dtype)
+    mean = mean.to(_wide(x)) if centred else torch.zeros_like(mean, dtype=_wide(x))
+    step = max(1, CHUNK * spread.shape[1] // max(spread.numel(), 1))
+    all_of = (spread, target, mean, slope, shift)
+    for parts in zip(*(torch.split(t, step, 1) for t in all_of), strict=True):
+        some, sums, centre, by_one, by_all = parts
+        deviations = some - centre if centred else some.to(_wide(x))
+        sums.addcmul_(deviations, by_one)
+        if centred:
+            sums.add_(by_all)
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -155,18 +176,9 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, total = ctx.saved_tensors
         grad = add_processes(grad) if ctx.shared else grad
-        spread, _ = _spread(x, ctx.groups)
-        shape = [1] * spread.dim()
-        kept = (0, 1) if ctx.groups else (1,)
-        for d, size in zip(kept, total.shape[1:], strict=True):
-            shape[d] = size
-        n, mean, _ = (t.to(_wide(x)).view(shape) for t in total.unbind())
-        _, by_mean, by_m2 = (t.to(_wide(x)).view(shape) for t in grad.unbind())
-        if ctx.centred:
-            found = (spread - mean).mul_(2 * by_m2).add_(by_mean / n)
-        else:
-            found = spread * (2 * by_m2)
-        return found.reshape(x.shape).to(x.dtype), None, None, None, None
+        into = torch.zeros_like(x, dtype=_wide(x))
+        add_gradient(x, total, grad, ctx.groups, ctx.centred, into)
+        return into.to(x.dtype), None, None, None, None
 
 
 class _Normalise(torch.autograd.Function):

@@ -14,6 +14,7 @@ from rowtune.graph.cuts import Stretch, barrier_parts, is_local, legal_cut, stre
 from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.banded import Scheduler, banded, by_policy
+from rowtune.plan.finish import finished
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Program, SegmentProgram
@@ -33,6 +34,7 @@ def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program
     spans = _spans(graph, plan)
     with _uncollected():
         segments = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
+    segments = finished(graph, segments)
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 
 

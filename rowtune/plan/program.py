@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph, Node
+from rowtune.graph.rules.rule import Reduction
 from rowtune.plan.groups import Group
 from rowtune.plan.plan import Plan, Segment
 from rowtune.rows import Rows
@@ -69,12 +70,22 @@ class Repeat(NamedTuple):
     stashes: tuple[int, int] | None
 
 
+class Finish(NamedTuple):
+    """Once a segment's backward knows the gradient of the reduction `total`, it adds to that of `source` what
+    comes of it, by `reduction.add_gradient`."""
+
+    total: str
+    source: str
+    reduction: Reduction
+
+
 @dataclass(frozen=True)
 class Banded:
     """How a rows segment runs: `forward` and `backward` are repeated for each range of `images`.
 
     `post` are the nodes that read finished reductions (a loss's combine). With `single_sweep`, `backward`
-    runs inside forward, for a unit gradient of the loss, and autograd's backward only scales.
+    runs inside forward, for a unit gradient of the loss, and autograd's backward only scales. Backward leaves
+    out the reductions `spared`, whose gradients later segments finish, and the values of `unread`.
     """
 
     bands: Banding
@@ -90,6 +101,12 @@ class Banded:
     sketch: bool = False
     """Only predicted: bands of rows and of images that are like others may be left out."""
     repeat: Repeat | None = None
+    spared: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+
+    def left_out(self, group: Group, tape: bool) -> bool:
+        """Whether backward has no use for a run of this group."""
+        return all(o in self.spared or (o in self.unread and not tape) for o in group.outputs)
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,8 @@ class SegmentProgram:
 
     `drops[i]` names the values that nothing reads after node i (keep and checkpoint). `banded` tells how the
     bands of a rows segment run. `inner` are the rows segments between the barriers of a segment that is
-    computed again as a whole, `dead` what is not read after each; `passes` streams it several times.
+    computed again as a whole, `dead` what is not read after each; `passes` streams it several times. At the
+    end of its backward it `finishes` gradients of statistics that it reads.
     """
 
     decision: Segment
@@ -127,6 +145,7 @@ class SegmentProgram:
     inner: tuple[SegmentProgram, ...] = ()
     dead: tuple[tuple[str, ...], ...] = ()
     passes: Passes | None = None
+    finishes: tuple[Finish, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
-from rowtune.runtime.gradients import Gradients, add
+from rowtune.runtime.gradients import Gradients, add, finish
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
@@ -129,6 +129,7 @@ class BandedRun:
             self._steps(self.program.backward)
         for name, g in beyond.items():
             add(self.gradients.weights if name in self.whole else self.gradients.inputs, name, g)
+        finish(self.graph, self.segment, self.tensors, self.gradients, self.wanted)
         return self.gradients
 
     # -- steps ---------------------------------------------------------------------------------------------
@@ -188,6 +189,8 @@ class BandedRun:
     def _run(self, step: Run) -> None:
         piece = self.program.pieces[step.piece]
         group = self.program.groups[piece.group]
+        if not self.collect and self.program.left_out(group, step.tape):
+            return
         if step.tape:  # a late tape makes its rows again; all their readers are done
             for name, rows in piece.outputs:
                 self.lines.drop(name, rows)
@@ -200,7 +203,8 @@ class BandedRun:
                     group, piece.outputs, piece.ranges, slabs, self.whole, self.images
                 )
         for name, rows in piece.outputs:
-            self._deliver(name, rows, outputs[name])
+            if name in outputs:
+                self._deliver(name, rows, outputs[name])
 
     def _deliver(self, name: str, rows: Rows, tensor: Tensor) -> None:
         if name in self.sums.names:
@@ -238,7 +242,10 @@ class BandedRun:
             slabs[name] = tensor
             del tensor
         with torch.enable_grad(), windows.saved_by_name():
-            outputs = self.evaluator.run(group, piece.outputs, piece.ranges, slabs, self.leaves, self.images)
+            outputs = self.evaluator.run(
+                group, piece.outputs, piece.ranges, slabs, self.leaves, self.images,
+                () if self.collect else self.program.spared, () if self.collect else self.program.unread,
+            )  # fmt: skip
         weights = dict.fromkeys(
             n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ class Evaluator:
         slabs: MutableMapping[str, Tensor],
         whole: Mapping[str, Tensor],
         images: Rows,
+        spared: Collection[str] = (),
+        unread: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """The group's outputs, just the rows `wanted`.
 
@@ -69,17 +71,21 @@ class Evaluator:
             slabs: what it reads, holding exactly those rows; emptied as they are used up.
             whole: parameters and other values used whole.
             images: batch entries at work; ALL_IMAGES for all.
+            spared: nodes to leave out.
+            unread: nodes whose gradients are wanted, but whose values are not.
         """
         made: dict[str, Tensor] = {}
         for node, drops in zip(group.nodes, group.last_use, strict=True):
             rows = ranges.get(node.name)
-            if rows is not None and rows.size:
-                made[node.name] = slabs[node.name] = self._node(node, rows, ranges, slabs, whole, images)
+            if rows is not None and rows.size and node.name not in spared:
+                made[node.name] = slabs[node.name] = self._node(
+                    node, rows, ranges, slabs, whole, images, node.name in unread
+                )
             for name in drops:
                 slabs.pop(name, None)
                 if name not in group.outputs:
                     made.pop(name, None)
-        return {name: self._rows_of(name, made[name], ranges[name], rows) for name, rows in wanted}
+        return {n: self._rows_of(n, made[n], ranges[n], rows) for n, rows in wanted if n in made}
 
     def _rows_of(self, name: str, made: Tensor, have: Rows, rows: Rows) -> Tensor:
         """An output that is also read inside the group may have been made for more rows than it hands on."""
@@ -96,6 +102,7 @@ class Evaluator:
         slabs: Mapping[str, Tensor],
         whole: Mapping[str, Tensor],
         images: Rows,
+        unread: bool,
     ) -> Tensor:
         rule = self.bands.rule(node.name)
         tensors: dict[str, Tensor] = {}
@@ -118,7 +125,9 @@ class Evaluator:
         slab = Slab(node, tensors, rows, reads, shape, images)
         if rule.reduces and rule.reduces.again and node.name in self.totals and torch.is_grad_enabled():
             return rule.reduces.again(slab, self._of_images(node.name, self.totals[node.name], images))
-        return rule.run(slab)
+        run = rule.unvalued if unread else rule.run
+        assert run is not None
+        return run(slab)
 
     def _of_images(self, name: str, total: Tensor, images: Rows) -> Tensor:
         at = self.image_bands.dims[name]

@@ -9,7 +9,7 @@ from torch import Tensor
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
 from rowtune.runtime.banded import BandedRun
-from rowtune.runtime.gradients import Gradients, add
+from rowtune.runtime.gradients import Gradients, add, finish
 
 
 class PassesRun:
@@ -39,6 +39,11 @@ class PassesRun:
         for run in self.runs:
             run.forget()
 
+    def again(self) -> dict[str, Tensor]:
+        """The outputs once more: the last pass, with the reductions that the others finished."""
+        made = self.runs[-1].forward()
+        return {o: made[o] if o in made else self.known[o] for o in self.segment.part.outputs}
+
     def forward(self) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
         for one in self.program.forward:
@@ -62,6 +67,7 @@ class PassesRun:
                 add(pending if name in self._finished else total.inputs, name, g)
             for name, g in found.weights.items():
                 add(total.weights, name, g)
+        finish(self.graph, self.segment, self.tensors, total, self.wanted)
         return total
 
     @property

@@ -167,7 +167,7 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     with call.autocast():
         made = run.backward(given)
     call.run = None
-    return _in_order(call, made, tensors, ctx.needs, _reached(call, given))
+    return _in_order(call, made, tensors, ctx.needs, _reached(call, given) - _finished(call))
 
 
 def _reached(call: _Call, given: Iterable[str]) -> set[str]:
@@ -178,6 +178,12 @@ def _reached(call: _Call, given: Iterable[str]) -> set[str]:
         if node.name in found:
             found |= set(node.inputs)
     return found
+
+
+def _finished(call: _Call) -> set[str]:
+    """Statistics whose gradient went on to the tensor that they are of."""
+    leaves = call.segment.inner or (call.segment,)
+    return {finish.total for leaf in leaves for finish in leaf.finishes}
 
 
 def _in_order(

@@ -14,7 +14,8 @@ from rowtune.graph.extremes import (
     merge_extremes,
     merge_largest,
 )
-from rowtune.graph.moments import merge, moments_again
+from rowtune.graph.graph import Node
+from rowtune.graph.moments import add_gradient, merge, moments_again
 from rowtune.graph.moments import moments as all_moments
 from rowtune.graph.moments import spread_of as moments_spread
 from rowtune.graph.rules.pointwise import per_image, pooled_axes
@@ -36,7 +37,7 @@ def moments(q: Question) -> RowRule | Opaque:
     if dim == 1 and groups != 1:
         return Opaque("statistics of single channels, banded over channels")
     shared = bool(q.node.args[3])
-    return RowRule(None, reads, _own_moments, Reduction(merge, _moments_again, shared))
+    return RowRule(None, reads, _own_moments, Reduction(merge, _moments_again, shared, _add_gradient))
 
 
 def _own_moments(slab: Slab) -> Tensor:
@@ -48,6 +49,11 @@ def _own_moments(slab: Slab) -> Tensor:
 def _moments_again(slab: Slab, total: Tensor) -> Tensor:
     x, groups, centred, _ = slab.node.args
     return moments_again(slab.tensors[x.name], total, groups, centred)
+
+
+def _add_gradient(node: Node, x: Tensor, total: Tensor, grad: Tensor, into: Tensor) -> None:
+    _, groups, centred, _ = node.args
+    add_gradient(x, total, grad, groups, centred, into)
 
 
 def normalise(q: Question) -> RowRule | Opaque:

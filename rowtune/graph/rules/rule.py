@@ -56,11 +56,16 @@ def as_is(slab: Slab) -> Tensor:
 class Reduction:
     """How the shares of bands become one value: `merge` two of them. Where a band's gradient depends on the
     finished total, `again(slab, total)` stands in for its share in backward; its value is not read. `shared`:
-    the finished statistics are those of all processes."""
+    the finished statistics are those of all processes.
+
+    `add_gradient(node, x, total, grad, into)` adds to `into`, the gradient of the whole x, what comes of the
+    gradient of the total: whoever reads x and the total can do so, and spare the maker of both that work.
+    """
 
     merge: Callable[[Tensor, Tensor], Tensor] = torch.add
     again: Callable[[Slab, Tensor], Tensor] | None = None
     shared: bool = False
+    add_gradient: Callable[[Node, Tensor, Tensor, Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,8 @@ class RowRule:
 
     With `reduces`, the output accumulates over bands: `run` gives the share of the rows it is handed.
     `makes(rows, got)` is how many rows `run` computes from input rows `got` to take `rows` from, as a view
-    that keeps them all in memory; None where it makes no more than asked.
+    that keeps them all in memory; None where it makes no more than asked. `unvalued` is `run` for a backward
+    that needs no values any more: the same gradients, of a stand-in without memory.
     """
 
     dim: int | None
@@ -77,6 +83,7 @@ class RowRule:
     run: Run = as_is
     reduces: Reduction | None = None
     makes: Callable[[Rows, Rows], int] | None = None
+    unvalued: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)

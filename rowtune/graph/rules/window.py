@@ -7,6 +7,7 @@ spatial axes are untouched and keep the operator's own padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from rowtune.graph.graph import replace
 from rowtune.graph.rules.pointwise import along
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab
+from rowtune.graph.unvalued import unvalued, unvalued_transposed
 from rowtune.rows import Affine, Rows, convolution, transposed
 
 aten = torch.ops.aten
+Convolution = Callable[..., Tensor]
 
 
 def expand_ints(value: Any, n: int) -> list[int]:
@@ -100,7 +103,7 @@ def conv(q: Question) -> RowRule | Opaque:
     function = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[spatial]
     spare = pads[i][0] if pads[i][0] == pads[i][1] else 0
 
-    def run(slab: Slab) -> Tensor:
+    def run(slab: Slab, function: Convolution = function) -> Tensor:
         args = replace(slab.node.args, slab.tensors.__getitem__)
         bias = args[2] if len(args) > 2 else replace(slab.node.kwargs, slab.tensors.__getitem__).get("bias")
         here = list(pads)
@@ -110,10 +113,10 @@ def conv(q: Question) -> RowRule | Opaque:
             here[i] = (spare, spare)
         image, plain = _asymmetric(args[0], here)
         out = function(image, args[1], bias, stride, plain, dilation, groups)
-        return out if first is None else out.narrow(dim, first, slab.rows.size)  # type: ignore[no-any-return]
+        return out if first is None else out.narrow(dim, first, slab.rows.size)
 
     reads = {n: WHOLE for n in q.node.inputs} | {x: Read(dim, window)}
-    return RowRule(dim, reads, run, makes=_makes(window, spare))
+    return RowRule(dim, reads, run, makes=_makes(window, spare), unvalued=partial(run, function=unvalued))
 
 
 def _asymmetric(x: Tensor, pads: list[tuple[int, int]]) -> tuple[Tensor, list[int]]:
@@ -151,7 +154,7 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
     }[spatial]
     extent = dilation[i] * (kernel - 1)
 
-    def run(slab: Slab) -> Tensor:
+    def run(slab: Slab, function: Convolution = function) -> Tensor:
         args = replace(slab.node.args, slab.tensors.__getitem__)
         bias = args[2] if len(args) > 2 else replace(slab.node.kwargs, slab.tensors.__getitem__).get("bias")
         got, image, shift = slab.reads[x], args[0], 0
@@ -172,7 +175,7 @@ def conv_transpose(q: Question) -> RowRule | Opaque:
         return full if got.size and first >= 0 and first + rows.size <= full else rows.size
 
     reads = {n: WHOLE for n in q.node.inputs} | {x: Read(dim, window)}
-    return RowRule(dim, reads, run, makes=makes)
+    return RowRule(dim, reads, run, makes=makes, unvalued=partial(run, function=unvalued_transposed))
 
 
 def crop_rows(full: Tensor, dim: int, first: int, rows: int, bias: Tensor | None) -> Tensor:

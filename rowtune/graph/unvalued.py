@@ -1,0 +1,65 @@
+"""Convolutions that are only on their way to a gradient: nobody reads their values any more.
+
+A convolution's gradients need its input, its weight and the gradient of its output, not the output. Where a
+segment is run again for its backward, and ends in a convolution whose output nothing in it reads, the
+convolution itself need not be computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unvalued(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Zeros in place of aten.conv1d / conv2d / conv3d, with its gradients."""
+    no_extra = [0] * len(stride)
+    return _stand_in(x, weight, bias, stride, padding, dilation, False, no_extra, groups)
+
+
+def unvalued_transposed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    groups: int,
+    dilation: list[int],
+) -> Tensor:
+    """Zeros in place of aten.conv_transpose1d / 2d / 3d, with its gradients."""
+    return _stand_in(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+
+def _stand_in(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # as autocast does for convolutions
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _Unvalued.apply(x, weight, bias, how)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Unvalued(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Tensor:
+        ctx.how, ctx.bias_sizes = how, None if bias is None else [*bias.shape]
+        ctx.save_for_backward(x, weight)
+        shape = torch.ops.aten.convolution(x.to("meta"), weight.to("meta"), None, *how).shape
+        return x.new_zeros(()).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        asked = [*ctx.needs_input_grad[:3]]
+        found = torch.ops.aten.convolution_backward(grad, x, weight, ctx.bias_sizes, *ctx.how, asked)
+        return (*(g if want else None for g, want in zip(found, asked, strict=True)), None)

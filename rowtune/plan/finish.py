@@ -1,0 +1,86 @@
+"""What a backward need not do again: gradients of statistics, which whoever reads them can finish, and
+convolutions whose values nobody reads.
+
+A rows segment that ends in convolution and statistics hands both to the next one, which normalises. When the
+backward of that next segment is done, it holds the convolution's output, its gradient, and the gradient of
+the statistics: it adds the statistics' share and is done with the barrier. What is left for the segment
+before is the convolution's own gradient, and that does not need the convolution's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rowtune.graph.cuts import reduces
+from rowtune.graph.graph import Graph
+from rowtune.plan.program import Banded, Finish, SegmentProgram
+
+
+def finished(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[SegmentProgram, ...]:
+    """The same segments, with every gradient of statistics finished where they are read."""
+    leaves = [leaf for segment in segments for leaf in (segment.inner or (segment,))]
+    home = {node.name: i for i, leaf in enumerate(leaves) for node in leaf.part.nodes}
+    finishes: list[list[Finish]] = [[] for _ in leaves]
+    spared: list[set[str]] = [set() for _ in leaves]
+    for i, leaf in enumerate(leaves):
+        for total in leaf.banded.sums if leaf.banded else ():
+            readers = _readers(graph, leaves, home, i, total)
+            if readers and (finish := _finish(graph, leaf.banded, total)):
+                spared[i].add(total)
+                for r in readers:
+                    finishes[r].append(finish)
+    made = iter(_leaf(graph, *each) for each in zip(leaves, finishes, spared, strict=True))
+    return tuple(
+        replace(s, inner=tuple(next(made) for _ in s.inner)) if s.inner else next(made) for s in segments
+    )
+
+
+def _finish(graph: Graph, maker: Banded | None, total: str) -> Finish | None:
+    assert maker is not None
+    rule = maker.bands.rule(total)
+    assert rule.reduces is not None
+    source = next(iter(rule.reads))
+    if rule.reduces.add_gradient is None or source not in graph.needs_grad:
+        return None
+    return Finish(total, source, rule.reduces)
+
+
+def _readers(
+    graph: Graph, leaves: list[SegmentProgram], home: dict[str, int], maker: int, total: str
+) -> set[int]:
+    """The segments that read the statistics, if each of them can finish their gradient; else none."""
+    source = graph.nodes[graph.index[total]].inputs[0]
+    found = set()
+    for c in graph.consumers[total]:
+        if c >= len(graph.nodes):
+            return set()
+        if graph.nodes[c].effect:
+            continue
+        reader = home[graph.nodes[c].name]
+        leaf = leaves[reader]
+        if reader == maker or not (leaf.banded or leaf.passes) or source not in leaf.part.inputs:
+            return set()
+        found.add(reader)
+    return found
+
+
+def _leaf(
+    graph: Graph, leaf: SegmentProgram, finishes: list[Finish], spared: set[str]
+) -> SegmentProgram:
+    leaf = replace(leaf, finishes=tuple(finishes))
+    if leaf.banded is None or leaf.banded.single_sweep:
+        return leaf
+    unread = {
+        node.name
+        for node in leaf.part.nodes
+        if node.name in leaf.part.outputs and _unread(graph, leaf, leaf.banded, node.name, spared)
+    }
+    return replace(leaf, banded=replace(leaf.banded, spared=frozenset(spared), unread=frozenset(unread)))
+
+
+def _unread(graph: Graph, leaf: SegmentProgram, banded: Banded, name: str, spared: set[str]) -> bool:
+    rule = banded.bands.rule(name) if name not in {n.name for n in banded.post} else None
+    if rule is None or rule.unvalued is None or reduces(rule):
+        return False
+    inside = [graph.nodes[c] for c in graph.consumers[name] if c < leaf.part.stop]
+    return all(node.name in spared or node.effect for node in inside)
