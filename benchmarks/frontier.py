@@ -106,6 +106,10 @@ def again(band: int) -> Segment:
     return Segment("", "", "rows", band, "recompute", barriers="recompute")
 
 
+def narrow(band: int) -> Segment:
+    return Segment("", "", "rows", band, "recompute", barriers="narrow")
+
+
 def passed(band: int, tapes: str = "split") -> Segment:
     return Segment("", "", "rows", band, "sweep", tapes=tapes, barriers="passes")  # type: ignore[arg-type]
 

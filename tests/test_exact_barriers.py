@@ -22,7 +22,7 @@ from rowtune.graph.moments import merge, moments, normalise
 from rowtune.graph.training import synthetic_target
 from rowtune.zoo import build
 
-WAYS = ("store", "recompute", "passes")
+WAYS = ("store", "recompute", "narrow", "passes")
 
 
 class Gate(nn.Module):

@@ -71,6 +71,8 @@ class BandedSizes:
             self._clear()
             self.images.forward_done(i)
         self.done = single
+        if single:
+            finish(self.heap, self.graph, self.segment, self.input_grads)
         self.outputs |= self.post.forward()
         for name, block in self.outputs.items():
             if name in self.segment.part.outputs:
@@ -78,6 +80,10 @@ class BandedSizes:
             else:
                 self.heap.drop(block)
         self.outputs = {}
+
+    def again(self, env: dict[str, int]) -> None:
+        """The outputs once more, for a backward."""
+        self.forward(env)
 
     def hold(self, env: Mapping[str, int]) -> None:
         """Inputs live on until backward."""

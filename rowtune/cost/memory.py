@@ -117,17 +117,21 @@ class _Step:
             self.heap.drop(self.env.pop(name))
         return held
 
-    def _parts(self, segment: SegmentProgram, keep: bool) -> list[BandedSizes]:
+    def _parts(self, segment: SegmentProgram, keep: bool) -> list[BandedSizes | PassesSizes]:
         """All parts in forward; with `keep`, what they read is kept and the last is not run."""
-        left = []
+        left: list[BandedSizes | PassesSizes] = []
         for inner, dead in zip(segment.inner, segment.dead, strict=True):
-            sizes = BandedSizes(self.heap, self.graph, self.profiles, inner)
+            kind = PassesSizes if inner.passes else BandedSizes
+            sizes = kind(self.heap, self.graph, self.profiles, inner)
             if keep:
                 sizes.hold(self.env)
             left.append(sizes)
             if keep and inner is segment.inner[-1]:
                 break
-            sizes.forward(self.env)
+            if keep:
+                sizes.again(self.env)
+            else:
+                sizes.forward(self.env)
             for name in dead:
                 if name in self.env and name not in segment.part.inputs:
                     self.heap.drop(self.env.pop(name))

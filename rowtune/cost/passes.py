@@ -27,7 +27,6 @@ class PassesSizes:
         self.profiles = {**profiles, **twins}
         self.done = False
         self.known: dict[str, int] = {}
-        self.posts: list[PostSizes] = []
         self.held: list[int] = []
         self.weight_grads: dict[str, int] = {}
         self.input_grads: dict[str, int] = {}
@@ -38,9 +37,18 @@ class PassesSizes:
             sizes = BandedSizes(self.heap, self.graph, self.profiles, one)
             sizes.forward(made)
             self.known |= made
-            self.posts.append(sizes.post)
         for name in self.segment.part.outputs:
             env[name] = self.known.pop(name)
+
+    def again(self, env: dict[str, int]) -> None:
+        """The last pass once more: the others' reductions are known."""
+        sizes = BandedSizes(self.heap, self.graph, self.profiles, self.passes.forward[-1])
+        made: dict[str, int] = {}
+        sizes.forward(made)
+        for name in self.segment.part.outputs:
+            env[name] = made.pop(name) if name in made else self.heap.new(self.graph.values[name].bytes)
+        for block in made.values():
+            self.heap.drop(block)
 
     def hold(self, env: Mapping[str, int]) -> None:
         self.held = [self.heap.ref(env[n]) for n in self.segment.part.inputs if n in env]
@@ -53,7 +61,11 @@ class PassesSizes:
     def backward(self, outer: Mapping[str, int]) -> None:
         given = {**outer, **dict.fromkeys(self.passes.twins.values(), 0)}
         wanted_by_pass = wanted_in(self.graph, self.passes)
-        for post, one, wanted in zip(reversed(self.posts), self.passes.backward, wanted_by_pass, strict=True):
+        for forward, one, wanted in zip(
+            reversed(self.passes.forward), self.passes.backward, wanted_by_pass, strict=True
+        ):
+            assert forward.banded is not None
+            post = PostSizes(self.heap, self.graph, self.profiles, forward.banded.post)
             post.backward(outer, self.weight_grads)
             sizes = BandedSizes(self.heap, self.passes.twin_graph, self.profiles, one, wanted)
             sizes.backward({n: b for n, b in given.items() if n in one.part.outputs})

@@ -54,6 +54,9 @@ def _segment(graph: Graph, segment: SegmentProgram) -> float:
 
 
 def _forward(graph: Graph, segment: SegmentProgram) -> float:
+    """Once more; several passes know their reductions by then."""
+    if segment.passes is not None:
+        return _forward(graph, segment.passes.forward[-1])
     once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
     if segment.banded is None:
         return sum(once.values())

@@ -49,7 +49,8 @@ def _readers(
     graph: Graph, leaves: list[SegmentProgram], home: dict[str, int], maker: int, total: str
 ) -> set[int]:
     """The segments that read the statistics, if each of them can finish their gradient; else none."""
-    source = graph.nodes[graph.index[total]].inputs[0]
+    node = graph.nodes[graph.index[total]]
+    source, shared = node.inputs[0], node.op == "moments" and bool(node.args[3])
     found = set()
     for c in graph.consumers[total]:
         if c >= len(graph.nodes):
@@ -58,15 +59,15 @@ def _readers(
             continue
         reader = home[graph.nodes[c].name]
         leaf = leaves[reader]
+        if leaf.banded and leaf.banded.single_sweep and shared:  # gradients before those of other processes
+            return set()
         if reader == maker or not (leaf.banded or leaf.passes) or source not in leaf.part.inputs:
             return set()
         found.add(reader)
     return found
 
 
-def _leaf(
-    graph: Graph, leaf: SegmentProgram, finishes: list[Finish], spared: set[str]
-) -> SegmentProgram:
+def _leaf(graph: Graph, leaf: SegmentProgram, finishes: list[Finish], spared: set[str]) -> SegmentProgram:
     leaf = replace(leaf, finishes=tuple(finishes))
     if leaf.banded is None or leaf.banded.single_sweep:
         return leaf

@@ -15,6 +15,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.banded import Scheduler, banded, by_policy
 from rowtune.plan.finish import finished
+from rowtune.plan.narrow import divided
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Program, SegmentProgram
@@ -106,14 +107,28 @@ def _segments(
             f"barriers {decision.barriers} takes halo sweep or recompute"
         )
     if decision.barriers == "passes" and len(parts) > 1:
-        part = stretch(graph, start, stop)
-        return [SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, scheduler))]
-    inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
+        return [_streamed(graph, decision, start, stop, axis, scheduler)]
+    if decision.barriers == "narrow" and len(parts) > 1:
+        inner = tuple(
+            _streamed(graph, decision, a, b, axis, scheduler)
+            if several
+            else _part(graph, decision, a, b, axis, scheduler)
+            for a, b, several in divided(graph, start, stop, axis)
+        )
+    else:
+        inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
     if decision.barriers == "store" or len(parts) == 1:
         return list(inner)
     part = stretch(graph, start, stop)
     inner = tuple(_twice(i) for i in inner)
     return [SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))]
+
+
+def _streamed(
+    graph: Graph, decision: Segment, start: int, stop: int, axis: int, scheduler: Scheduler
+) -> SegmentProgram:
+    part = stretch(graph, start, stop)
+    return SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, scheduler))
 
 
 def _twice(inner: SegmentProgram) -> SegmentProgram:

@@ -65,10 +65,9 @@ class _Divider:
         """Finishes the reductions behind `at` barriers; after the last, the outputs."""
         known = {n for n in self.finished if self.level[n] < at}
         effects = [n.name for n in self.part.nodes if n.effect and self.level[n.name] == at]
-        if at < self.last:
-            outputs = [n for n in self.nodes if n in self.finished and self.level[n] == at]
-        else:
-            outputs = [n for n in self.part.outputs if n not in known]
+        outputs = [n for n in self.nodes if n in self.finished and self.level[n] == at]
+        if at == self.last:  # backward asks for its reductions, read beyond the segment or not
+            outputs += [n for n in self.part.outputs if n not in known and n not in outputs]
         wanted = self._ancestors([*outputs, *effects], known)
         nodes = tuple(node for node in self.part.nodes if node.name in wanted)
         return self._program(self.graph, nodes, tuple(outputs), self.bands, self.images)

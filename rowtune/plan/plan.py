@@ -14,7 +14,7 @@ from rowtune.errors import PlanError
 Policy = Literal["keep", "checkpoint", "rows"]
 Halo = Literal["recompute", "cache", "sweep"]
 Tapes = Literal["split", "whole", "late"]
-Barriers = Literal["store", "recompute", "passes"]
+Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 
 
@@ -31,7 +31,8 @@ class Segment:
                 late: split, and made only when their gradient arrives (least memory, a forward more)
     barriers    where all rows must have passed (a train-mode norm, a global pool) inside a rows segment:
                 store: keep the tensor there; recompute: make it again in backward, from the segment's inputs;
-                passes: never make it, stream the segment once more for each barrier
+                passes: never make it, stream the segment once more for each barrier;
+                narrow: recompute, but passes for tensors that are wider than what they are made from
     band_cols   reserved: rows of a second band axis
     """
 

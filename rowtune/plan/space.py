@@ -30,6 +30,7 @@ ROWS = {
 """Policies of a zone that take rows, and their segments but for names and numbers."""
 BARRIERS = {
     "again": replace(_SEGMENT, barriers="recompute"),
+    "narrow": replace(_SEGMENT, barriers="narrow"),
     "passes": replace(_SEGMENT, barriers="passes"),
 }
 """For networks with barriers: the tensors there made again, or never."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
 from rowtune.runtime.banded import BandedRun
-from rowtune.runtime.gradients import Gradients, add
+from rowtune.runtime.gradients import Gradients, gather
+from rowtune.runtime.passes import PassesRun
 
 
 class AgainRun:
@@ -26,7 +27,7 @@ class AgainRun:
         self.graph, self.segment, self.tensors = graph, segment, tensors
         self.wanted, self.seed = wanted, seed
         self.carriers = _downstream(segment, wanted)
-        self.runs: list[BandedRun] = []
+        self.runs: list[BandedRun | PassesRun] = []
 
     def recall(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -37,9 +38,9 @@ class AgainRun:
     def forward(self) -> dict[str, Tensor]:
         env = dict(self.tensors)
         for one, dead in zip(self.segment.inner, self.segment.dead, strict=True):
-            run = BandedRun(self.graph, one, _given(one, env), self.carriers, self.seed)
+            kind = PassesRun if one.passes else BandedRun
+            run = kind(self.graph, one, _given(one, env), self.carriers, self.seed)
             env |= run.forward()
-            run.first_time = False
             run.forget()
             self.runs.append(run)
             for name in dead:
@@ -56,9 +57,9 @@ class AgainRun:
             made = run.backward({o: pending.pop(o) for o in one.part.outputs if o in pending})
             run.forget()
             for name, g in made.inputs.items():
-                add(total.inputs if name in self.segment.part.inputs else pending, name, g)
+                gather(total.inputs if name in self.segment.part.inputs else pending, name, g)
             for name, g in made.weights.items():
-                add(total.weights, name, g)
+                gather(total.weights, name, g)
             made.inputs.clear()
         return total
 
@@ -71,7 +72,7 @@ class AgainRun:
             if run is self.runs[-1]:
                 break
             run.recall(found[-1])
-            env |= run.forward()
+            env |= run.again()
             run.forget()
             for name in dead:
                 env.pop(name, None)

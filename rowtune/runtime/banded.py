@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
-from rowtune.runtime.gradients import Gradients, add, finish
+from rowtune.runtime.gradients import Gradients, InputGradients, add, finish
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
@@ -99,6 +100,11 @@ class BandedRun:
             self._steps(self.program.forward)
         return self._finish()
 
+    def again(self) -> dict[str, Tensor]:
+        """The same for a backward: no buffer changes this time."""
+        self.first_time = False
+        return self.forward()
+
     def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]:
         """Loss, outputs and gradients for `scale` times the loss, in one pass."""
         self.sums.unit(self.segment.part.nodes[-1].name, scale)
@@ -106,6 +112,7 @@ class BandedRun:
         for images in self.program.image_ranges:
             self._images(images)
             self._steps(self.program.backward)
+        self._complete()
         return self._finish(), self.gradients
 
     def _finish(self) -> dict[str, Tensor]:
@@ -127,16 +134,22 @@ class BandedRun:
                 self.stash = self.stashes[i]
                 self.stashes[i] = {}
             self._steps(self.program.backward)
-        for name, g in beyond.items():
+        self._complete(beyond)
+        return self.gradients
+
+    def _complete(self, beyond: Mapping[str, Tensor] | None = None) -> None:
+        """All tapes have run."""
+        self.arriving.finish()
+        for name, g in (beyond or {}).items():
             add(self.gradients.weights if name in self.whole else self.gradients.inputs, name, g)
         finish(self.graph, self.segment, self.tensors, self.gradients, self.wanted)
-        return self.gradients
 
     # -- steps ---------------------------------------------------------------------------------------------
 
     def _begin(self, grads: Mapping[str, Tensor], collect: bool) -> None:
         self.outer, self.collect = grads, collect
         self.gradients = Gradients({}, {})
+        self.arriving = InputGradients(self.gradients.inputs, len(self.program.image_ranges) > 1)
         self.carriers = self._carriers()
         self.evaluator.totals = self.sums.totals
         self.leaves = {
@@ -261,16 +274,6 @@ class BandedRun:
             return self.evaluator.empty(name, self.images), False
         return self.lines.get(name, rows)
 
-    def _part(self, name: str, full: Tensor, rows: Rows) -> Tensor:
-        """The rows and images at work, of a whole tensor."""
-        dim = self.dims[name]
-        if dim is not None and rows.size != full.shape[dim]:
-            full = full.narrow(dim, rows.lo, rows.size)
-        at = self.program.images.dims[name]
-        if at is not None and self.images != ALL_IMAGES and at != dim:
-            full = full.narrow(at, self.images.lo, self.images.size)
-        return full
-
     # -- tapes ---------------------------------------------------------------------------------------------
 
     def _back(self, number: int) -> None:
@@ -329,12 +332,18 @@ class BandedRun:
                 self.shares.add(name, rows, g, owned)
 
     def _add_input(self, name: str, rows: Rows, g: Tensor, owned: bool) -> None:
-        total = self.gradients.inputs.get(name)
-        if total is None:
-            full = self.tensors[name]
-            if owned and g.shape == full.shape and g.dtype == grad_dtype(g.dtype):
-                self.gradients.inputs[name] = g
-                return
-            total = torch.zeros_like(full, dtype=g.dtype)
-            self.gradients.inputs[name] = total
-        self._part(name, total, rows).add_(g)
+        full = self.tensors[name]
+        if owned and g.shape == full.shape and g.dtype == grad_dtype(g.dtype):
+            self.arriving.whole(name, g, self.dims[name])
+        else:
+            self.arriving.add(name, full, self.dims[name], rows, g, partial(self._part, name))
+
+    def _part(self, name: str, full: Tensor, rows: Rows) -> Tensor:
+        """The rows and images at work, of a whole tensor."""
+        dim = self.dims[name]
+        if dim is not None and rows.size != full.shape[dim]:
+            full = full.narrow(dim, rows.lo, rows.size)
+        at = self.program.images.dims[name]
+        if at is not None and self.images != ALL_IMAGES and at != dim:
+            full = full.narrow(at, self.images.lo, self.images.size)
+        return full

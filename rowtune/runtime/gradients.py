@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from rowtune.graph.graph import Graph
 from rowtune.graph.moments import add_processes
 from rowtune.plan.program import SegmentProgram
+from rowtune.rows import Rows
 from rowtune.runtime.evaluate import grad_dtype
+
+Part = Callable[[Tensor, Rows], Tensor]
 
 
 @dataclass
@@ -25,6 +28,72 @@ class Gradients:
 def add(sums: dict[str, Tensor], name: str, grad: Tensor) -> None:
     """One more gradient of a value."""
     sums[name] = sums[name] + grad if name in sums else grad
+
+
+def gather(sums: dict[str, Tensor], name: str, grad: Tensor) -> None:
+    """One more gradient of a value, in memory that nobody else looks at."""
+    if name in sums:
+        grad.add_(sums[name])
+    sums[name] = grad
+
+
+class InputGradients:
+    """Gradients of segment inputs, row by row: rows that come first are written and rows that come again are
+    added to, so that no zeros are written for others to take their place.
+
+    Args:
+        sums: the gradients by name.
+        split: images come a few at a time, so that rows come again.
+    """
+
+    def __init__(self, sums: dict[str, Tensor], split: bool) -> None:
+        self.sums, self.split = sums, split
+        self.filled: dict[str, Rows] = {}
+        self.dims: dict[str, int | None] = {}
+
+    def whole(self, name: str, grad: Tensor, dim: int | None) -> None:
+        """A gradient of all rows, in memory that nobody else looks at."""
+        self._blank(name)
+        gather(self.sums, name, grad)
+        self.dims[name] = dim
+        self.filled[name] = Rows(0, 1 if dim is None else grad.shape[dim])
+
+    def add(self, name: str, like: Tensor, dim: int | None, rows: Rows, grad: Tensor, part: Part) -> None:
+        """Rows `rows` of the gradient of a tensor `like`; `part` takes those of the images at work."""
+        if name not in self.sums:
+            blank = torch.zeros_like if self.split or dim is None else torch.empty_like
+            self.sums[name], self.dims[name] = blank(like, dtype=grad.dtype), dim
+            self.filled[name] = Rows(rows.lo, rows.lo)
+            if dim is None or self.split:
+                self.filled[name] = Rows(0, 1 if dim is None else like.shape[dim])
+        total, have = self.sums[name], self.filled[name]
+        if dim is None:
+            part(total, rows).add_(grad)
+            return
+        for gap in (Rows(rows.hi, have.lo), Rows(have.hi, rows.lo)):  # rows between that have not come yet
+            if gap.size > 0:
+                part(total, gap).zero_()
+        above, below = Rows(rows.lo, min(rows.hi, have.lo)), Rows(max(rows.lo, have.hi), rows.hi)
+        for new in (above, below):
+            if new.size > 0:
+                part(total, new).copy_(grad.narrow(dim, new.lo - rows.lo, new.size))
+        again = Rows(max(rows.lo, have.lo), min(rows.hi, have.hi))
+        if again.size > 0:
+            part(total, again).add_(grad.narrow(dim, again.lo - rows.lo, again.size))
+        self.filled[name] = Rows(min(rows.lo, have.lo), max(rows.hi, have.hi))
+
+    def finish(self) -> None:
+        """Rows that never came have no gradient."""
+        for name in self.filled:
+            self._blank(name)
+
+    def _blank(self, name: str) -> None:
+        dim = self.dims.get(name)
+        if dim is not None:
+            have, total = self.filled[name], self.sums[name]
+            total.narrow(dim, 0, have.lo).zero_()
+            total.narrow(dim, have.hi, total.shape[dim] - have.hi).zero_()
+            self.filled[name] = Rows(0, total.shape[dim])
 
 
 def finish(

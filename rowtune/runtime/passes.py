@@ -9,7 +9,7 @@ from torch import Tensor
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
 from rowtune.runtime.banded import BandedRun
-from rowtune.runtime.gradients import Gradients, add, finish
+from rowtune.runtime.gradients import Gradients, add, finish, gather
 
 
 class PassesRun:
@@ -41,7 +41,7 @@ class PassesRun:
 
     def again(self) -> dict[str, Tensor]:
         """The outputs once more: the last pass, with the reductions that the others finished."""
-        made = self.runs[-1].forward()
+        made = self.runs[-1].again()
         return {o: made[o] if o in made else self.known[o] for o in self.segment.part.outputs}
 
     def forward(self) -> dict[str, Tensor]:
@@ -64,9 +64,9 @@ class PassesRun:
             one = self.program.backward[len(self.program.levels) - 1 - at]
             found = self._pass(one, at, outer, seeds)
             for name, g in found.inputs.items():
-                add(pending if name in self._finished else total.inputs, name, g)
+                gather(pending if name in self._finished else total.inputs, name, g)
             for name, g in found.weights.items():
-                add(total.weights, name, g)
+                gather(total.weights, name, g)
         finish(self.graph, self.segment, self.tensors, total, self.wanted)
         return total
 
