@@ -119,6 +119,12 @@ CHECKPOINT = Segment("", "", "checkpoint")
 PAIRS_OF_RESNET = ("layer1.0", "layer1.2", "layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5")
 BLOCKS_OF_RESNET = [f"layer{i}.{j}" for i, depth in ((1, 3), (2, 4), (3, 6), (4, 3)) for j in range(depth)]
 
+
+def narrow_by_bands(*bands: int) -> list[tuple[str, Segment]]:
+    """The first pairs of blocks, where tensors are largest."""
+    return [(name, narrow(band)) for name, band in zip(PAIRS_OF_RESNET[: len(bands)], bands, strict=True)]
+
+
 CASES = (
     Case(
         "per_pixel 8x32ch, 1x3x1024x1024, single sweep", "per_pixel", {}, (1, 3, 1024, 1024), "cross_entropy",
@@ -157,7 +163,7 @@ CASES = (
                 *((name, again(64)) for name in PAIRS_OF_RESNET), ("", CHECKPOINT)
             ),
             "rowtune narrow, two blocks at a time": stages(
-                *((name, narrow(band)) for name, band in zip(PAIRS_OF_RESNET[:4], (64, 32, 16, 32))),
+                *narrow_by_bands(64, 32, 16, 32),
                 *((name, again(64)) for name in PAIRS_OF_RESNET[4:]), ("", CHECKPOINT)
             ),
         },
@@ -181,7 +187,7 @@ CASES = (
                 *((name, again(28)) for name in PAIRS_OF_RESNET), ("", CHECKPOINT)
             ),
             "rowtune narrow, two blocks at a time": stages(
-                *((name, narrow(band)) for name, band in zip(PAIRS_OF_RESNET[:4], (14, 7, 4, 7))),
+                *narrow_by_bands(14, 7, 4, 7),
                 *((name, again(14)) for name in PAIRS_OF_RESNET[4:]), ("", CHECKPOINT)
             ),
         },

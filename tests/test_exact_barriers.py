@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_exact_zoo import NETS
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rowtune
 from rowtune.errors import PlanError
@@ -20,6 +21,8 @@ from rowtune.graph.cuts import barrier_parts, opaque_nodes
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.moments import merge, moments, normalise
 from rowtune.graph.training import synthetic_target
+from rowtune.plan.narrow import divided
+from rowtune.plan.plan import Plan, Segment
 from rowtune.zoo import build
 
 WAYS = ("store", "recompute", "narrow", "passes")
@@ -211,6 +214,62 @@ def test_weights_computed_from_parameters(way):
     for band, images in ((2, 0), (5, 1)):
         plan = rowtune.uniform_plan(graph, "rows", band, barriers=way, images=images)
         assert error(run(net, x, plan), plain) < TOLERANCE
+
+
+def test_backward_finishes_statistics_where_they_are_read():
+    """And computes no convolution again whose values nobody reads, in any schedule."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 3, 2, 1),
+    ).double()  # fmt: skip
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    for halo, tapes in (("recompute", "split"), ("cache", "split"), ("sweep", "split"), ("sweep", "late")):
+        plan = rowtune.uniform_plan(graph, "rows", 2, halo, tapes=tapes)
+        first, second, third = rowtune.lower(graph, plan).segments
+        assert [len(s.banded.spared) for s in (first, second, third)] == [1, 1, 0]
+        assert [len(s.finishes) for s in (first, second, third)] == [0, 1, 1]
+        assert [len(s.banded.unread) for s in (first, second, third)] == [1, 1, 1]
+        assert error(run(net, x, plan), plain) < TOLERANCE
+        in_one_band = rowtune.uniform_plan(graph, "rows", 18, halo, tapes=tapes)
+        twin = copy.deepcopy(net)
+        assert operations(rowtune.apply(twin, in_one_band), x) == operations(twin, x)
+
+
+def operations(module: nn.Module, x: Tensor) -> int:
+    """Multiply-adds of one step's convolutions, forward and backward."""
+    module(x)  # traced
+    with FlopCounterMode(display=False) as counter:
+        module(x).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["amax", "gate"])
+def test_passes_that_end_in_a_reduction(kind):
+    """A gate finished by the last pass, and read beyond the segment."""
+    net = Net(["group norm", kind], 1).double()
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    at = max(i for i, n in enumerate(graph.nodes) if n.op == "mul")
+    last = graph.nodes[at - 1].name
+    for way in WAYS[1:]:
+        first = Segment(graph.nodes[0].name, last, "rows", 2, barriers=way)
+        rest = Segment(graph.nodes[at].name, graph.nodes[-1].name)
+        assert error(run(net, x, Plan((first, rest))), plain) < TOLERANCE
+
+
+def test_narrow_barriers_divide_a_bottleneck():
+    """Parts end where tensors are narrow; the wide ones behind a block's last convolution are passed."""
+    model = rowtune.zoo.resnet50(width=8, depths=(2, 1, 1, 1), classes=3)
+    with torch.device("meta"):
+        graph = rowtune.trace(model, (torch.empty(1, 3, 64, 64),))
+    block = [i for i, n in enumerate(graph.nodes) if n.module.startswith("layer1.1")]
+    parts = divided(graph, block[0], block[-1] + 1, 2)
+    assert [p.passes for p in parts] == [False, False, True]
+    kept = [graph.nodes[p.stop - 1].name for p in parts]
+    channels = [graph.values[n.name].shape[1] for p in parts[:2] for n in graph.nodes[p.start : p.stop]
+                if n.op == "conv2d"]  # fmt: skip
+    assert channels == [8, 8] and kept[-1] == graph.nodes[block[-1]].name
 
 
 def test_two_forwards_before_one_backward():

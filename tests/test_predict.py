@@ -129,6 +129,21 @@ def test_rows_everywhere(name, halo):
     assert activations < 0.05
 
 
+@pytest.mark.parametrize("name", ["resnet50", "unet_bn"])
+@pytest.mark.parametrize("way", ["store", "recompute", "narrow", "passes"])
+def test_barriers(name, way):
+    found = {}
+    for halo in ("recompute", "sweep"):
+        plan = rowtune.uniform_plan(bench(name).training, "rows", 16, halo, barriers=way)  # type: ignore[arg-type]
+        found[halo] = bench(name).predict(plan).activation_bytes
+        peak, activations = bench(name).errors(plan)
+        assert peak < 0.02
+        assert activations < 0.02
+    stored = rowtune.uniform_plan(bench(name).training, "rows", 16, "recompute", barriers="store")
+    if way == "narrow":
+        assert found["recompute"] < 0.85 * bench(name).predict(stored).activation_bytes
+
+
 @pytest.mark.parametrize("name", ["edsr", "unet_bn"])
 def test_checkpoint(name):
     knobs = bench(name).space

@@ -54,8 +54,7 @@ class _Unvalued(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Tensor:
         ctx.how, ctx.bias_sizes = how, None if bias is None else [*bias.shape]
         ctx.save_for_backward(x, weight)
-        shape = torch.ops.aten.convolution(x.to("meta"), weight.to("meta"), None, *how).shape
-        return x.new_zeros(()).expand(shape)
+        return x.new_zeros(()).expand(_shape(x, weight, *how))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,3 +62,25 @@ class _Unvalued(torch.autograd.Function):
         asked = [*ctx.needs_input_grad[:3]]
         found = torch.ops.aten.convolution_backward(grad, x, weight, ctx.bias_sizes, *ctx.how, asked)
         return (*(g if want else None for g, want in zip(found, asked, strict=True)), None)
+
+
+def _shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> list[int]:
+    sizes = []
+    axes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True)
+    for size, kernel, step, pad, spread, more in axes:
+        extent = spread * (kernel - 1) + 1
+        sizes.append(
+            (size - 1) * step - 2 * pad + extent + more
+            if transposed
+            else (size + 2 * pad - extent) // step + 1
+        )
+    return [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0], *sizes]

@@ -33,7 +33,7 @@ BARRIERS = {
     "narrow": replace(_SEGMENT, barriers="narrow"),
     "passes": replace(_SEGMENT, barriers="passes"),
 }
-"""For networks with barriers: the tensors there made again, or never."""
+"""For networks with barriers: the tensors there made again, or never, or the wide ones never."""
 ROWS |= {f"rows/sweep/{name}": segment for name, segment in BARRIERS.items()}
 BANDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 CUTS = 16
@@ -157,13 +157,14 @@ class PlanSpace:
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
         for band, tapes in ((32, "split"), (8, "split"), (16, "late"), (128, "split"), (32, "late")):
             found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
-        again, passes = "rows/sweep/again", "rows/sweep/passes"
+        again, narrow, passes = (f"rows/sweep/{name}" for name in BARRIERS)
         if again in self._choices["back"]:
             for band, tapes in ((16, "split"), (32, "late")):
-                for policy in (again, passes):
+                for policy in (again, narrow, passes):
                     found.append(self._guess(0, 0, "keep", "keep", policy, band) | {"tapes": tapes})
             half, most = self._front(0.5), self._front(0.2)
             found.append(self._guess(half, most, passes, again, "checkpoint", 16))
+            found.append(self._guess(half, most, narrow, again, "checkpoint", 32))
             found.append(self._guess(half, half, again, "keep", "checkpoint", 16))
             found.append(self._guess(half, half, "rows/sweep", "keep", "checkpoint", 16))
         if "images" in self._choices["back"]:
