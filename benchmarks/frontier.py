@@ -116,6 +116,7 @@ def passed(band: int, tapes: str = "split") -> Segment:
 
 
 CHECKPOINT = Segment("", "", "checkpoint")
+KEEP = Segment("", "", "keep")
 PAIRS_OF_RESNET = ("layer1.0", "layer1.2", "layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5")
 BLOCKS_OF_RESNET = [f"layer{i}.{j}" for i, depth in ((1, 3), (2, 4), (3, 6), (4, 3)) for j in range(depth)]
 
@@ -160,11 +161,11 @@ CASES = (
         {
             "rowtune store 32": barred(32, "store", "recompute"),
             "rowtune again 64, two blocks at a time": stages(
-                *((name, again(64)) for name in PAIRS_OF_RESNET), ("", CHECKPOINT)
+                *((name, again(64)) for name in PAIRS_OF_RESNET), ("", KEEP)
             ),
             "rowtune narrow, two blocks at a time": stages(
                 *narrow_by_bands(64, 32, 16, 32),
-                *((name, again(64)) for name in PAIRS_OF_RESNET[4:]), ("", CHECKPOINT)
+                *((name, again(64)) for name in PAIRS_OF_RESNET[4:]), ("", KEEP)
             ),
         },
         compiled=False,
@@ -184,11 +185,11 @@ CASES = (
         {
             "rowtune store 28": barred(28, "store", "recompute"),
             "rowtune again 28, two blocks at a time": stages(
-                *((name, again(28)) for name in PAIRS_OF_RESNET), ("", CHECKPOINT)
+                *((name, again(28)) for name in PAIRS_OF_RESNET), ("", KEEP)
             ),
             "rowtune narrow, two blocks at a time": stages(
                 *narrow_by_bands(14, 7, 4, 7),
-                *((name, again(14)) for name in PAIRS_OF_RESNET[4:]), ("", CHECKPOINT)
+                *((name, again(14)) for name in PAIRS_OF_RESNET[4:]), ("", KEEP)
             ),
         },
         compiled=False,

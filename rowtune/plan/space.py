@@ -29,14 +29,17 @@ ROWS = {
 }
 """Policies of a zone that take rows, and their segments but for names and numbers."""
 BARRIERS = {
-    "again": replace(_SEGMENT, barriers="recompute"),
-    "narrow": replace(_SEGMENT, barriers="narrow"),
-    "passes": replace(_SEGMENT, barriers="passes"),
+    "rows/again": replace(_SEGMENT, halo="recompute", barriers="recompute"),
+    "rows/narrow": replace(_SEGMENT, halo="recompute", barriers="narrow"),
+    "rows/passes": replace(_SEGMENT, barriers="passes"),
 }
-"""For networks with barriers: the tensors there made again, or never, or the wide ones never."""
-ROWS |= {f"rows/sweep/{name}": segment for name, segment in BARRIERS.items()}
+"""For networks with barriers: the tensors there made again, or never, or the wide ones never. From one
+barrier to the next the halo is small."""
+ROWS |= BARRIERS
 BANDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-CUTS = 16
+CUTS = 20
+REGIONS = (1, 2, 3, 4)
+"""Stretches between cuts that are recomputed together."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +67,30 @@ class PlanSpace:
 
     def _zone(self, values: Mapping[str, str | int], zone: str, start: int, stop: int) -> list[Segment]:
         policy, images = str(values[zone]), int(values.get("images", 0))
+        every = int(values["regions"])
         if policy == "keep":
             return [self._segment(start, stop, "keep")]
         if policy == "checkpoint":
-            return [self._checkpoint(a, b, images) for a, b in self._regions(start, stop)]
+            return [self._checkpoint(a, b, images) for a, b in self._regions(start, stop, every)]
         if policy == "images":  # micro-batches: bands of images alone
             rows = Segment("", "", "rows", 0, "sweep", images or 1, "whole")
-            return self._rows(start, stop, 0, rows)
+            return self._rows(start, stop, 0, rows, every)
         rows = replace(
             ROWS[policy],
             band_rows=int(values[f"{zone}_band"]),
             images=images,
             tapes=values.get("tapes", "split"),  # type: ignore[arg-type]
         )
-        return self._rows(start, stop, self.axis, rows)
+        return self._rows(start, stop, self.axis, rows, every)
 
-    def _rows(self, start: int, stop: int, axis: int, rows: Segment) -> list[Segment]:
+    def _rows(self, start: int, stop: int, axis: int, rows: Segment, every: int) -> list[Segment]:
         """`rows` on every stretch that can be banded, in regions where its barriers are not stored."""
         made: list[Segment] = []
         at = start
         for a, b in self._bandable(start, stop, axis):
             if a > at:
                 made.append(self._segment(at, a, "keep"))
-            regions = [(a, b)] if rows.barriers == "store" else self._regions(a, b)
+            regions = [(a, b)] if rows.barriers == "store" else self._regions(a, b, every)
             for lo, hi in regions:
                 if why_not(self.graph, lo, hi, axis):  # a region of the loss alone, say
                     made.append(self._segment(lo, hi, "keep"))
@@ -109,9 +113,10 @@ class PlanSpace:
     def _name(self, position: int) -> str:
         return self.graph.nodes[position].name
 
-    def _regions(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Parts of a zone that are recomputed each on its own."""
-        return list(pairwise([start, *(c for c in self.cuts if start < c < stop), stop]))
+    def _regions(self, start: int, stop: int, every: int) -> list[tuple[int, int]]:
+        """Parts of a zone that are recomputed each on its own: from every so many cuts to the next."""
+        inside = [c for c in self.cuts if start < c < stop]
+        return list(pairwise([start, *inside[every - 1 :: every], stop]))
 
     def _bandable(self, start: int, stop: int, axis: int) -> list[tuple[int, int]]:
         """Runs of a zone that can be rows segments and are worth it (more than one node)."""
@@ -157,14 +162,15 @@ class PlanSpace:
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
         for band, tapes in ((32, "split"), (8, "split"), (16, "late"), (128, "split"), (32, "late")):
             found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
-        again, narrow, passes = (f"rows/sweep/{name}" for name in BARRIERS)
+        again, narrow, passes = BARRIERS
         if again in self._choices["back"]:
             for band, tapes in ((16, "split"), (32, "late")):
                 for policy in (again, narrow, passes):
                     found.append(self._guess(0, 0, "keep", "keep", policy, band) | {"tapes": tapes})
             half, most = self._front(0.5), self._front(0.2)
             found.append(self._guess(half, most, passes, again, "checkpoint", 16))
-            found.append(self._guess(half, most, narrow, again, "checkpoint", 32))
+            for rest in ("keep", "checkpoint"):
+                found.append(self._guess(half, most, narrow, again, rest, 32) | {"regions": 2})
             found.append(self._guess(half, half, again, "keep", "checkpoint", 16))
             found.append(self._guess(half, half, "rows/sweep", "keep", "checkpoint", 16))
         if "images" in self._choices["back"]:
@@ -228,7 +234,7 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
         policies.append("images")
     knobs += [Knob(zone, tuple(policies)) for zone in ZONES]
     knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
-    knobs += [Knob("tapes", ("split", "late", "whole"))]
+    knobs += [Knob("tapes", ("split", "late", "whole")), Knob("regions", REGIONS)]
     if len(images) > 1:
         knobs.append(Knob("images", images))
     return PlanSpace(graph, axis, cuts, tuple(knobs))
@@ -245,18 +251,38 @@ def is_split(graph: Graph, start: int, stop: int, axis: int) -> bool:
 
 def candidate_cuts(graph: Graph, most: int) -> tuple[int, ...]:
     """At most `most` places for a segment to end: the network in as many parts of equal bytes, and in each
-    part the legal cut that the fewest bytes cross."""
+    part the legal cut that the fewest bytes cross. Where blocks are joined by narrow places (the ends of
+    residual blocks), only there."""
     crossing = crossing_bytes(graph)
     sizes = [graph.values[node.name].bytes for node in graph.nodes]
     total, so_far = max(sum(sizes), 1), 0
-    best: dict[int, tuple[int, int]] = {}
+    legal = [p for p in range(1, len(graph.nodes)) if legal_cut(graph, p)]
+    narrow = _valleys(crossing, legal)
+    allowed = set(narrow if len(narrow) >= most // 2 else legal)
+    best: dict[int, tuple[bool, int, int]] = {}
     for position in range(1, len(graph.nodes)):
         so_far += sizes[position - 1]
         part = min(so_far * most // total, most - 1)
-        if legal_cut(graph, position):
-            here = (crossing[position], -position)
+        if position in allowed:
+            here = (position not in narrow, crossing[position], -position)
             best[part] = min(best.get(part, here), here)
-    return tuple(sorted(-position for _, position in best.values()))
+    return tuple(sorted(-position for _, _, position in best.values()))
+
+
+def _valleys(crossing: list[int], legal: list[int]) -> list[int]:
+    """Positions that fewer bytes cross than some before and some behind; a tenth is no difference."""
+    found = []
+    peak = low = crossing[legal[0]] if legal else 0
+    at = 0
+    for position in legal:
+        here = crossing[position]
+        if here <= low:
+            low, at = here, position
+        elif here > 1.1 * low:
+            if peak > 1.1 * low:
+                found.append(at)
+            peak, low, at = here, here, position
+    return found
 
 
 def crossing_bytes(graph: Graph) -> list[int]:
