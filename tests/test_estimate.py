@@ -74,15 +74,9 @@ def test_random_plans(name, rows):
     knobs, rng = space(graph), random.Random(rows)
     plans = [knobs.plan({k.name: rng.choice(k.choices) for k in knobs.knobs}) for _ in range(12)]
     assert any(shortened(graph, plan) for plan in plans)
-    exact = 0
     for plan in plans:
         for slots in (0, 2):
-            ours, full = estimate(graph, plan, slots), predict(lower(graph, plan), slots)
-            exact += (ours.peak_bytes, ours.activation_bytes) == (full.peak_bytes, full.activation_bytes)
-            # A cache segment in mid-network may be off by the boundary rows of one band (LOG.md, 2026-11-21).
-            assert ours.peak_bytes == pytest.approx(full.peak_bytes, rel=0.005)
-            assert ours.seconds == pytest.approx(full.seconds)
-    assert exact >= 20
+            assert_same(estimate(graph, plan, slots), predict(lower(graph, plan), slots))
 
 
 @pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])

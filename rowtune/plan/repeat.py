@@ -112,11 +112,18 @@ class _State(NamedTuple):
 def _period(made: Schedule, steps: list[Step], top: str, shift: dict[str, int]) -> tuple[int, int] | None:
     """Positions of two steps between which every group makes (and in a sweep gives back) one period."""
     states = _states(made, steps, top)
-    for row in reversed(states):
-        early, late = states.get(row - shift[top]), states[row]
-        if early is not None and _alike(made, early, late, _moved(shift)):
-            return early.at, late.at
-    return None
+    moved = _moved(shift)
+    alike = (
+        (early.at, late.at)
+        for row, late in reversed(states.items())
+        if (early := states.get(row - shift[top])) is not None and _alike(made, early, late, moved)
+    )
+    if not any(type(step) is Stash for step in steps):
+        return next(alike, None)
+    # One from the middle: stashes that are left out stay alive while the bands below go back, and line buffers
+    # hold rows of earlier pieces than the last.
+    found = list(alike)
+    return found[len(found) // 2] if found else None
 
 
 def _states(made: Schedule, steps: list[Step], top: str) -> dict[int, _State]:
