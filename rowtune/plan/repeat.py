@@ -120,8 +120,8 @@ def _period(made: Schedule, steps: list[Step], top: str, shift: dict[str, int]) 
     )
     if not any(type(step) is Stash for step in steps):
         return next(alike, None)
-    # One from the middle: stashes that are left out stay alive while the bands below go back, and line buffers
-    # hold rows of earlier pieces than the last.
+    # One from the middle: stashes that are left out stay alive while the bands below go back, and line
+    # buffers hold rows of earlier pieces than the last.
     found = list(alike)
     return found[len(found) // 2] if found else None
 
