@@ -272,6 +272,32 @@ def test_narrow_barriers_divide_a_bottleneck():
     assert channels == [8, 8] and kept[-1] == graph.nodes[block[-1]].name
 
 
+class Summed(nn.Module):
+    """A gate from three pools at once, the first of which gates on its own as well: one gradient for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y0 = self.convs[0](x)
+        r = y0.mean((2, 3), keepdim=True)
+        y1 = self.convs[1](y0 * torch.sigmoid(r))
+        p = y1.mean((2, 3), keepdim=True)
+        y2 = self.convs[2](y1 * torch.sigmoid(p))
+        q = y2.mean((2, 3), keepdim=True)
+        return y2 * torch.sigmoid(q + p + r) * p * r
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_gradient_for_several_pools(way):
+    net = Summed().double()
+    x = torch.randn(1, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    plan = rowtune.uniform_plan(graph, "rows", 3, barriers=way)
+    assert error(run(net, x, plan), plain) < TOLERANCE
+
+
 def test_two_forwards_before_one_backward():
     torch.manual_seed(0)
     net = Net(["batch norm"], 1).double()

@@ -22,7 +22,7 @@ from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
-from rowtune.runtime.gradients import Gradients, InputGradients, add, finish
+from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.weights import WeightSums
@@ -140,7 +140,8 @@ class BandedRun:
     def _complete(self, beyond: Mapping[str, Tensor] | None = None) -> None:
         """All tapes have run."""
         self.arriving.finish()
-        for name, g in (beyond or {}).items():
+        alone = apart(beyond or {}, (*self.outer.values(), *self.sums.gradients.values()))
+        for name, g in alone.items():
             add(self.gradients.weights if name in self.whole else self.gradients.inputs, name, g)
         finish(self.graph, self.segment, self.tensors, self.gradients, self.wanted)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,17 @@ def gather(sums: dict[str, Tensor], name: str, grad: Tensor) -> None:
     if name in sums:
         grad.add_(sums[name])
     sums[name] = grad
+
+
+def apart(grads: Mapping[str, Tensor], others: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The gradients, each in memory of its own: an addition hands one gradient to all its inputs."""
+    seen = {g.untyped_storage().data_ptr() for g in others}
+    found = {}
+    for name, g in grads.items():
+        at = g.untyped_storage().data_ptr()
+        found[name] = g.clone() if at in seen or 0 in g.stride() else g
+        seen.add(at)
+    return found
 
 
 class InputGradients:

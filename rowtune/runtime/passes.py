@@ -9,7 +9,7 @@ from torch import Tensor
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
 from rowtune.runtime.banded import BandedRun
-from rowtune.runtime.gradients import Gradients, add, finish, gather
+from rowtune.runtime.gradients import Gradients, add, apart, finish, gather
 
 
 class PassesRun:
@@ -85,7 +85,7 @@ class PassesRun:
         sums = self.runs[at].sums
         made = {n: pending[n] for n in self.program.levels[at] if n in pending}
         beyond = sums.backward(made, self.wanted | self._finished)
-        for name, g in beyond.items():
+        for name, g in apart(beyond, (*pending.values(), *sums.gradients.values())).items():
             own = total.inputs if name in self.segment.part.inputs else total.weights
             add(pending if name in self._finished else own, name, g)
         seeds |= {self.program.twins[n]: g for n, g in sums.gradients.items()}
