@@ -30,7 +30,11 @@ NETS: dict[str, dict[str, Any]] = {
     "unet": {"base": 8, "depth": 3},
     "vgg16_features": {"width": 8},
 }
-WAYS = [("recompute", "split"), ("cache", "split"), *(("sweep", t) for t in ("split", "whole", "late"))]
+WAYS = [
+    ("recompute", "split"),
+    ("cache", "split"),
+    *(("sweep", t) for t in ("split", "whole", "late", "replay")),
+]
 
 
 def training_graph(model: nn.Module, *shape: int) -> Graph:

@@ -141,7 +141,7 @@ def test_random_networks(names, stride, batch, height, width, seed, data):
     assert len(barrier_parts(graph, 0, len(graph.nodes), 2)) > 1
     for way in WAYS:
         halo = data.draw(st.sampled_from(["sweep", "recompute"] + ["cache"] * (way == "store")))
-        tapes = data.draw(st.sampled_from(["split", "whole", "late"]))
+        tapes = data.draw(st.sampled_from(["split", "whole", "late", "replay"]))
         images = data.draw(st.integers(0, 1)) if "running instance norm" not in names else 0
         band = data.draw(st.integers(1, height))
         axis = data.draw(st.sampled_from([2, 2, 3]))

@@ -51,7 +51,7 @@ def segments(draw: Any, graph: Graph) -> tuple[Segment, ...]:
             continue
         images = 0 if why_not(graph, a, b, 0) else draw(st.integers(0, 1))
         halo = draw(st.sampled_from(["recompute", "cache", "sweep"]))
-        tapes = draw(st.sampled_from(["split", "whole", "late"]))
+        tapes = draw(st.sampled_from(["split", "whole", "late", "replay"]))
         made.append(Segment(first, last, "rows", draw(st.integers(1, 9)), halo, images, tapes))
     return tuple(made)
 

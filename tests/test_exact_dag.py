@@ -49,7 +49,7 @@ def plain_or_skip(net: RandomNet, x: torch.Tensor) -> None:
 @given(
     layers=layers, rank=st.sampled_from([2, 2, 2, 1, 3]), batch=st.integers(1, 3), height=st.integers(3, 17),
     width=st.integers(3, 7), band=st.integers(1, 17), halo=st.sampled_from(["recompute", "cache", "sweep"]),
-    tapes=st.sampled_from(["split", "whole", "late"]), images=st.integers(0, 2),
+    tapes=st.sampled_from(["split", "whole", "late", "replay"]), images=st.integers(0, 2),
     axis=st.sampled_from([2, 2, 3]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_random_networks_are_exact(layers, rank, batch, height, width, band, halo, tapes, images, axis, seed):

@@ -163,7 +163,7 @@ def test_rows_of_single_images(name, halo):
 @pytest.mark.parametrize("name", NETS)
 def test_other_tapes_and_the_other_axis(name):
     found = case(name)
-    for tapes in ("whole", "late"):
+    for tapes in ("whole", "late", "replay"):
         assert found.error(rowtune.uniform_plan(found.graph, "rows", 6, "sweep", tapes=tapes)) < TOLERANCE
     assert found.error(rowtune.uniform_plan(found.graph, "rows", 5, "sweep", axis=3)) < TOLERANCE
 

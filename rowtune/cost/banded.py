@@ -14,7 +14,7 @@ from rowtune.cost.tape import TapeSizes, backward, forward, widened
 from rowtune.graph.graph import Graph, Node
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
-from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows, need
 
 
@@ -125,6 +125,8 @@ class BandedSizes:
         for step in steps:
             if type(step) is Run:
                 self._run(step, collect)
+            elif type(step) is Replay:
+                self._replay(step.piece)
             elif type(step) is Back:
                 self._back(step.piece)
             elif type(step) is Drop:
@@ -228,8 +230,6 @@ class BandedSizes:
             return
         blocks: dict[str, int] = {}
         joined: set[str] = set()
-        if step.tape:
-            self._drop_chunks(piece)
         for name in group.reads:
             rows = piece.ranges.get(name)
             if rows is None or name in self.outside or not rows.size:
@@ -253,6 +253,31 @@ class BandedSizes:
         if step.tape:
             self.tapes[step.piece] = (tape, {})
         self._deliver(piece, group, blocks, collect)
+
+    def _replay(self, number: int) -> None:
+        piece = self.program.pieces[number]
+        group = self.program.groups[piece.group]
+        replay = group.replay
+        assert replay is not None
+        if not any(o in self.wanted for o in group.outputs):
+            self.tapes[number] = (TapeSizes(), {})
+            return
+        read = [
+            n for n in group.reads if n in piece.ranges and n not in self.outside and piece.ranges[n].size
+        ]
+        blocks = {n: self._window(n, piece.ranges[n])[0] for n in read if n not in replay.blank}
+        blocks |= {n: self.heap.new(0) for n in read if n in replay.blank}
+        known = [self._window(n, piece.ranges[n])[0] for n in replay.known]
+        made = self._made(piece)
+        active = [(n, d) for n, d in zip(group.nodes, group.last_use, strict=True) if n.name in piece.ranges]
+        tape = forward(
+            self.heap, self.graph, self.profiles, [n for n, _ in active], [d for _, d in active], blocks,
+            lambda name: 0 if name in replay.unread else made(name), self._share(piece),
+            lambda n: n in self.wanted,
+        )  # fmt: skip
+        for block in (*known, *blocks.values()):
+            self.heap.drop(block)
+        self.tapes[number] = (tape, {})
 
     def _deliver(self, piece: Piece, group: Group, blocks: dict[str, int], collect: bool) -> None:
         for name, rows in piece.outputs:
@@ -301,9 +326,9 @@ class BandedSizes:
             if line is None:
                 continue
             for r, block in line.chunks:
-                if r.lo == rows.lo:
+                if r == rows:
                     self.heap.drop(block)
-            line.chunks = [(r, b) for r, b in line.chunks if r.lo != rows.lo]
+            line.chunks = [(r, b) for r, b in line.chunks if r != rows]
 
     def _weight(self, name: str) -> None:
         """The first gradient of a weight becomes its sum; later ones live for a moment."""

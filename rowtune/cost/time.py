@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rowtune.cost.passes import wanted_in
 from rowtune.graph.graph import Graph, Node
-from rowtune.plan.program import Banded, Program, Run, SegmentProgram, Step
+from rowtune.plan.program import Banded, Program, Replay, Run, SegmentProgram, Step
 
 # Orders of magnitude of a laptop core; a ratio between plans is all that is read from them.
 OPERATIONS_PER_SECOND = 5e10
@@ -91,15 +91,18 @@ def _steps(
     spared = banded.spared if backward else frozenset()
     unread = banded.unread if backward else frozenset()
     for step in steps:
-        if type(step) is not Run:
+        if not isinstance(step, Run | Replay):
             continue
-        if backward and banded.left_out(banded.groups[banded.pieces[step.piece].group], step.tape):
+        tape = True if isinstance(step, Replay) else step.tape
+        group = banded.groups[banded.pieces[step.piece].group]
+        if backward and type(step) is Run and banded.left_out(group, tape):
             continue
+        valueless = group.replay.unread if group.replay and type(step) is Replay else unread
         times = 1 + banded.repeat.more if banded.repeat and step.piece in banded.repeat.pieces else 1
         count += times
         for name, rows in banded.pieces[step.piece].ranges.items():
             if name in once and name not in spared:
                 share = once[name] * rows.size / banded.bands.full_height(graph.values[name])
-                back = 2 if step.tape and (wanted is None or name in wanted) else 0
-                total += times * share * (back + (name not in unread))
+                back = 2 if tape and (wanted is None or name in wanted) else 0
+                total += times * share * (back + (name not in valueless))
     return total + count * 2 * SECONDS_PER_STEP * len(banded.image_ranges)

@@ -8,14 +8,25 @@ group for the whole segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph, Node
+from rowtune.graph.replay import reads_no_values, reads_output
 from rowtune.rows import Affine, Rows, need
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How a group's backward graph is made again from line buffers: nodes whose values nobody needs, values
+    read of which only the shape matters, and the nodes that start from their own output's rows."""
+
+    unread: frozenset[str]
+    blank: frozenset[str]
+    known: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Group:
     last_use: tuple[tuple[str, ...], ...]
     whole: bool
     bands: Banding
+    replay: Replay | None = None
 
     def ranges(self, wanted: Mapping[str, Rows]) -> dict[str, Rows]:
         """Rows of every value in the group, and of what it reads, for these rows of its outputs."""
@@ -105,11 +117,38 @@ def make_group(graph: Graph, bands: Banding, nodes: tuple[Node, ...], outputs: t
     return Group(nodes, outputs, heights, reads, drops, whole, bands)
 
 
-def fuse(graph: Graph, bands: Banding, part: Stretch, halos: int = 0) -> list[Group]:
+May = Callable[[Node, list[Node]], bool]
+
+
+def any_joins(node: Node, group: list[Node]) -> bool:
+    return True
+
+
+def replay_joins(node: Node, group: list[Node]) -> bool:
+    """Whether the group's backward graph can be made again without its values (rowtune/graph/replay.py)."""
+    return not reads_output(group[-1]) and (reads_no_values(node) or reads_output(node))
+
+
+def replayed(group: Group) -> Group:
+    """The group, with what its backward graph needs."""
+    known = {n.name for n in group.nodes if reads_output(n) and n.name in group.outputs}
+    needed: set[str] = set()  # values that some backward reads, or that such a value is made from
+    for node in reversed(group.nodes):
+        if node.name not in known and (node.name in needed or not reads_no_values(node)):
+            needed |= set(node.inputs)
+    unread = {
+        n.name for n in group.nodes if n.name not in needed and group.bands.rule(n.name).unvalued is not None
+    }
+    blank = frozenset(group.reads) - needed
+    return replace(group, replay=Replay(frozenset(unread), blank, frozenset(known)))
+
+
+def fuse(graph: Graph, bands: Banding, part: Stretch, halos: int = 0, may: May = any_joins) -> list[Group]:
     """Groups of a sweep: each node starts one, or joins the step that makes its only banded input.
 
     Args:
         halos: how many overlapping windows may join a step; their halo rows are computed twice.
+        may: whether a node may join these nodes.
     """
     inside = {node.name for node in part.nodes}
     readers: dict[str, set[str]] = {}
@@ -123,6 +162,8 @@ def fuse(graph: Graph, bands: Banding, part: Stretch, halos: int = 0) -> list[Gr
     for node in part.nodes:
         joined = _joins(bands, node, inside, free, home, members)
         if joined is not None and not joined.disjoint and spent[joined.group] >= halos:
+            joined = None
+        if joined is not None and not may(node, members[joined.group]):
             joined = None
         if joined is None:
             home[node.name] = len(members)

@@ -13,7 +13,7 @@ from rowtune.errors import PlanError
 
 Policy = Literal["keep", "checkpoint", "rows"]
 Halo = Literal["recompute", "cache", "sweep"]
-Tapes = Literal["split", "whole", "late"]
+Tapes = Literal["split", "whole", "late", "replay"]
 Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 
@@ -28,7 +28,8 @@ class Segment:
                 sweep: one pass of line buffers, forward ahead and backward a receptive field behind
     images      batch entries computed at a time, 0 for the whole batch
     tapes       split: tapes end where gradients arrive; whole: one tape a band (fewer steps, more memory);
-                late: split, and made only when their gradient arrives (least memory, a forward more)
+                late: split, and made only when their gradient arrives (least memory, a forward more);
+                replay: of the rows whose gradients have arrived, made from line buffers without convolutions
     barriers    where all rows must have passed (a train-mode norm, a global pool) inside a rows segment:
                 store: keep the tensor there; recompute: make it again in backward, from the segment's inputs;
                 passes: never make it, stream the segment once more for each barrier;

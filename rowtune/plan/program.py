@@ -32,6 +32,12 @@ class Run(NamedTuple):
     tape: bool
 
 
+class Replay(NamedTuple):
+    """Make a piece's tape from rows that are in the line buffers: those that it reads and those it made."""
+
+    piece: int
+
+
 class Back(NamedTuple):
     """Run a piece's tape: gradients go to what it read, then its tape and its rows are dropped."""
 
@@ -58,7 +64,7 @@ class Restore(NamedTuple):
     band: int
 
 
-Step = Run | Back | Drop | Stash | Restore
+Step = Run | Replay | Back | Drop | Stash | Restore
 
 
 class Repeat(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rowtune.plan.groups import Group, make_group
 from rowtune.plan.policies import SCHEDULES
 from rowtune.plan.policies.schedule import Request, Schedule
-from rowtune.plan.program import Back, Piece, Repeat, Run, Stash, Step
+from rowtune.plan.program import Back, Drop, Piece, Repeat, Replay, Run, Stash, Step
 from rowtune.plan.shorten import Ratios, banded_reads, period_of, ratios, without
 from rowtune.rows import Affine, Rows
 
@@ -96,16 +96,17 @@ def _repeat(made: Schedule, top: str, shift: dict[str, int], more: int, halo: st
 def _first_run(steps: Sequence[Step], start: int, stop: int) -> set[int]:
     """Pieces that run between two positions and not before (late tapes run them again)."""
     before, here = (
-        {step.piece for step in part if type(step) is Run} for part in (steps[:start], steps[start:stop])
+        {step.piece for step in part if isinstance(step, Run | Replay)}
+        for part in (steps[:start], steps[start:stop])
     )
     return here - before
 
 
 class _State(NamedTuple):
-    """Before a step: the last piece of each group, and those that wait for their gradient."""
+    """Before a step: the last piece of each group, forward and replayed, and those whose rows are alive."""
 
     at: int
-    last: dict[int, int]
+    last: dict[tuple[int, bool], int]
     waiting: dict[int, tuple[int, ...]]
 
 
@@ -128,30 +129,36 @@ def _period(made: Schedule, steps: list[Step], top: str, shift: dict[str, int]) 
 
 def _states(made: Schedule, steps: list[Step], top: str) -> dict[int, _State]:
     """By the first row of the piece of `top` that is about to run."""
-    tracked = any(type(step) is Back for step in steps)
-    last: dict[int, int] = {}
+    backed = {step.piece for step in steps if type(step) is Back}
+    maker = {o: i for i, group in enumerate(made.groups) for o in group.outputs}
+    last: dict[tuple[int, bool], int] = {}
     waiting: dict[int, list[int]] = {}
     seen: set[int] = set()
     found: dict[int, _State] = {}
     for at, step in enumerate(steps):
         if type(step) is Back:
             waiting[made.pieces[step.piece].group].remove(step.piece)
-        elif type(step) is Run and step.piece not in seen:
+        elif type(step) is Drop and backed:
+            alive = waiting[maker[step.value]]
+            alive[:] = [p for p in alive if dict(made.pieces[p].outputs)[step.value].hi > step.below]
+        elif isinstance(step, Run | Replay) and step.piece not in seen:
             seen.add(step.piece)
             piece = made.pieces[step.piece]
             rows = dict(piece.outputs).get(top)
-            if rows is not None:
-                alive = {g: tuple(w) for g, w in waiting.items()}
-                found[rows.lo] = _State(at, dict(last), alive)
-            last[piece.group] = step.piece
-            if tracked:
+            if rows is not None and type(step) is Run:
+                now = {g: tuple(w) for g, w in waiting.items()}
+                found[rows.lo] = _State(at, dict(last), now)
+            last[piece.group, type(step) is Run] = step.piece
+            if backed:
                 waiting.setdefault(piece.group, []).append(step.piece)
     return found
 
 
 def _alike(made: Schedule, early: _State, late: _State, moved: Callable[[Piece, Piece], bool]) -> bool:
     """Whether `late` is `early` a period further down, with every group at work."""
-    if len(early.last) < len(made.groups) or early.waiting.keys() != late.waiting.keys():
+    if len({g for g, _ in early.last}) < len(made.groups):
+        return False
+    if early.last.keys() != late.last.keys() or early.waiting.keys() != late.waiting.keys():
         return False
     pairs = [(early.last[g], late.last[g]) for g in early.last]
     for group, pieces in early.waiting.items():

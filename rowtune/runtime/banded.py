@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from rowtune.graph.graph import Graph
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
-from rowtune.plan.program import Back, Drop, Piece, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
@@ -183,6 +183,8 @@ class BandedRun:
         for step in steps:
             if type(step) is Run:
                 self._run(step)
+            elif type(step) is Replay:
+                self._replay(step.piece)
             elif type(step) is Back:
                 self._back(step.piece)
             elif type(step) is Drop:
@@ -205,9 +207,6 @@ class BandedRun:
         group = self.program.groups[piece.group]
         if not self.collect and self.program.left_out(group, step.tape):
             return
-        if step.tape:  # a late tape makes its rows again; all their readers are done
-            for name, rows in piece.outputs:
-                self.lines.drop(name, rows)
         if step.tape and any(o in self.carriers for o in group.outputs):
             outputs = self._run_tape(step.piece, piece, group)
         else:
@@ -255,17 +254,55 @@ class BandedRun:
                 windows.add(name, rows, tensor)
             slabs[name] = tensor
             del tensor
+        spared, unread = self._needless()
         with torch.enable_grad(), windows.saved_by_name():
             outputs = self.evaluator.run(
+                group, piece.outputs, piece.ranges, slabs, self.leaves, self.images, spared, unread
+            )
+        self.tapes[number] = self._tape(group, edges, outputs)
+        return outputs
+
+    def _replay(self, number: int) -> None:
+        """The tape of rows that were made before, about to run."""
+        piece = self.program.pieces[number]
+        group = self.program.groups[piece.group]
+        left_out = not self.collect and self.program.left_out(group, tape=True)
+        if left_out or not any(o in self.carriers for o in group.outputs):
+            return
+        assert group.replay is not None
+        slabs: dict[str, Tensor] = {}
+        edges: list[tuple[str, Rows, GradientEdge]] = []
+        windows = Windows(self.lines, self.token)
+        for name in (n for n in group.reads if n in piece.ranges):
+            rows = piece.ranges[name]
+            blank = name in group.replay.blank
+            tensor = self.evaluator.blank(name, rows, self.images) if blank else self._slab(name, rows)[0]
+            if name in self.carriers and tensor.dtype.is_floating_point:
+                tensor = windows.placed(tensor.detach())
+                edges.append((name, rows, get_gradient_edge(tensor)))
+            slabs[name] = tensor
+        known = {n: self._slab(n, piece.ranges[n])[0] for n in group.replay.known}
+        spared, unread = self._needless()
+        with torch.enable_grad():
+            outputs = self.evaluator.run(
                 group, piece.outputs, piece.ranges, slabs, self.leaves, self.images,
-                () if self.collect else self.program.spared, () if self.collect else self.program.unread,
+                spared, unread | group.replay.unread, known,
             )  # fmt: skip
+        self.tapes[number] = self._tape(group, edges, outputs)
+
+    def _needless(self) -> tuple[frozenset[str], frozenset[str]]:
+        """What backward leaves out: nodes, and values of nodes."""
+        nothing: frozenset[str] = frozenset()
+        return (nothing, nothing) if self.collect else (self.program.spared, self.program.unread)
+
+    def _tape(
+        self, group: Group, edges: list[tuple[str, Rows, GradientEdge]], outputs: Mapping[str, Tensor]
+    ) -> Tape:
         weights = dict.fromkeys(
             n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole
         )
         kept = {n: (get_gradient_edge(t), t.dtype) for n, t in outputs.items() if t.requires_grad}
-        self.tapes[number] = Tape(edges, list(weights), kept)
-        return outputs
+        return Tape(edges, list(weights), kept)
 
     def _slab(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
         """(rows of a value, whether they are fresh memory)."""

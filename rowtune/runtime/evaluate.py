@@ -10,12 +10,14 @@ from torch import Tensor
 
 from rowtune.graph.bands import Banding
 from rowtune.graph.graph import Graph, Node, replace
+from rowtune.graph.replay import known as in_place_of
 from rowtune.graph.rules import Slab
 from rowtune.plan.groups import Group
 from rowtune.rows import Rows, need
 from rowtune.runtime.dropout import dropout_slab, seeded
 
 ALL_IMAGES = Rows(0, -1)
+NOTHING: Mapping[str, Tensor] = {}
 
 
 def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time: bool = True) -> Any:
@@ -63,6 +65,7 @@ class Evaluator:
         images: Rows,
         spared: Collection[str] = (),
         unread: Collection[str] = (),
+        known: Mapping[str, Tensor] = NOTHING,
     ) -> dict[str, Tensor]:
         """The group's outputs, just the rows `wanted`.
 
@@ -73,13 +76,14 @@ class Evaluator:
             images: batch entries at work; ALL_IMAGES for all.
             spared: nodes to leave out.
             unread: nodes whose gradients are wanted, but whose values are not.
+            known: outputs of nodes that are to run on those in place of their input.
         """
         made: dict[str, Tensor] = {}
         for node, drops in zip(group.nodes, group.last_use, strict=True):
             rows = ranges.get(node.name)
             if rows is not None and rows.size and node.name not in spared:
                 made[node.name] = slabs[node.name] = self._node(
-                    node, rows, ranges, slabs, whole, images, node.name in unread
+                    node, rows, ranges, slabs, whole, images, node.name in unread, known.get(node.name)
                 )
             for name in drops:
                 slabs.pop(name, None)
@@ -103,6 +107,7 @@ class Evaluator:
         whole: Mapping[str, Tensor],
         images: Rows,
         unread: bool,
+        output: Tensor | None,
     ) -> Tensor:
         rule = self.bands.rule(node.name)
         tensors: dict[str, Tensor] = {}
@@ -117,7 +122,7 @@ class Evaluator:
                 if got.size != tensor.shape[read.dim] or (got.size and got.lo != start):
                     tensor = tensor.narrow(read.dim, got.lo - start if got.size else 0, got.size)
                 reads[name] = got
-            tensors[name] = tensor
+            tensors[name] = tensor if output is None else in_place_of(tensor, output)
         shape = self._shape(node, rule.dim, rows, images)
         if node.op == "dropout" and bool(node.args[2]) and node.args[1]:
             x = tensors[node.inputs[0]]
@@ -137,13 +142,17 @@ class Evaluator:
 
     def empty(self, name: str, images: Rows) -> Tensor:
         """No rows of a value."""
+        return self.blank(name, Rows(0, 0), images)
+
+    def blank(self, name: str, rows: Rows, images: Rows) -> Tensor:
+        """Zeros for some rows of a value, that take no memory."""
         value, dim, at = self.graph.values[name], self.bands.dims[name], self.image_bands.dims[name]
         shape = list(value.shape)
         if dim is not None:
-            shape[dim] = 0
+            shape[dim] = rows.size
         if at is not None and at != dim and images != ALL_IMAGES:
             shape[at] = images.size
-        return torch.zeros(shape, dtype=value.dtype, device=self.device)
+        return torch.zeros((), dtype=value.dtype, device=self.device).expand(shape)
 
     def _shape(self, node: Node, dim: int | None, rows: Rows, images: Rows) -> tuple[int, ...]:
         shape = list(self.graph.values[node.name].shape)

@@ -64,9 +64,9 @@ class Lines:
         self.chunks[name] = kept
 
     def drop(self, name: str, rows: Rows) -> None:
-        """Forget the chunk that starts at rows.lo."""
+        """Forget the chunk of these rows, if there is one."""
         found = self.chunks.get(name, [])
-        self.chunks[name] = [c for c in found if c.rows.lo != rows.lo]
+        self.chunks[name] = [c for c in found if c.rows != rows]
 
     def clear(self) -> None:
         self.chunks.clear()

@@ -10,14 +10,16 @@ from itertools import pairwise
 
 from rowtune.plan.frontier import Frontiers, frontiers, gradient_end
 from rowtune.plan.groups import Group, fuse
+from rowtune.plan.policies import replay
 from rowtune.plan.policies.schedule import Request, Schedule, forward_pass
 from rowtune.plan.program import Back, Run
 from rowtune.rows import Rows, between
 
 
 def schedule(ask: Request) -> Schedule:
-    late = ask.decision.tapes == "late"
-    groups = fuse(ask.graph, ask.bands, ask.part, halos=1 if late else 0)
+    if ask.decision.tapes in ("replay", "late"):
+        return replay.schedule(ask)
+    groups = fuse(ask.graph, ask.bands, ask.part)
     front = frontiers(groups, frozenset(ask.outputs), ask.band_rows)
     made = Schedule(tuple(groups))
     forward_pass(made, groups, front)
@@ -49,18 +51,13 @@ def _backward(made: Schedule, groups: list[Group], front: Frontiers, tapes: str)
             for a, b in pairwise(cuts):
                 if b > a:
                     piece = made.one(i, Rows(a, b))
-                    if tapes != "late":
-                        made.backward.append(Run(piece, tape=True))
-                    elif any(o in front.readers for o in groups[i].outputs):
-                        made.backward.append(Run(piece, tape=False))  # its rows now, its tape when it is due
+                    made.backward.append(Run(piece, tape=True))
                     waiting[i].append((piece, Rows(a, b)))
         before = list(ends)
         for i in range(len(groups) - 1, -1, -1):
             ready = gradient_end(groups[i], front.readers, groups, done, final, ends[i])
             while waiting[i] and waiting[i][0][1].hi <= ready:
                 piece, rows = waiting[i].pop(0)
-                if tapes == "late":
-                    made.backward.append(Run(piece, tape=True))
                 made.backward.append(Back(piece))
                 done[i] = rows.hi
     assert not any(waiting), "a tape is left over"
