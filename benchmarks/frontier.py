@@ -133,7 +133,7 @@ CASES = (
     ),
     Case(
         "edsr baseline, 1x3x512x512, single sweep", "edsr", {}, (1, 3, 512, 512), "mse",
-        {"rowtune sweep 16": sweep(16), "rowtune sweep 60": sweep(60)},
+        {"rowtune sweep 16": sweep(16), "rowtune replay 60": sweep(60, "replay")},
     ),
     Case(
         "vgg16, 1x3x2048x2048", "vgg16", {"dropout": 0.0}, (1, 3, 2048, 2048), "cross_entropy",
@@ -144,7 +144,7 @@ CASES = (
     ),
     Case(
         "unet, 1x3x1024x1024", "unet", {}, (1, 3, 1024, 1024), "cross_entropy",
-        {"rowtune sweep 16": sweep(16), "rowtune late sweep 16": sweep(16, "late")}, compiled=False,
+        {"rowtune replay 16": sweep(16, "replay"), "rowtune late 16": sweep(16, "late")}, compiled=False,
     ),
     Case(
         "batch-norm unet, 1x3x1024x1024", "unet_bn", {}, (1, 3, 1024, 1024), "cross_entropy",

@@ -30,7 +30,7 @@ def policies(decisions: Any) -> str:
         if word == "rows":
             word = f"rows {s['band_rows']} {s.get('halo', 'sweep')}"
             word += f" x{s['images']}" if s.get("images") else ""
-            word += " whole tapes" if s.get("tapes") == "whole" else ""
+            word += f" {s['tapes']} tapes" if s.get("tapes", "split") != "split" else ""
             word += f" barriers {s['barriers']}" if s.get("barriers", "store") != "store" else ""
         if not words or words[-1] != word:
             words.append(word)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from rowtune.cost.finish import finish
 from rowtune.cost.heap import Heap
 from rowtune.cost.left_out import Images, LeftOut
+from rowtune.cost.lines import LineSizes
 from rowtune.cost.post import PostSizes
 from rowtune.cost.profile import Profiles
 from rowtune.cost.tape import TapeSizes, backward, forward, widened
@@ -16,13 +16,6 @@ from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside, wasteful
 from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows, need
-
-
-@dataclass
-class _Line:
-    """Chunks of one value: their rows and blocks, oldest first."""
-
-    chunks: list[tuple[Rows, int]] = field(default_factory=list)
 
 
 class BandedSizes:
@@ -68,7 +61,7 @@ class BandedSizes:
             self._images(images)
             self.stashes.append(self.stash)
             self._steps(self.program.backward if single else self.program.forward, collect=True)
-            self._clear()
+            self.lines.clear()
             self.images.forward_done(i)
         self.done = single
         if single:
@@ -101,25 +94,19 @@ class BandedSizes:
             self._images(images)
             self.stash = self.stashes[i] if self.stashes else {}
             self._steps(self.program.backward, collect=False)
-            self._clear()
+            self.lines.clear()
             self.images.backward_done(i)
         finish(self.heap, self.graph, self.segment, self.input_grads)
 
     def _images(self, images: Rows) -> None:
         total = self.program.image_ranges[-1].hi
         self.fraction = images.size / total
-        self.lines: dict[str, _Line] = {}
+        self.lines = LineSizes(self.heap, self._bytes, self.bands.dims)
         self.tapes: dict[int, tuple[TapeSizes, dict[str, int]]] = {}
         self.shares: dict[tuple[int, str], list[tuple[Rows, int]]] = {}
         self.stash = {}
         if not self.done:
             self.outer = getattr(self, "outer", frozenset())
-
-    def _clear(self) -> None:
-        for line in self.lines.values():
-            for _, block in line.chunks:
-                self.heap.drop(block)
-        self.lines = {}
 
     def _steps(self, steps: tuple[Step, ...], collect: bool) -> None:
         for step in steps:
@@ -130,17 +117,19 @@ class BandedSizes:
             elif type(step) is Back:
                 self._back(step.piece)
             elif type(step) is Drop:
-                self._drop_below(step.value, step.below)
+                self.lines.drop_below(step.value, step.below)
             elif type(step) is Stash:
                 self.stash[step.band] = [
-                    (n, rows, self.heap.ref(b)) for n in step.values for rows, b in self.lines[n].chunks
+                    (n, rows, self.heap.ref(b))
+                    for n in step.values
+                    for rows, b in self.lines.chunks.get(n, ())
                 ]
                 self.left_out.stashed(step.band)
             elif type(step) is Restore:
-                self._clear()
+                self.lines.clear()
                 self.left_out.restored(step.band)
                 for name, rows, block in self.stash.pop(step.band, ()):
-                    self.lines.setdefault(name, _Line()).chunks.append((rows, block))
+                    self.lines.put(name, rows, block)
 
     # -- sizes -----------------------------------------------------------------------------------------------
 
@@ -193,32 +182,6 @@ class BandedSizes:
 
         return read
 
-    # -- lines -----------------------------------------------------------------------------------------------
-
-    def _window(self, name: str, rows: Rows) -> tuple[int, bool]:
-        """(a reference to the window's block, whether it was joined)."""
-        found = [b for r, b in self.lines[name].chunks if r.lo < rows.hi and rows.lo < r.hi]
-        if len(found) == 1 or self.bands.dims[name] is None:
-            return self.heap.ref(found[-1]), False
-        return self.heap.new(self._bytes(name, rows), f"rows of {name}"), True
-
-    def _drop_below(self, name: str, below: int) -> None:
-        line = self.lines.get(name)
-        if line is None:
-            return
-        kept = []
-        for rows, block in line.chunks:
-            if rows.hi <= below:
-                self.heap.drop(block)
-            elif rows.lo < below and self.bands.dims[name] is not None:
-                tail = Rows(below, rows.hi)
-                copy = self.heap.new(self._bytes(name, tail))
-                self.heap.drop(block)
-                kept.append((tail, copy))
-            else:
-                kept.append((rows, block))
-        line.chunks = kept
-
     # -- steps -----------------------------------------------------------------------------------------------
 
     def _run(self, step: Run, collect: bool) -> None:
@@ -234,7 +197,7 @@ class BandedSizes:
             rows = piece.ranges.get(name)
             if rows is None or name in self.outside or not rows.size:
                 continue
-            blocks[name], fresh = self._window(name, rows)
+            blocks[name], fresh = self.lines.window(name, rows)
             if fresh:
                 joined.add(name)
         grad = (lambda n: n in self.wanted) if step.tape else (lambda n: False)
@@ -265,9 +228,9 @@ class BandedSizes:
         read = [
             n for n in group.reads if n in piece.ranges and n not in self.outside and piece.ranges[n].size
         ]
-        blocks = {n: self._window(n, piece.ranges[n])[0] for n in read if n not in replay.blank}
+        blocks = {n: self.lines.window(n, piece.ranges[n])[0] for n in read if n not in replay.blank}
         blocks |= {n: self.heap.new(0) for n in read if n in replay.blank}
-        known = [self._window(n, piece.ranges[n])[0] for n in replay.known]
+        known = [self.lines.window(n, piece.ranges[n])[0] for n in replay.known]
         made = self._made(piece)
         active = [(n, d) for n, d in zip(group.nodes, group.last_use, strict=True) if n.name in piece.ranges]
         tape = forward(
@@ -290,7 +253,7 @@ class BandedSizes:
                 elif name not in self.outputs:
                     self.outputs[name] = self.heap.new(self.graph.values[name].bytes, name)
             if read_inside(self.program, name):
-                self.lines.setdefault(name, _Line()).chunks.append((rows, block))
+                self.lines.put(name, rows, block)
             else:
                 self.heap.drop(block)
         for block in blocks.values():
@@ -318,17 +281,7 @@ class BandedSizes:
             self.heap.drop(block)
         for name, block in grads.items():
             self._scatter(name, piece.ranges[name], block)
-        self._drop_chunks(piece)
-
-    def _drop_chunks(self, piece: Piece) -> None:
-        for name, rows in piece.outputs:
-            line = self.lines.get(name)
-            if line is None:
-                continue
-            for r, block in line.chunks:
-                if r == rows:
-                    self.heap.drop(block)
-            line.chunks = [(r, b) for r, b in line.chunks if r != rows]
+        self.lines.drop(piece.outputs)
 
     def _weight(self, name: str) -> None:
         """The first gradient of a weight becomes its sum; later ones live for a moment."""

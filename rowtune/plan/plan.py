@@ -27,9 +27,10 @@ class Segment:
     halo        recompute: every band on its own (LR-CNN's OverL); cache: boundary rows kept (2PS);
                 sweep: one pass of line buffers, forward ahead and backward a receptive field behind
     images      batch entries computed at a time, 0 for the whole batch
-    tapes       split: tapes end where gradients arrive; whole: one tape a band (fewer steps, more memory);
-                late: split, and made only when their gradient arrives (least memory, a forward more);
-                replay: of the rows whose gradients have arrived, made from line buffers without convolutions
+    tapes       split: made with the forward, ending where gradients arrive; whole: one tape a band (fewer
+                steps, more memory); replay: made when the gradient of some rows is there, from line buffers
+                and without running convolutions again; late: likewise, for pairs of layers with a halo, the
+                first of which is run again (least memory)
     barriers    where all rows must have passed (a train-mode norm, a global pool) inside a rows segment:
                 store: keep the tensor there; recompute: make it again in backward, from the segment's inputs;
                 passes: never make it, stream the segment once more for each barrier;

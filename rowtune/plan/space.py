@@ -160,7 +160,7 @@ class PlanSpace:
         on the memory-heavy front with each halo, the rest kept or checkpointed."""
         n = len(self.graph.nodes)
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
-        for band, tapes in ((32, "split"), (8, "split"), (16, "late"), (128, "split"), (32, "late")):
+        for band, tapes in ((32, "replay"), (8, "split"), (16, "late"), (128, "replay"), (32, "late")):
             found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
         again, narrow, passes = BARRIERS
         if again in self._choices["back"]:
@@ -234,7 +234,7 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
         policies.append("images")
     knobs += [Knob(zone, tuple(policies)) for zone in ZONES]
     knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
-    knobs += [Knob("tapes", ("split", "late", "whole")), Knob("regions", REGIONS)]
+    knobs += [Knob("tapes", ("split", "late", "whole", "replay")), Knob("regions", REGIONS)]
     if len(images) > 1:
         knobs.append(Knob("images", images))
     return PlanSpace(graph, axis, cuts, tuple(knobs))

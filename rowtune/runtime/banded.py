@@ -8,9 +8,7 @@ that made the rows, to the segment's inputs and to the weight accumulators.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +23,9 @@ from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
+from rowtune.runtime.tapes import Tape, tape_of
 from rowtune.runtime.weights import WeightSums
 from rowtune.runtime.windows import Windows
-
-
-@dataclass
-class Tape:
-    """What a piece's backward needs: where gradients are asked for, and where they start. Places in
-    autograd's graph, not tensors: the tape holds on to no memory that the operators do not need."""
-
-    slabs: list[tuple[str, Rows, GradientEdge]]
-    weights: list[str]
-    outputs: dict[str, tuple[GradientEdge, torch.dtype]]
 
 
 class BandedRun:
@@ -259,7 +248,7 @@ class BandedRun:
             outputs = self.evaluator.run(
                 group, piece.outputs, piece.ranges, slabs, self.leaves, self.images, spared, unread
             )
-        self.tapes[number] = self._tape(group, edges, outputs)
+        self.tapes[number] = tape_of(group, edges, outputs, self.wanted & self.whole.keys())
         return outputs
 
     def _replay(self, number: int) -> None:
@@ -288,21 +277,12 @@ class BandedRun:
                 group, piece.outputs, piece.ranges, slabs, self.leaves, self.images,
                 spared, unread | group.replay.unread, known,
             )  # fmt: skip
-        self.tapes[number] = self._tape(group, edges, outputs)
+        self.tapes[number] = tape_of(group, edges, outputs, self.wanted & self.whole.keys())
 
     def _needless(self) -> tuple[frozenset[str], frozenset[str]]:
         """What backward leaves out: nodes, and values of nodes."""
         nothing: frozenset[str] = frozenset()
         return (nothing, nothing) if self.collect else (self.program.spared, self.program.unread)
-
-    def _tape(
-        self, group: Group, edges: list[tuple[str, Rows, GradientEdge]], outputs: Mapping[str, Tensor]
-    ) -> Tape:
-        weights = dict.fromkeys(
-            n for node in group.nodes for n in node.inputs if n in self.wanted and n in self.whole
-        )
-        kept = {n: (get_gradient_edge(t), t.dtype) for n, t in outputs.items() if t.requires_grad}
-        return Tape(edges, list(weights), kept)
 
     def _slab(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
         """(rows of a value, whether they are fresh memory)."""
@@ -323,28 +303,14 @@ class BandedRun:
             self.lines.drop(name, rows)
 
     def _run_back(self, number: int, piece: Piece, tape: Tape) -> None:
-        outputs: list[Any] = []
-        seeds = []
+        seeds: dict[str, Tensor] = {}
         for name, rows in piece.outputs:
-            if name not in tape.outputs:
-                continue
-            seed = self._seed(number, name, rows)
+            seed = self._seed(number, name, rows) if name in tape.outputs else None
             if seed is not None:
-                edge, dtype = tape.outputs[name]
-                outputs.append(edge)
-                seeds.append(seed if seed.dtype == dtype else seed.to(dtype))
-        if not outputs:
-            return
-        leaves = [self.leaves[n] for n in tape.weights]
-        asked: list[Any] = [edge for _, _, edge in tape.slabs] + leaves
-        if not asked:
-            return
-        tape.outputs.clear()
-        given = {s.untyped_storage().data_ptr() for s in seeds}
-        found: list[Tensor | None] = [*torch.autograd.grad(outputs, asked, seeds, allow_unused=True)]
-        del found[len(tape.slabs) :]
-        del outputs, seeds
-        self._scatter(tape, found, given)
+                seeds[name] = seed
+        given = {s.untyped_storage().data_ptr() for s in seeds.values()}
+        seed = None
+        self._scatter(tape, tape.backward(seeds, self.leaves), given)
 
     def _seed(self, number: int, name: str, rows: Rows) -> Tensor | None:
         if name in self.sums.names:
