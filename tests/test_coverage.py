@@ -64,7 +64,8 @@ def test_bands_are_exact(name: str, halo: Any) -> None:
 @settings(max_examples=300)
 @given(
     name=st.sampled_from(sorted(FAMILIES)), band=st.integers(1, 40), halo=st.sampled_from(HALOS),
-    tapes=st.sampled_from(["split", "whole", "late", "replay"]), images=st.integers(0, 1), axis=st.integers(2, 3),
+    tapes=st.sampled_from(["split", "whole", "late", "replay"]),
+    images=st.integers(0, 1), axis=st.integers(2, 3),
 )  # fmt: skip
 def test_any_bands_are_exact(name, band, halo, tapes, images, axis):
     found = case(name)
