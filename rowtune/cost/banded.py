@@ -172,6 +172,17 @@ class BandedSizes:
 
         return made
 
+    def _over(self, piece: Piece, group: Group, standing_in: frozenset[str]) -> dict[str, str]:
+        """Nodes that run in place: not over a stand-in, or a part of something larger."""
+        return {
+            node: name
+            for node, name in group.in_place.items()
+            if node not in standing_in
+            and name not in standing_in
+            and name in piece.ranges
+            and self._made(piece)(name) == self._bytes(name, piece.ranges[name])
+        }
+
     def _read(self, piece: Piece) -> Callable[[Node, str], int]:
         """Bytes of an input that a node reads; another node of the piece may read more of it."""
 
@@ -212,6 +223,7 @@ class BandedSizes:
         tape = forward(
             self.heap, self.graph, self.profiles, [n for n, _ in active], [d for _, d in active], blocks,
             lambda name: 0 if name in unread else made(name), self._share(piece), grad, frozenset(joined),
+            self._over(piece, group, unread),
         )  # fmt: skip
         if step.tape:
             self.tapes[step.piece] = (tape, {})
@@ -236,7 +248,7 @@ class BandedSizes:
         tape = forward(
             self.heap, self.graph, self.profiles, [n for n, _ in active], [d for _, d in active], blocks,
             lambda name: 0 if name in replay.unread else made(name), self._share(piece),
-            lambda n: n in self.wanted,
+            lambda n: n in self.wanted, over=self._over(piece, group, replay.unread | replay.known),
         )  # fmt: skip
         for block in (*known, *blocks.values()):
             self.heap.drop(block)

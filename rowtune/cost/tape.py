@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rowtune.cost.heap import Heap
@@ -10,6 +10,7 @@ from rowtune.cost.profile import Profiles, key_of
 from rowtune.graph.graph import Graph, Node
 
 Bytes = Callable[[str], int]
+NOTHING: Mapping[str, str] = {}
 
 
 @dataclass
@@ -32,6 +33,7 @@ def forward(
     share: Callable[[Node], float],
     grad: Callable[[str], bool],
     unsaved: frozenset[str] = frozenset(),
+    over: Mapping[str, str] = NOTHING,
 ) -> TapeSizes:
     """Run `nodes`; `blocks` maps each live value to its block and gains the outputs.
 
@@ -40,12 +42,14 @@ def forward(
         share: the part of a node's whole output that this run makes.
         grad: whether a gradient flows through a value; nothing is saved for a node where none does.
         unsaved: values that are saved by name and not by memory (joined windows).
+        over: nodes that write over an input, and which.
     """
     tape = TapeSizes()
     for node, dead in zip(nodes, drops, strict=True):
         profile, part = profiles[key_of(node)], share(node)
-        if profile.alias and profile.alias in blocks:
-            blocks[node.name] = heap.ref(blocks[profile.alias])
+        alias = over.get(node.name) or profile.alias
+        if alias and alias in blocks:
+            blocks[node.name] = heap.ref(blocks[alias])
         else:
             blocks[node.name] = heap.new(size(node.name), node.name)
         kept: list[int] = []

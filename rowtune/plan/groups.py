@@ -15,6 +15,7 @@ from typing import NamedTuple
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph, Node
+from rowtune.graph.in_place import overwritten
 from rowtune.graph.replay import reads_no_values, reads_output
 from rowtune.rows import Affine, Rows, need
 
@@ -32,7 +33,8 @@ class Replay:
 @dataclass(frozen=True)
 class Group:
     """`outputs` are read outside the group; `reads` maps each value made outside it to its height (1 where it
-    is used whole); parameters are not listed. `last_use[i]` names what node i is the last to read."""
+    is used whole); parameters are not listed. `last_use[i]` names what node i is the last to read. `in_place`
+    names the inputs that nodes write over."""
 
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
@@ -41,6 +43,7 @@ class Group:
     last_use: tuple[tuple[str, ...], ...]
     whole: bool
     bands: Banding
+    in_place: Mapping[str, str]
     replay: Replay | None = None
 
     def ranges(self, wanted: Mapping[str, Rows]) -> dict[str, Rows]:
@@ -114,7 +117,7 @@ def make_group(graph: Graph, bands: Banding, nodes: tuple[Node, ...], outputs: t
     )
     reads = tuple(n for n in names if n not in made)
     whole = all(bands.dims[n.name] is None and not bands.rule(n.name).reduces for n in nodes)
-    return Group(nodes, outputs, heights, reads, drops, whole, bands)
+    return Group(nodes, outputs, heights, reads, drops, whole, bands, overwritten(graph, nodes, outputs))
 
 
 May = Callable[[Node, list[Node]], bool]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rowtune.graph.bands import Banding
 from rowtune.graph.graph import Graph, Node, replace
+from rowtune.graph.in_place import run_in_place
 from rowtune.graph.replay import known as in_place_of
 from rowtune.graph.rules import Slab
 from rowtune.plan.groups import Group
@@ -82,8 +83,11 @@ class Evaluator:
         for node, drops in zip(group.nodes, group.last_use, strict=True):
             rows = ranges.get(node.name)
             if rows is not None and rows.size and node.name not in spared:
+                over = group.in_place.get(node.name)
+                if over in unread or node.name in known:
+                    over = None
                 made[node.name] = slabs[node.name] = self._node(
-                    node, rows, ranges, slabs, whole, images, node.name in unread, known.get(node.name)
+                    node, rows, ranges, slabs, whole, images, node.name in unread, known.get(node.name), over
                 )
             for name in drops:
                 slabs.pop(name, None)
@@ -108,6 +112,7 @@ class Evaluator:
         images: Rows,
         unread: bool,
         output: Tensor | None,
+        over: str | None,
     ) -> Tensor:
         rule = self.bands.rule(node.name)
         tensors: dict[str, Tensor] = {}
@@ -123,6 +128,8 @@ class Evaluator:
                     tensor = tensor.narrow(read.dim, got.lo - start if got.size else 0, got.size)
                 reads[name] = got
             tensors[name] = tensor if output is None else in_place_of(tensor, output)
+        if over is not None and (done := run_in_place(node, over, tensors)) is not None:
+            return done
         shape = self._shape(node, rule.dim, rows, images)
         if node.op == "dropout" and bool(node.args[2]) and node.args[1]:
             x = tensors[node.inputs[0]]
