@@ -70,13 +70,13 @@ def sweep(band: int, tapes: str = "split") -> Callable[[Any], Plan]:
     return lambda graph: rowtune.uniform_plan(graph, "rows", band, "sweep", tapes=tapes)  # type: ignore[arg-type]
 
 
-def fronts(*parts: tuple[str, int, str], rest: str = "keep") -> Callable[[Any], Plan]:
+def fronts(*parts: tuple[str, int, str], rest: str = "keep", tapes: str = "split") -> Callable[[Any], Plan]:
     """Rows segments ending at the named nodes, the rest kept: (last node, band rows, halo)."""
 
     def build(graph: Any) -> Plan:
         segments, at = [], 0
         for last, band, halo in parts:
-            segments.append(Segment(graph.nodes[at].name, last, "rows", band, halo))  # type: ignore[arg-type]
+            segments.append(Segment(graph.nodes[at].name, last, "rows", band, halo, tapes=tapes))  # type: ignore[arg-type]
             at = graph.index[last] + 1
         segments.append(Segment(graph.nodes[at].name, graph.nodes[-1].name, rest))  # type: ignore[arg-type]
         return Plan(tuple(segments))
@@ -139,6 +139,9 @@ CASES = (
         "vgg16, 1x3x2048x2048", "vgg16", {"dropout": 0.0}, (1, 3, 2048, 2048), "cross_entropy",
         {
             "rowtune 8+4 sweep": fronts(("max_pool2d_2", 8, "sweep"), ("max_pool2d_3", 4, "sweep")),
+            "rowtune 16+8 replay": fronts(
+                ("max_pool2d_2", 16, "sweep"), ("max_pool2d_3", 8, "sweep"), tapes="replay"
+            ),
             "rowtune 16+16 cache": fronts(("max_pool2d_2", 16, "cache"), ("max_pool2d_3", 16, "cache")),
         },
     ),
