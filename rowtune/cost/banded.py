@@ -36,6 +36,7 @@ class BandedSizes:
         self.outside = frozenset(segment.part.inputs)
         self.sums = frozenset(self.program.sums)
         self.done = False
+        self.settled: frozenset[str] = frozenset()
         self.weight_grads: dict[str, int] = {}
         self.input_grads: dict[str, int] = {}
         self.held: list[int] = []
@@ -75,7 +76,8 @@ class BandedSizes:
         self.outputs = {}
 
     def again(self, env: dict[str, int]) -> None:
-        """The outputs once more, for a backward."""
+        """The outputs once more, for a backward: reductions are finished."""
+        self.settled = self.sums
         self.forward(env)
 
     def hold(self, env: Mapping[str, int]) -> None:
@@ -212,7 +214,7 @@ class BandedSizes:
             if fresh:
                 joined.add(name)
         grad = (lambda n: n in self.wanted) if step.tape else (lambda n: False)
-        spared = frozenset() if collect else self.program.spared
+        spared = self.settled if collect else self.program.spared
         unread = frozenset() if collect or not step.tape else self.program.unread
         active = [
             (n, d)

@@ -1,8 +1,8 @@
-"""Convolutions that are only on their way to a gradient: nobody reads their values any more.
+"""Operators that are only on their way to a gradient: nobody reads their values any more.
 
 A convolution's gradients need its input, its weight and the gradient of its output, not the output. Where a
 segment is run again for its backward, and ends in a convolution whose output nothing in it reads, the
-convolution itself need not be computed again.
+convolution itself need not be computed again. The same goes for sums and pixel shuffles behind it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,39 @@ def unvalued_transposed(
 ) -> Tensor:
     """Zeros in place of aten.conv_transpose1d / 2d / 3d, with its gradients."""
     return _stand_in(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+
+def unvalued_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Zeros in place of x + y, of one shape."""
+    return _Sum.apply(x, y)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def unvalued_shuffle(x: Tensor, factor: int) -> Tensor:
+    """Zeros in place of aten.pixel_shuffle."""
+    return _Shuffle.apply(x, factor)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.dtypes = x.dtype, y.dtype
+        return x.new_zeros((), dtype=torch.result_type(x, y)).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad.to(ctx.dtypes[0]), grad.to(ctx.dtypes[1])
+
+
+class _Shuffle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        *lead, channels, rows, columns = x.shape
+        return x.new_zeros(()).expand(*lead, channels // factor**2, rows * factor, columns * factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.pixel_unshuffle(grad, ctx.factor), None
 
 
 def _stand_in(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:

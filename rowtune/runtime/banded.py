@@ -52,6 +52,7 @@ class BandedRun:
         assert segment.banded is not None
         self.graph, self.segment, self.program = graph, segment, segment.banded
         self.wanted, self.first_time = wanted, first_time
+        self.settled: frozenset[str] = frozenset()
         device = next(iter(tensors.values())).device
         self.evaluator = Evaluator(graph, self.program.bands, self.program.images, seed, device)
         self.token = torch.zeros((), requires_grad=True)
@@ -90,8 +91,8 @@ class BandedRun:
         return self._finish()
 
     def again(self) -> dict[str, Tensor]:
-        """The same for a backward: no buffer changes this time."""
-        self.first_time = False
+        """The same for a backward: no buffer changes this time, and reductions are finished."""
+        self.first_time, self.settled = False, self.sums.names
         return self.forward()
 
     def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]:
@@ -202,7 +203,7 @@ class BandedRun:
             slabs = {n: self._slab(n, piece.ranges[n])[0] for n in group.reads if n in piece.ranges}
             with torch.no_grad():
                 outputs = self.evaluator.run(
-                    group, piece.outputs, piece.ranges, slabs, self.whole, self.images
+                    group, piece.outputs, piece.ranges, slabs, self.whole, self.images, self.settled
                 )
         for name, rows in piece.outputs:
             if name in outputs:

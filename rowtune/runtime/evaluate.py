@@ -84,7 +84,7 @@ class Evaluator:
             rows = ranges.get(node.name)
             if rows is not None and rows.size and node.name not in spared:
                 over = group.in_place.get(node.name)
-                if over in unread or node.name in known:
+                if over in unread or node.name in unread or node.name in known:
                     over = None
                 made[node.name] = slabs[node.name] = self._node(
                     node, rows, ranges, slabs, whole, images, node.name in unread, known.get(node.name), over

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from rowtune.graph.graph import Ref
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Run, as_is
+from rowtune.graph.unvalued import unvalued_sum
 from rowtune.rows import pointwise as same_rows
 
 
@@ -34,7 +36,16 @@ def elementwise(q: Question) -> RowRule | Opaque:
             return Opaque("its inputs are banded along different axes")
         else:
             reads[name] = Read(own, same_rows(out[dim]))
-    return RowRule(dim, reads)
+    return RowRule(dim, reads, unvalued=_sum_of(q))
+
+
+def _sum_of(q: Question) -> Run | None:
+    """For a plain sum of two: without values."""
+    if q.node.op != "add" or q.node.kwargs or not all(isinstance(a, Ref) for a in q.node.args):
+        return None
+    if len(q.node.inputs) != 2 or q.shape(q.node.inputs[0]) != q.shape(q.node.inputs[1]):
+        return None
+    return lambda slab: unvalued_sum(*(slab.tensors[n] for n in q.node.inputs))
 
 
 def along(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is
+from rowtune.graph.unvalued import unvalued_shuffle
 from rowtune.rows import Affine, Rows, gather
 from rowtune.rows import pointwise as same_rows
 
@@ -196,12 +198,13 @@ def pixel_shuffle(q: Question) -> RowRule | Opaque:
     if q.node.op == "pixel_unshuffle":
         return RowRule(dim, {x: Read(dim, Affine(rows, out_rows, factor, 1, 0, factor - 1))})
 
-    def run(slab: Slab) -> Tensor:
-        full = slab.call()
+    def run(slab: Slab, function: Callable[[Tensor, int], Tensor] = torch.pixel_shuffle) -> Tensor:
+        full = function(slab.tensors[x], factor)
         return full.narrow(dim, slab.rows.lo - slab.reads[x].lo * factor, slab.rows.size)
 
     window = Affine(rows, out_rows, 1, factor)
-    return RowRule(dim, {x: Read(dim, window)}, run, makes=lambda rows, got: got.size * factor)
+    without = partial(run, function=unvalued_shuffle)
+    return RowRule(dim, {x: Read(dim, window)}, run, makes=lambda _, got: got.size * factor, unvalued=without)
 
 
 def pad(q: Question) -> RowRule | Opaque:
