@@ -8,6 +8,7 @@ does to sums of squares. Statistics are float64 and of shape (3, channels), or (
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,8 +36,18 @@ def moments_again(x: Tensor, total: Tensor, groups: int, centred: bool) -> Tenso
 
 
 def add_gradient(x: Tensor, total: Tensor, grad: Tensor, groups: int, centred: bool, into: Tensor) -> None:
-    """Add to `into`, the gradient of x, what comes of the gradient of its finished statistics, a part of the
-    channels at a time."""
+    """Add to `into`, the gradient of x, what comes of the gradient of its finished statistics."""
+    for some, centre, by_one, by_all, sums in _shares(x, total, grad, groups, centred, into):
+        sums.addcmul_(some - centre, by_one)
+        if centred:
+            sums.add_(by_all)
+
+
+def _shares(
+    x: Tensor, total: Tensor, grad: Tensor, groups: int, centred: bool, into: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """A part of the channels at a time: some of x, what to take from it, the factors of that and of one in
+    the gradient, and where the gradient goes."""
     spread, _ = _spread(x, groups)
     target, _ = _spread(into, groups)
     kept = (0, 1) if groups else (1,)
@@ -46,13 +57,10 @@ def add_gradient(x: Tensor, total: Tensor, grad: Tensor, groups: int, centred: b
     slope, shift = (2 * by_m2).to(target.dtype), (by_mean / n).to(target.dtype)
     mean = mean.to(_wide(x)) if centred else torch.zeros_like(mean, dtype=_wide(x))
     step = max(1, CHUNK * spread.shape[1] // max(spread.numel(), 1))
-    all_of = (spread, target, mean, slope, shift)
-    for parts in zip(*(torch.split(t, step, 1) for t in all_of), strict=True):
-        some, sums, centre, by_one, by_all = parts
-        deviations = some - centre if centred else some.to(_wide(x))
-        sums.addcmul_(deviations, by_one)
-        if centred:
-            sums.add_(by_all)
+    if not centred:
+        shift = torch.zeros_like(shift)
+    all_of = (spread, mean, slope, shift, target)
+    yield from zip(*(torch.split(t, step, 1) for t in all_of), strict=True)
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -107,15 +115,14 @@ def normalise(
 ) -> Tensor:
     """x normalised by statistics, channel by channel, and scaled: pointwise over rows. The statistics are
     inputs like any other and get a gradient."""
-    mean, var = stats[1], stats[2] / stats[0]
     if not groups:
-        return _Normalise.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call, no-any-return]
+        return _Normalise.apply(x, stats, weight, bias, eps)  # type: ignore[no-untyped-call, no-any-return]
     # Every channel of every image has statistics of its own: one image of images x channels channels.
     images, channels = x.shape[:2]
-    mean, var = (t.repeat_interleave(channels // groups, 1).reshape(-1) for t in (mean, var))
+    stats = stats.repeat_interleave(channels // groups, 2).reshape(3, -1)
     weight, bias = (None if t is None else t.repeat(images) for t in (weight, bias))
     flat = x.reshape(1, images * channels, *x.shape[2:])
-    return _Normalise.apply(flat, mean, var, weight, bias, eps).view(x.shape)  # type: ignore[no-untyped-call, no-any-return]
+    return _Normalise.apply(flat, stats, weight, bias, eps).view(x.shape)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def spread_of(
@@ -176,34 +183,40 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, total = ctx.saved_tensors
         grad = add_processes(grad) if ctx.shared else grad
-        into = torch.zeros_like(x, dtype=_wide(x))
-        add_gradient(x, total, grad, ctx.groups, ctx.centred, into)
-        return into.to(x.dtype), None, None, None, None
+        made = torch.empty_like(x, dtype=_wide(x))
+        for some, centre, by_one, by_all, out in _shares(x, total, grad, ctx.groups, ctx.centred, made):
+            torch.sub(some, centre, out=out).mul_(by_one).add_(by_all)
+        return made.to(x.dtype), None, None, None, None
 
 
 class _Normalise(torch.autograd.Function):
-    """PyTorch's own batch norm with given statistics, which have no gradient there; here they have."""
+    """PyTorch's own batch norm with given statistics, which have no gradient there; here they have (the count
+    is a constant)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         dtype = weight.dtype if weight is not None else _wide(x)
-        narrow_mean, narrow_var = mean.to(dtype), var.to(dtype)
-        ctx.save_for_backward(x, var, weight, narrow_mean, narrow_var)
+        narrow_mean, narrow_var = stats[1].to(dtype), (stats[2] / stats[0]).to(dtype)
+        ctx.save_for_backward(x, stats, weight, narrow_mean, narrow_var)
         ctx.eps = eps
         return torch.batch_norm(x, weight, bias, narrow_mean, narrow_var, False, 0.0, eps, False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, var, weight, narrow_mean, narrow_var = ctx.saved_tensors
+        x, stats, weight, narrow_mean, narrow_var = ctx.saved_tensors
         by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, narrow_mean, narrow_var, narrow_mean, narrow_var, False, ctx.eps,
             [ctx.needs_input_grad[0], True, True],
         )  # fmt: skip
-        scale = (var + ctx.eps).rsqrt()
-        slope = scale if weight is None else scale * weight
-        by_mean = -by_bias.double() * slope
-        by_var = -0.5 * by_weight.double() * slope * scale
-        _, _, _, scaled, shifted, _ = ctx.needs_input_grad
-        return by_x, by_mean, by_var, by_weight if scaled else None, by_bias if shifted else None, None
+        by_stats = None
+        if ctx.needs_input_grad[1]:
+            n, _, m2 = stats.unbind()
+            scale = (m2 / n + ctx.eps).rsqrt()
+            slope = scale if weight is None else scale * weight
+            by_stats = torch.zeros_like(stats)
+            torch.mul(by_bias, slope, out=by_stats[1]).neg_()
+            torch.mul(by_weight, slope * scale / n, out=by_stats[2]).mul_(-0.5)
+        _, _, scaled, shifted, _ = ctx.needs_input_grad
+        return by_x, by_stats, by_weight if scaled else None, by_bias if shifted else None, None

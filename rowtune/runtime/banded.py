@@ -102,6 +102,7 @@ class BandedRun:
         for images in self.program.image_ranges:
             self._images(images)
             self._steps(self.program.backward)
+            self.arriving.images_done(self.dims, self._part)
         self._complete()
         return self._finish(), self.gradients
 
@@ -124,12 +125,13 @@ class BandedRun:
                 self.stash = self.stashes[i]
                 self.stashes[i] = {}
             self._steps(self.program.backward)
+            self.arriving.images_done(self.dims, self._part)
         self._complete(beyond)
         return self.gradients
 
     def _complete(self, beyond: Mapping[str, Tensor] | None = None) -> None:
         """All tapes have run."""
-        self.arriving.finish()
+        self.arriving.finish(self.dims)
         alone = apart(beyond or {}, (*self.outer.values(), *self.sums.gradients.values()))
         for name, g in alone.items():
             add(self.gradients.weights if name in self.whole else self.gradients.inputs, name, g)
@@ -140,7 +142,7 @@ class BandedRun:
     def _begin(self, grads: Mapping[str, Tensor], collect: bool) -> None:
         self.outer, self.collect = grads, collect
         self.gradients = Gradients({}, {})
-        self.arriving = InputGradients(self.gradients.inputs, len(self.program.image_ranges) > 1)
+        self.arriving = InputGradients(self.gradients.inputs)
         self.carriers = self._carriers()
         self.evaluator.totals = self.sums.totals
         self.leaves = {
@@ -341,14 +343,20 @@ class BandedRun:
         if owned and g.shape == full.shape and g.dtype == grad_dtype(g.dtype):
             self.arriving.whole(name, g, self.dims[name])
         else:
-            self.arriving.add(name, full, self.dims[name], rows, g, partial(self._part, name))
+            split = self.images != ALL_IMAGES and self._image_dim(name) is not None
+            self.arriving.add(name, full, self.dims[name], rows, g, partial(self._part, name), split)
 
     def _part(self, name: str, full: Tensor, rows: Rows) -> Tensor:
         """The rows and images at work, of a whole tensor."""
         dim = self.dims[name]
         if dim is not None and rows.size != full.shape[dim]:
             full = full.narrow(dim, rows.lo, rows.size)
-        at = self.program.images.dims[name]
-        if at is not None and self.images != ALL_IMAGES and at != dim:
+        at = self._image_dim(name)
+        if at is not None and self.images != ALL_IMAGES:
             full = full.narrow(at, self.images.lo, self.images.size)
         return full
+
+    def _image_dim(self, name: str) -> int | None:
+        """Where a value's images lie, if that is another dimension than that of its rows."""
+        at = self.program.images.dims[name]
+        return at if at != self.dims[name] else None

@@ -54,33 +54,37 @@ class InputGradients:
 
     Args:
         sums: the gradients by name.
-        split: images come a few at a time, so that rows come again.
     """
 
-    def __init__(self, sums: dict[str, Tensor], split: bool) -> None:
-        self.sums, self.split = sums, split
+    def __init__(self, sums: dict[str, Tensor]) -> None:
+        self.sums = sums
         self.filled: dict[str, Rows] = {}
-        self.dims: dict[str, int | None] = {}
+        self.split: set[str] = set()
+        self.later = False
 
     def whole(self, name: str, grad: Tensor, dim: int | None) -> None:
         """A gradient of all rows, in memory that nobody else looks at."""
-        self._blank(name)
+        if name in self.filled and dim is not None:
+            self._blank(name, self.sums[name], dim)
         gather(self.sums, name, grad)
-        self.dims[name] = dim
         self.filled[name] = Rows(0, 1 if dim is None else grad.shape[dim])
 
-    def add(self, name: str, like: Tensor, dim: int | None, rows: Rows, grad: Tensor, part: Part) -> None:
-        """Rows `rows` of the gradient of a tensor `like`; `part` takes those of the images at work."""
+    def add(
+        self, name: str, like: Tensor, dim: int | None, rows: Rows, grad: Tensor, part: Part, split: bool
+    ) -> None:
+        """Rows `rows` of the gradient of a tensor `like`; `part` takes those of the images at work, of which
+        the value has rows of its own with `split`."""
         if name not in self.sums:
-            blank = torch.zeros_like if self.split or dim is None else torch.empty_like
-            self.sums[name], self.dims[name] = blank(like, dtype=grad.dtype), dim
-            self.filled[name] = Rows(rows.lo, rows.lo)
-            if dim is None or self.split:
-                self.filled[name] = Rows(0, 1 if dim is None else like.shape[dim])
-        total, have = self.sums[name], self.filled[name]
+            blank = torch.zeros_like if dim is None or (split and self.later) else torch.empty_like
+            self.sums[name] = blank(like, dtype=grad.dtype)
+        total = self.sums[name]
         if dim is None:
+            self.filled[name] = Rows(0, 1)
             part(total, rows).add_(grad)
             return
+        if split:
+            self.split.add(name)
+        have = self.filled.get(name, Rows(rows.lo, rows.lo))
         for gap in (Rows(rows.hi, have.lo), Rows(have.hi, rows.lo)):  # rows between that have not come yet
             if gap.size > 0:
                 part(total, gap).zero_()
@@ -93,18 +97,32 @@ class InputGradients:
             part(total, again).add_(grad.narrow(dim, again.lo - rows.lo, again.size))
         self.filled[name] = Rows(min(rows.lo, have.lo), max(rows.hi, have.hi))
 
-    def finish(self) -> None:
+    def images_done(
+        self, dims: Mapping[str, int | None], part: Callable[[str, Tensor, Rows], Tensor]
+    ) -> None:
+        """All gradients of the images at work have come; of their rows that had none, it is zero. (`part` is
+        not kept: it would hold on to the run that holds these gradients.)"""
+        for name in self.split:
+            dim = dims[name]
+            assert dim is not None
+            total = part(name, self.sums[name], Rows(0, self.sums[name].shape[dim]))
+            self.filled.setdefault(name, Rows(0, 0))
+            self._blank(name, total, dim)
+            del self.filled[name]
+        self.later = True
+
+    def finish(self, dims: Mapping[str, int | None]) -> None:
         """Rows that never came have no gradient."""
         for name in self.filled:
-            self._blank(name)
+            dim = dims[name]
+            if dim is not None:
+                self._blank(name, self.sums[name], dim)
 
-    def _blank(self, name: str) -> None:
-        dim = self.dims.get(name)
-        if dim is not None:
-            have, total = self.filled[name], self.sums[name]
-            total.narrow(dim, 0, have.lo).zero_()
-            total.narrow(dim, have.hi, total.shape[dim] - have.hi).zero_()
-            self.filled[name] = Rows(0, total.shape[dim])
+    def _blank(self, name: str, total: Tensor, dim: int) -> None:
+        have = self.filled[name]
+        total.narrow(dim, 0, have.lo).zero_()
+        total.narrow(dim, have.hi, total.shape[dim] - have.hi).zero_()
+        self.filled[name] = Rows(0, total.shape[dim])
 
 
 def finish(
