@@ -107,8 +107,8 @@ def again(band: int) -> Segment:
     return Segment("", "", "rows", band, "recompute", barriers="recompute")
 
 
-def narrow(band: int) -> Segment:
-    return Segment("", "", "rows", band, "recompute", barriers="narrow")
+def narrow(band: int, images: int = 0) -> Segment:
+    return Segment("", "", "rows", band, "recompute", images, barriers="narrow")
 
 
 def passed(band: int, tapes: str = "split") -> Segment:
@@ -189,6 +189,10 @@ CASES = (
             "rowtune store 28": barred(28, "store", "recompute"),
             "rowtune again 28, two blocks at a time": stages(
                 *((name, again(28)) for name in PAIRS_OF_RESNET), ("", KEEP)
+            ),
+            "rowtune narrow by images, then checkpoints": stages(
+                ("maxpool", again(224)), ("layer1.1", narrow(224, 2)), ("layer2.0", narrow(224, 1)),
+                *((f"layer{block}", CHECKPOINT) for block in ("2.2", "2.3", "3.1", "3.3", "3.4")), ("", KEEP)
             ),
             "rowtune narrow, two blocks at a time": stages(
                 *narrow_by_bands(14, 7, 4, 7),
