@@ -148,7 +148,15 @@ def test_random_networks(names, stride, batch, height, width, seed, data):
         plan = rowtune.uniform_plan(
             graph, "rows", band, halo, images=images, tapes=tapes, barriers=way, axis=axis
         )
-        assert error(run(net, x, plan), plain) < TOLERANCE, plan
+        found = error(run(net, x, plan), plain)
+        assert found < TOLERANCE or found < 20 * rounding(net, x, plain), plan
+
+
+def rounding(net: nn.Module, x: Tensor, plain: Step) -> float:
+    """How far plain PyTorch moves when its input does by a few units in the last place: a bias before a batch
+    norm has a true gradient of zero, and behind a deviation of few pixels what is left of it is large."""
+    moved = x.detach() * (1 + 1e-15 * torch.randn_like(x))
+    return error(plain_and_graph(net, moved.requires_grad_())[0], plain)
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS))
