@@ -49,7 +49,7 @@ def _grows(node: Node) -> bool:
     return node.op == "leaky_relu" and not float(slope) > 0
 
 
-def known(x: Tensor, value: Tensor) -> Tensor:
+def with_value(x: Tensor, value: Tensor) -> Tensor:
     """`value` in the place of x: gradients go to x."""
     return _Known.apply(x, value)  # type: ignore[no-untyped-call, no-any-return]
 

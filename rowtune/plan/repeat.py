@@ -94,7 +94,7 @@ def _repeat(made: Schedule, top: str, shift: dict[str, int], more: int, halo: st
 
 
 def _first_run(steps: Sequence[Step], start: int, stop: int) -> set[int]:
-    """Pieces that run between two positions and not before (late tapes run them again)."""
+    """Pieces that run between two positions and not before."""
     before, here = (
         {step.piece for step in part if isinstance(step, Run | Replay)}
         for part in (steps[:start], steps[start:stop])

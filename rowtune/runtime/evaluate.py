@@ -11,7 +11,7 @@ from torch import Tensor
 from rowtune.graph.bands import Banding
 from rowtune.graph.graph import Graph, Node, replace
 from rowtune.graph.in_place import run_in_place
-from rowtune.graph.replay import known as in_place_of
+from rowtune.graph.replay import with_value
 from rowtune.graph.rules import Slab
 from rowtune.plan.groups import Group
 from rowtune.rows import Rows, need
@@ -127,7 +127,7 @@ class Evaluator:
                 if got.size != tensor.shape[read.dim] or (got.size and got.lo != start):
                     tensor = tensor.narrow(read.dim, got.lo - start if got.size else 0, got.size)
                 reads[name] = got
-            tensors[name] = tensor if output is None else in_place_of(tensor, output)
+            tensors[name] = tensor if output is None else with_value(tensor, output)
         if over is not None and (done := run_in_place(node, over, tensors)) is not None:
             return done
         shape = self._shape(node, rule.dim, rows, images)

@@ -15,10 +15,12 @@ from rowtune.plan.policies.schedule import Request, Schedule, forward_pass
 from rowtune.plan.program import Back, Drop, Replay, Run
 from rowtune.rows import Rows
 
+JOINS = {"replay": (0, replay_joins), "late": (1, any_joins)}
+"""By kind of tape: overlapping windows that may join a group, and what else may."""
+
 
 def schedule(ask: Request) -> Schedule:
-    late = ask.decision.tapes == "late"
-    found = fuse(ask.graph, ask.bands, ask.part, *((1, any_joins) if late else (0, replay_joins)))
+    found = fuse(ask.graph, ask.bands, ask.part, *JOINS[ask.decision.tapes])
     groups = [replayed(group) for group in found]
     front = frontiers(groups, frozenset(ask.outputs), ask.band_rows)
     made = Schedule(tuple(groups))

@@ -17,7 +17,7 @@ from rowtune.rows import Rows, between
 
 
 def schedule(ask: Request) -> Schedule:
-    if ask.decision.tapes in ("replay", "late"):
+    if ask.decision.tapes in replay.JOINS:
         return replay.schedule(ask)
     groups = fuse(ask.graph, ask.bands, ask.part)
     front = frontiers(groups, frozenset(ask.outputs), ask.band_rows)
