@@ -88,19 +88,35 @@ def barred(band: int, barriers: str, halo: str = "sweep", tapes: str = "split") 
     return lambda graph: rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes, barriers=barriers)  # type: ignore[arg-type]
 
 
-def stages(*parts: tuple[str, Segment]) -> Callable[[Any], Plan]:
-    """Segments like the given ones, cut behind the last node of the named modules."""
+Part = tuple[str, Segment]
+
+
+def stages(*parts: Part | list[Part]) -> Callable[[Any], Plan]:
+    """Segments like the given ones, cut behind the last node of the named modules; a list of them is a
+    checkpoint that they make up, recomputed in turns."""
 
     def build(graph: Any) -> Plan:
         segments, at = [], 0
-        for module, like in parts:
-            inside = [i for i, n in enumerate(graph.nodes) if n.module.startswith(module)] if module else []
-            stop = max(inside) + 1 if inside else len(graph.nodes)
-            segments.append(replace(like, first=graph.nodes[at].name, last=graph.nodes[stop - 1].name))
-            at = stop
+        for part in parts:
+            inside: list[Segment] = []
+            for module, like in part if isinstance(part, list) else [part]:
+                named = [i for i, n in enumerate(graph.nodes) if n.module.startswith(module)]
+                stop = max(named) + 1 if module else len(graph.nodes)
+                relu = graph.nodes[stop - 1].op == "relu" and like.policy == "rows"
+                if isinstance(part, list) and (module, like) != part[-1] and relu:
+                    inside += [_over(graph, at, stop - 1, like), _over(graph, stop - 1, stop, KEEP)]
+                else:
+                    inside.append(_over(graph, at, stop, like))
+                at = stop
+            whole = Segment(inside[0].first, inside[-1].last, "checkpoint", inside=tuple(inside))
+            segments.append(whole if isinstance(part, list) else inside[0])
         return Plan(tuple(segments))
 
     return build
+
+
+def _over(graph: Any, start: int, stop: int, like: Segment) -> Segment:
+    return replace(like, first=graph.nodes[start].name, last=graph.nodes[stop - 1].name)
 
 
 def again(band: int) -> Segment:
@@ -126,6 +142,16 @@ def narrow_by_bands(*bands: int) -> list[tuple[str, Segment]]:
     return [(name, narrow(band)) for name, band in zip(PAIRS_OF_RESNET[: len(bands)], bands, strict=True)]
 
 
+def in_turns(rows: int) -> Callable[[Any], Plan]:
+    """The first blocks in pairs, each made again when its turn comes; then parts of two and three."""
+    return stages(
+        ("maxpool", CHECKPOINT),
+        [("layer1.0", again(rows)), ("layer1.1", again(rows))],
+        [("layer1.2", again(rows)), ("layer2.0", again(rows))],
+        *((name, CHECKPOINT) for name in ("layer2.2", "layer3.0", "layer3.3")), ("", KEEP),
+    )  # fmt: skip
+
+
 CASES = (
     Case(
         "per_pixel 8x32ch, 1x3x1024x1024, single sweep", "per_pixel", {}, (1, 3, 1024, 1024), "cross_entropy",
@@ -133,7 +159,7 @@ CASES = (
     ),
     Case(
         "edsr baseline, 1x3x512x512, single sweep", "edsr", {}, (1, 3, 512, 512), "mse",
-        {"rowtune sweep 16": sweep(16), "rowtune replay 60": sweep(60, "replay")},
+        {"rowtune sweep 16": sweep(16), "rowtune replay 64": sweep(64, "replay")},
     ),
     Case(
         "vgg16, 1x3x2048x2048", "vgg16", {"dropout": 0.0}, (1, 3, 2048, 2048), "cross_entropy",
@@ -170,6 +196,7 @@ CASES = (
                 *narrow_by_bands(64, 32, 16, 32),
                 *((name, again(64)) for name in PAIRS_OF_RESNET[4:]), ("", KEEP)
             ),
+            "rowtune in turns, then checkpoints": in_turns(512),
         },
         compiled=False,
     ),
@@ -190,10 +217,7 @@ CASES = (
             "rowtune again 28, two blocks at a time": stages(
                 *((name, again(28)) for name in PAIRS_OF_RESNET), ("", KEEP)
             ),
-            "rowtune narrow by images, then checkpoints": stages(
-                ("maxpool", again(224)), ("layer1.1", narrow(224, 2)), ("layer2.0", narrow(224, 1)),
-                *((f"layer{block}", CHECKPOINT) for block in ("2.2", "2.3", "3.1", "3.3", "3.4")), ("", KEEP)
-            ),
+            "rowtune in turns, then checkpoints": in_turns(224),
             "rowtune narrow, two blocks at a time": stages(
                 *narrow_by_bands(14, 7, 4, 7),
                 *((name, again(14)) for name in PAIRS_OF_RESNET[4:]), ("", KEEP)

@@ -84,6 +84,11 @@ class Affine:
         return self.over == 1 and self.last - self.first < self.step
 
     @property
+    def grain(self) -> int:
+        """Output rows that come of one input row and no other: they are made, and go back, together."""
+        return self.over if self.step == 1 and self.first == self.last == 0 else 1
+
+    @property
     def pointwise(self) -> bool:
         return self.step == self.over == 1 and self.first == self.last == 0 and self.rows == self.out_rows
 

@@ -32,6 +32,8 @@ def policies(decisions: Any) -> str:
             word += f" x{s['images']}" if s.get("images") else ""
             word += f" {s['tapes']} tapes" if s.get("tapes", "split") != "split" else ""
             word += f" barriers {s['barriers']}" if s.get("barriers", "store") != "store" else ""
+        elif "inside" in s:
+            word = f"checkpoint of ({policies({'segments': s['inside']})})"
         if not words or words[-1] != word:
             words.append(word)
     layout = (decisions or {}).get("layout", "contiguous")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +106,15 @@ def _verdict(file: PlanFile) -> Any:
 
 def kind(decisions: Mapping[str, Any] | None) -> str:
     """rows, checkpoint or keep: the strongest policy a plan uses."""
-    used = {s["policy"] for s in (decisions or {}).get("segments", ())}
+    used = {s["policy"] for _, s in _nested((decisions or {}).get("segments", ()))}
     return next((policy for policy in ("rows", "checkpoint") if policy in used), "keep")
+
+
+def _nested(segments: Sequence[Mapping[str, Any]], depth: int = 0) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(how deep, segment), those inside a checkpoint behind it."""
+    for segment in segments:
+        yield depth, segment
+        yield from _nested(segment.get("inside", ()), depth + 1)
 
 
 def _points(file: PlanFile, records: Sequence[Record]) -> list[Point]:
@@ -148,11 +155,11 @@ def _segments(segments: Sequence[Mapping[str, Any]]) -> Any:
         ("halo", "left"),
         ("more", "left"),
     )
-    for s in segments:
+    for depth, s in _nested(segments):
         rows = s["policy"] == "rows"
         more = [f"{key} {s[key]}" for key in ("images", "tapes", "barriers") if key in s]
         table.add_row(
-            s["first"],
+            "  " * depth + s["first"],
             s["last"],
             Text(s["policy"], MARKS[s["policy"]][1]),
             str(s["band_rows"]) if rows else "",

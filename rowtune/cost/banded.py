@@ -49,6 +49,7 @@ class BandedSizes:
         self.shapes: dict[str, tuple[int, int, bool]] = {}
         self.fraction = 1.0
         self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
+        self.outer: dict[str, int] = {}
 
     # -- the two passes --------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ class BandedSizes:
         self.held = []
 
     def backward(self, outer: Mapping[str, int]) -> None:
-        self.outer = frozenset(outer)
+        self.outer = dict(outer)
         self.post.backward(outer, self.weight_grads)
         for i, images in enumerate(self.images.ranges):
             self._images(images)
@@ -107,8 +108,6 @@ class BandedSizes:
         self.tapes: dict[int, tuple[TapeSizes, dict[str, int]]] = {}
         self.shares: dict[tuple[int, str], list[tuple[Rows, int]]] = {}
         self.stash = {}
-        if not self.done:
-            self.outer = getattr(self, "outer", frozenset())
 
     def _steps(self, steps: tuple[Step, ...], collect: bool) -> None:
         for step in steps:
@@ -310,7 +309,7 @@ class BandedSizes:
             return self.heap.new(0)
         shares = self.shares.pop((number, name), [])
         if not shares:
-            return self.heap.new(0) if name in self.outer else None
+            return self.heap.ref(self.outer[name]) if name in self.outer else None
         full = [b for r, b in shares if r == rows]
         base = self.heap.ref(full[0]) if full else self.heap.new(self._bytes(name, rows))
         for _, block in shares:
@@ -319,12 +318,12 @@ class BandedSizes:
 
     def _scatter(self, name: str, rows: Rows, block: int) -> None:
         if name in self.outside:
-            if name not in self.input_grads and self._bytes(name, rows) == self.graph.values[name].bytes:
+            whole = self.graph.values[name].bytes
+            own = block not in self.outer.values()
+            if name not in self.input_grads and own and self._bytes(name, rows) == whole:
                 self.input_grads[name] = self.heap.ref(block)
             elif name not in self.input_grads:
-                self.input_grads[name] = self.heap.new(
-                    self.graph.values[name].bytes, f"the gradient of {name}"
-                )
+                self.input_grads[name] = self.heap.new(whole, f"the gradient of {name}")
             self.heap.drop(block)
             return
         for home, piece in homes_of(self.program)[name].overlapping(rows, self.bands.dims[name] is None):

@@ -7,16 +7,20 @@ Kernel temporaries are not tensors and are not counted (DESIGN.md, "What a budge
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rowtune.cost.banded import BandedSizes
 from rowtune.cost.heap import Heap
 from rowtune.cost.passes import PassesSizes
 from rowtune.cost.profile import key_of, profiles
-from rowtune.cost.tape import TapeSizes, backward, forward
+from rowtune.cost.tape import Bytes, TapeSizes, backward, forward
 from rowtune.cost.time import seconds
 from rowtune.graph.graph import Node
 from rowtune.plan.program import Program, SegmentProgram
+
+Env = dict[str, int]
+"""Blocks by name."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class _Step:
         fixed = sum(v.bytes for v in self.graph.values.values() if v.kind in ("parameter", "buffer"))
         self.heap = Heap(fixed + slots * trained)
         self.weight_grads: dict[str, int] = {}
-        self.env: dict[str, int] = {}
+        self.env: Env = {}
         self.grads: dict[str, int] = {}
 
     def size(self, name: str) -> int:
@@ -89,53 +93,79 @@ class _Step:
         if segment.inner:
             return self._inner(segment)
         if segment.banded is not None or segment.passes is not None:
-            kind = BandedSizes if segment.banded is not None else PassesSizes
-            banded = kind(self.heap, self.graph, self.profiles, segment)
+            banded = self._sizes(segment)
             banded.forward(self.env)
             if banded.done:
                 self._hand_on(banded)
             else:
                 banded.hold(self.env)
             return banded
-        checkpointed = segment.decision.policy == "checkpoint"
-        blocks = self.env
-        held: list[int] = []
-        if checkpointed and any(self._saves(node) for node in segment.part.nodes):
-            held = self._hold(segment)
-        tape = self._nodes(segment, blocks, grad=not checkpointed)
-        return held if checkpointed else tape
+        if segment.decision.policy == "checkpoint":
+            saving = any(self._saves(node) for node in segment.part.nodes)
+            held = self._hold(segment) if saving else {}
+            self._nodes(segment, self.env, grad=False)
+            return held
+        return self._nodes(segment, self.env, grad=True)
 
-    def _hold(self, segment: SegmentProgram) -> list[int]:
-        return [self.heap.ref(self.env[n]) for n in segment.part.inputs if n in self.env]
+    def _sizes(self, segment: SegmentProgram) -> BandedSizes | PassesSizes:
+        kind = PassesSizes if segment.passes else BandedSizes
+        return kind(self.heap, self.graph, self.profiles, segment)
 
-    def _inner(self, segment: SegmentProgram) -> list[int]:
+    def _hold(self, segment: SegmentProgram) -> Env:
+        return {n: self.heap.ref(self.env[n]) for n in segment.part.inputs if n in self.env}
+
+    def _inner(self, segment: SegmentProgram) -> Env:
         """The first forward of a segment that is run again: only its inputs are kept."""
         held = self._hold(segment)
-        outside = set(self.env)
-        self._parts(segment, keep=False)
-        for name in set(self.env) - outside - set(segment.part.outputs):
-            self.heap.drop(self.env.pop(name))
+        self._through(segment)
         return held
 
-    def _parts(self, segment: SegmentProgram, keep: bool) -> list[BandedSizes | PassesSizes]:
-        """All parts in forward; with `keep`, what they read is kept and the last is not run."""
-        left: list[BandedSizes | PassesSizes] = []
+    def _through(self, segment: SegmentProgram, again: bool = False) -> None:
+        """All parts in forward, of which nothing is kept."""
+        outside = set(self.env)
         for inner, dead in zip(segment.inner, segment.dead, strict=True):
-            kind = PassesSizes if inner.passes else BandedSizes
-            sizes = kind(self.heap, self.graph, self.profiles, inner)
-            if keep:
-                sizes.hold(self.env)
-            left.append(sizes)
-            if keep and inner is segment.inner[-1]:
-                break
-            if keep:
-                sizes.again(self.env)
-            else:
-                sizes.forward(self.env)
-            for name in dead:
-                if name in self.env and name not in segment.part.inputs:
-                    self.heap.drop(self.env.pop(name))
+            self._run(inner, again)
+            self._dead(segment, dead)
+        for name in set(self.env) - outside - set(segment.part.outputs):
+            self.heap.drop(self.env.pop(name))
+
+    def _run(self, segment: SegmentProgram, again: bool) -> None:
+        """Forward, of which nothing is kept; `again`, when reductions are finished."""
+        if segment.inner:
+            self._through(segment, again)
+        elif segment.banded is not None or segment.passes is not None:
+            sizes = self._sizes(segment)
+            run = sizes.again if again else sizes.forward
+            run(self.env)
+        else:
+            self._nodes(segment, self.env, grad=False)
+
+    def _made_again(self, segment: SegmentProgram) -> list[object]:
+        """All parts once more, with what the backward of each needs."""
+        left: list[object] = []
+        for inner, dead in zip(segment.inner, segment.dead, strict=True):
+            left.append(self._kept(inner, last=inner is segment.inner[-1]))
+            self._dead(segment, dead)
         return left
+
+    def _kept(self, segment: SegmentProgram, last: bool) -> object:
+        """What the backward of a part needs. It runs for those after it, or where autograd must see it."""
+        if segment.banded is not None or segment.passes is not None:
+            sizes = self._sizes(segment)
+            sizes.hold(self.env)
+            kept: object = sizes
+        elif segment.inner or segment.decision.policy == "checkpoint":
+            kept = self._hold(segment)
+        else:
+            return self._nodes(segment, self.env, grad=True)
+        if not last:
+            self._run(segment, again=True)
+        return kept
+
+    def _dead(self, segment: SegmentProgram, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self.env and name not in segment.part.inputs:
+                self.heap.drop(self.env.pop(name))
 
     def _saves(self, node: Node) -> bool:
         """Whether autograd keeps anything for a node; if for none, checkpoint has nothing to recompute and
@@ -143,11 +173,23 @@ class _Step:
         profile = self.profiles[key_of(node)]
         return self.grad(node.name) and bool(profile.saves or profile.extra)
 
-    def _nodes(self, segment: SegmentProgram, blocks: dict[str, int], grad: bool) -> TapeSizes:
+    def _recomputed(self, segment: SegmentProgram) -> Bytes:
+        """Sizes for a checkpoint's second run, which ends where autograd saves the last of what it needs."""
+        nodes = segment.part.nodes
+        saving = [i for i, node in enumerate(nodes) if self._saves(node)]
+        end = saving[-1] if saving else 0
+        profile = self.profiles[key_of(nodes[end])]
+        made_too = profile.extra or nodes[end].name in profile.saves  # inputs are saved before it runs
+        left_out = {node.name for node in nodes[end + bool(made_too) :]}
+        return lambda name: 0 if name in left_out else self.size(name)
+
+    def _nodes(
+        self, segment: SegmentProgram, blocks: Env, grad: bool, size: Bytes | None = None
+    ) -> TapeSizes:
         wanted = self.grad if grad else lambda name: False
         return forward(
-            self.heap, self.graph, self.profiles, segment.part.nodes, segment.drops, blocks, self.size,
-            lambda node: 1.0, wanted,
+            self.heap, self.graph, self.profiles, segment.part.nodes, segment.drops, blocks,
+            size or self.size, lambda node: 1.0, wanted,
         )  # fmt: skip
 
     # -- backward --------------------------------------------------------------------------------------------
@@ -168,25 +210,25 @@ class _Step:
         if isinstance(kept, TapeSizes):
             self._run_tape(kept)
             return
-        assert isinstance(kept, list)
+        assert isinstance(kept, dict)
         if segment.inner:
-            self._again(segment)
+            self._again(segment, kept)
         else:
-            blocks = {n: b for n, b in zip(segment.part.inputs, kept, strict=False)}
-            tape = self._nodes(segment, blocks, grad=True)
+            blocks = dict(kept)
+            tape = self._nodes(segment, blocks, grad=True, size=self._recomputed(segment))
             for name, block in blocks.items():
                 if name not in segment.part.inputs:
                     self.heap.drop(block)
             self._run_tape(tape)
-        for block in kept:
+        for block in kept.values():
             self.heap.drop(block)
 
-    def _again(self, segment: SegmentProgram) -> None:
+    def _again(self, segment: SegmentProgram, held: Env) -> None:
         """All parts once more, their inputs kept this time, then backward through them."""
-        before, self.env = self.env, dict(self.env)
-        left = self._parts(segment, keep=True)
+        before, self.env = self.env, dict(held)
+        left = self._made_again(segment)
         for name, block in self.env.items():
-            if before.get(name) != block:
+            if held.get(name) != block:
                 self.heap.drop(block)
         self.env = before
         for inner, kept in zip(reversed(segment.inner), reversed(left), strict=True):

@@ -115,7 +115,7 @@ def backward(
         for name, block in found:
             if read(node, name) < size(name):
                 block = widened(heap, block, size(name))
-            _accumulate(heap, grads, name, block)
+            _accumulate(heap, grads, name, block, size(name))
 
 
 def widened(heap: Heap, block: int, size: int) -> int:
@@ -125,7 +125,7 @@ def widened(heap: Heap, block: int, size: int) -> int:
     return full
 
 
-def _accumulate(heap: Heap, grads: dict[str, int], name: str, block: int) -> None:
+def _accumulate(heap: Heap, grads: dict[str, int], name: str, block: int, size: int) -> None:
     """As autograd adds: into the first gradient where nobody else looks at it, else into new memory."""
     old = grads.get(name)
     if old is None:
@@ -133,6 +133,6 @@ def _accumulate(heap: Heap, grads: dict[str, int], name: str, block: int) -> Non
     elif heap.refs[old] == 1:
         heap.drop(block)
     else:
-        grads[name] = heap.new(heap.size[old])
+        grads[name] = heap.new(size)
         heap.drop(old)
         heap.drop(block)

@@ -42,7 +42,8 @@ def seconds(program: Program) -> float:
 def _segment(graph: Graph, segment: SegmentProgram) -> float:
     once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
     if segment.inner:
-        return sum(_segment(graph, inner) + _forward(graph, inner) for inner in segment.inner)
+        parts = sum(_segment(graph, inner) for inner in segment.inner)
+        return parts + sum(_forward(graph, inner) for inner in segment.inner[:-1])
     if segment.passes is not None:
         return _passes(graph, segment, once)
     if segment.banded is None:
@@ -57,6 +58,8 @@ def _forward(graph: Graph, segment: SegmentProgram) -> float:
     """Once more; several passes know their reductions by then."""
     if segment.passes is not None:
         return _forward(graph, segment.passes.forward[-1])
+    if segment.inner:
+        return sum(_forward(graph, inner) for inner in segment.inner)
     once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
     if segment.banded is None:
         return sum(once.values())

@@ -18,7 +18,7 @@ from rowtune.plan.program import Banded, Finish, SegmentProgram
 
 def finished(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[SegmentProgram, ...]:
     """The same segments, with every gradient of statistics finished where they are read."""
-    leaves = [leaf for segment in segments for leaf in (segment.inner or (segment,))]
+    leaves = [leaf for segment in segments for leaf in _parts(segment)]
     home = {node.name: i for i, leaf in enumerate(leaves) for node in leaf.part.nodes}
     finishes: list[list[Finish]] = [[] for _ in leaves]
     spared: list[set[str]] = [set() for _ in leaves]
@@ -31,8 +31,14 @@ def finished(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[Segmen
                     finishes[r].append(finish)
     made = iter(_leaf(graph, *each) for each in zip(leaves, finishes, spared, strict=True))
     return tuple(
-        replace(s, inner=tuple(next(made) for _ in s.inner)) if s.inner else next(made) for s in segments
+        next(made) if _parts(s) == (s,) else replace(s, inner=tuple(next(made) for _ in s.inner))
+        for s in segments
     )
+
+
+def _parts(segment: SegmentProgram) -> tuple[SegmentProgram, ...]:
+    """What backward runs through. (The segments inside a checkpoint are finished among themselves.)"""
+    return segment.inner if segment.inner and segment.decision.policy == "rows" else (segment,)
 
 
 def _finish(graph: Graph, maker: Banded | None, total: str) -> Finish | None:
@@ -53,7 +59,7 @@ def _readers(
     source, shared = node.inputs[0], node.op == "moments" and bool(node.args[3])
     found = set()
     for c in graph.consumers[total]:
-        if c >= len(graph.nodes):
+        if c >= len(graph.nodes) or graph.nodes[c].name not in home:
             return set()
         if graph.nodes[c].effect:
             continue

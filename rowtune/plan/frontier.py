@@ -67,7 +67,7 @@ def _forward(groups: list[Group], tops: dict[int, int], last: bool) -> tuple[int
     for i in range(len(groups) - 1, -1, -1):
         group = groups[i]
         ends = {o: max(wanted.get(o, 0), tops.get(i, 0)) for o in group.outputs}
-        made[i] = max(ends.values())
+        made[i] = min(-(-max(ends.values()) // group.grain) * group.grain, height_of(group))
         for name, hi in group.hi(dict.fromkeys(group.outputs, made[i])).items():
             wanted[name] = max(wanted.get(name, 0), hi)
     return tuple(made)
@@ -76,13 +76,13 @@ def _forward(groups: list[Group], tops: dict[int, int], last: bool) -> tuple[int
 def gradient_end(group: Group, readers: dict[str, tuple[int, ...]], groups: list[Group],
                  done: list[int], final: tuple[int, ...], own_end: int) -> int:  # fmt: skip
     """Rows of the group's outputs whose gradient is complete when each reader's tapes have run up to
-    `done`; an output without readers is bounded by `own_end`."""
+    `done`, and that of all rows made with them; an output without readers is bounded by `own_end`."""
     ready = own_end
     for output in group.outputs:
         for c in readers.get(output, ()):
             starts = {o: done[c] if done[c] < final[c] else groups[c].heights[o] for o in groups[c].outputs}
             ready = min(ready, groups[c].lo(starts)[output])
-    return ready
+    return ready if ready >= height_of(group) else ready - ready % group.grain
 
 
 def _backward(groups: list[Group], readers: dict[str, tuple[int, ...]], ends: tuple[int, ...],

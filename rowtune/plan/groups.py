@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from rowtune.graph.bands import Banding
@@ -45,6 +46,19 @@ class Group:
     bands: Banding
     in_place: Mapping[str, str]
     replay: Replay | None = None
+
+    @cached_property
+    def grain(self) -> int:
+        """Rows of the output that are made together: more than one behind a pixel shuffle, say. (Pointwise
+        operators may follow it.)"""
+        for node in reversed(self.nodes):
+            windows = [r.window for r in self.bands.rule(node.name).reads.values() if r.window is not None]
+            if not windows or not all(isinstance(w, Affine) for w in windows):
+                return 1
+            grain = min(w.grain for w in windows if isinstance(w, Affine))
+            if grain > 1 or not all(isinstance(w, Affine) and w.pointwise for w in windows):
+                return grain
+        return 1
 
     def ranges(self, wanted: Mapping[str, Rows]) -> dict[str, Rows]:
         """Rows of every value in the group, and of what it reads, for these rows of its outputs."""

@@ -51,10 +51,23 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _spans(graph: Graph, plan: Plan) -> list[tuple[Segment, int, int]]:
-    spans: list[tuple[Segment, int, int]] = []
-    at = 0
-    for segment in plan.segments:
+Span = tuple[Segment, int, int]
+
+
+def _spans(graph: Graph, plan: Plan) -> list[Span]:
+    spans = _in_order(graph, plan.segments, 0)
+    at = spans[-1][2] if spans else 0
+    if at == graph.index.get(SUMS):
+        return _with_loss(graph, plan, spans)
+    if at != len(graph.nodes):
+        raise PlanError(f"no segment covers {graph.nodes[at].name} and what follows it")
+    return spans
+
+
+def _in_order(graph: Graph, segments: tuple[Segment, ...], at: int) -> list[Span]:
+    """(segment, start, stop) of segments that follow each other from node `at` on."""
+    spans: list[Span] = []
+    for segment in segments:
         start = graph.index.get(segment.first)
         if segment.first in (SUMS, LOSS) and start is None:
             continue
@@ -73,16 +86,10 @@ def _spans(graph: Graph, plan: Plan) -> list[tuple[Segment, int, int]]:
             )
         spans.append((segment, at, stop))
         at = stop
-    if at == graph.index.get(SUMS):
-        return _with_loss(graph, plan, spans)
-    if at != len(graph.nodes):
-        raise PlanError(f"no segment covers {graph.nodes[at].name} and what follows it")
     return spans
 
 
-def _with_loss(
-    graph: Graph, plan: Plan, spans: list[tuple[Segment, int, int]]
-) -> list[tuple[Segment, int, int]]:
+def _with_loss(graph: Graph, plan: Plan, spans: list[Span]) -> list[Span]:
     end = len(graph.nodes)
     segment, start, stop = spans[-1]
     if segment.policy == "rows" and not why_not(graph, start, end, plan.axis):
@@ -94,6 +101,8 @@ def _segments(
     graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
 ) -> list[SegmentProgram]:
     """The programs of one segment: several where a rows segment stores the tensors at its barriers."""
+    if decision.inside:
+        return [_nested(graph, plan, decision, start, stop, scheduler)]
     if decision.policy != "rows":
         return [_plain(graph, decision, stretch(graph, start, stop), scheduler)]
     axis = plan.axis if decision.band_rows else 0
@@ -122,6 +131,28 @@ def _segments(
     part = stretch(graph, start, stop)
     inner = tuple(_twice(i) for i in inner)
     return [SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))]
+
+
+def _nested(
+    graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
+) -> SegmentProgram:
+    """A checkpoint made of segments."""
+    spans = _in_order(graph, decision.inside, start)
+    if not spans or spans[-1][2] != stop:
+        raise PlanError(
+            f"the segments inside {decision.first}..{decision.last} end at "
+            f"{spans[-1][0].last if spans else 'nothing'}, not at {decision.last}"
+        )
+    for segment, _, _ in spans:
+        if segment.policy == "rows" and segment.halo == "cache":
+            raise PlanError(
+                f"segment {segment.first}..{segment.last}: halo cache keeps rows from forward to backward; "
+                f"inside a checkpoint rows take halo sweep or recompute"
+            )
+    part = stretch(graph, start, stop)
+    inner = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
+    inner = finished(graph, tuple(_twice(i) for i in inner))
+    return SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))
 
 
 def _streamed(

@@ -35,6 +35,9 @@ class Segment:
                 store: keep the tensor there; recompute: make it again in backward, from the segment's inputs;
                 passes: never make it, stream the segment once more for each barrier;
                 narrow: recompute, but passes for tensors that are wider than what they are made from
+    inside      segments that a checkpoint is made of: run one by one when it is recomputed, each as it says
+                itself, so that their own recomputations take turns (recursive checkpointing, as in Chen et
+                al., "Training deep nets with sublinear memory cost", arXiv 1604.06174)
     band_cols   reserved: rows of a second band axis
     """
 
@@ -47,6 +50,16 @@ class Segment:
     tapes: Tapes = "split"
     barriers: Barriers = "store"
     band_cols: int = 0
+    inside: tuple[Segment, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; fields at their default are left out."""
+        found: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("first", "last", "policy") or value != f.default:
+                found[f.name] = [s.to_dict() for s in value] if f.name == "inside" else value
+        return found
 
 
 @dataclass(frozen=True)
@@ -67,12 +80,12 @@ class Plan:
         """Plain JSON values; fields at their default are left out of a segment."""
         out = asdict(self)
         out["stores"] = dict(self.stores)
-        default = {f.name: f.default for f in fields(Segment)}
-        out["segments"] = [
-            {k: v for k, v in asdict(s).items() if k in ("first", "last", "policy") or v != default[k]}
-            for s in self.segments
-        ]
+        out["segments"] = [s.to_dict() for s in self.segments]
         return out
+
+    def leaves(self) -> tuple[Segment, ...]:
+        """The segments that are made of no others, in order."""
+        return tuple(leaf for s in self.segments for leaf in _leaves(s))
 
     @staticmethod
     def from_dict(data: Any) -> Plan:
@@ -95,11 +108,18 @@ class Plan:
         return plan
 
 
+def _leaves(segment: Segment) -> list[Segment]:
+    return [leaf for s in segment.inside for leaf in _leaves(s)] if segment.inside else [segment]
+
+
 def _segment(data: Any) -> Segment:
     names = {f.name for f in fields(Segment)}
     if not isinstance(data, dict) or not {"first", "last"} <= set(data) <= names:
         raise PlanError(f"a segment has keys {', '.join(sorted(names))}; found {data!r}")
-    made = Segment(**data)
+    inside = data.get("inside", [])
+    if not isinstance(inside, list):
+        raise PlanError(f"inside is a list of segments, not {inside!r}")
+    made = Segment(**{**data, "inside": tuple(_segment(item) for item in inside)})
     for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes), ("barriers", Barriers)):
         if getattr(made, key) not in get_args(kind):
             raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
@@ -109,6 +129,10 @@ def _segment(data: Any) -> Segment:
             raise PlanError(f"{key} is a whole number of at least 0, not {value!r}")
     if made.policy == "rows" and made.band_rows < 1 and made.images < 1:
         raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows or images of at least 1")
+    if made.inside and made.policy != "checkpoint":
+        raise PlanError(f"segment {made.first}..{made.last}: only a checkpoint has segments inside")
+    if made.inside and made.images:
+        raise PlanError(f"segment {made.first}..{made.last}: give images to the segments inside")
     if made.band_cols:
         raise PlanError("band_cols (a second band axis) is reserved; this version bands one axis")
     if not isinstance(made.first, str) or not isinstance(made.last, str):

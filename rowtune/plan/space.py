@@ -7,7 +7,7 @@ trial of a study.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +15,7 @@ from itertools import pairwise
 from rowtune.graph.bands import banding
 from rowtune.graph.cuts import barrier_parts, is_local, legal_cut, stretches, why_not
 from rowtune.graph.graph import Graph
+from rowtune.graph.replay import reads_output
 from rowtune.graph.rules import Opaque
 from rowtune.plan.plan import Plan, Segment
 
@@ -37,15 +38,24 @@ BARRIERS = {
 barrier to the next the halo is small."""
 ROWS |= BARRIERS
 BANDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+ALL_ROWS = 1 << 30
 CUTS = 20
 REGIONS = (1, 2, 3, 4)
 """Stretches between cuts that are recomputed together."""
+TURNS = ("no", "yes")
+"""Whether these stretches are recomputed once more, each on its own, when its turn in backward comes."""
 
 
 @dataclass(frozen=True)
 class Knob:
     name: str
     choices: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class _Regions:
+    every: int
+    turns: bool
 
 
 @dataclass(frozen=True)
@@ -67,40 +77,62 @@ class PlanSpace:
 
     def _zone(self, values: Mapping[str, str | int], zone: str, start: int, stop: int) -> list[Segment]:
         policy, images = str(values[zone]), int(values.get("images", 0))
-        every = int(values["regions"])
+        regions = _Regions(int(values["regions"]), values["turns"] == "yes")
         if policy == "keep":
             return [self._segment(start, stop, "keep")]
         if policy == "checkpoint":
-            return [self._checkpoint(a, b, images) for a, b in self._regions(start, stop, every)]
+            return self._recomputed(start, stop, regions, lambda a, b: self._checkpoint(a, b, images))
         if policy == "images":  # micro-batches: bands of images alone
             rows = Segment("", "", "rows", 0, "sweep", images or 1, "whole")
-            return self._rows(start, stop, 0, rows, every)
+            return self._rows(start, stop, 0, rows, regions)
         rows = replace(
             ROWS[policy],
             band_rows=int(values[f"{zone}_band"]),
             images=images,
             tapes=values.get("tapes", "split"),  # type: ignore[arg-type]
         )
-        return self._rows(start, stop, self.axis, rows, every)
+        return self._rows(start, stop, self.axis, rows, regions)
 
-    def _rows(self, start: int, stop: int, axis: int, rows: Segment, every: int) -> list[Segment]:
+    def _rows(self, start: int, stop: int, axis: int, rows: Segment, regions: _Regions) -> list[Segment]:
         """`rows` on every stretch that can be banded, in regions where its barriers are not stored."""
+
+        def like(lo: int, hi: int) -> Segment:
+            if why_not(self.graph, lo, hi, axis):  # a region of the loss alone, say
+                return self._segment(lo, hi, "keep")
+            split = 0 if axis and not is_split(self.graph, lo, hi, axis) else rows.images
+            return replace(rows, first=self._name(lo), last=self._name(hi - 1), images=split)
+
         made: list[Segment] = []
         at = start
         for a, b in self._bandable(start, stop, axis):
             if a > at:
                 made.append(self._segment(at, a, "keep"))
-            regions = [(a, b)] if rows.barriers == "store" else self._regions(a, b, every)
-            for lo, hi in regions:
-                if why_not(self.graph, lo, hi, axis):  # a region of the loss alone, say
-                    made.append(self._segment(lo, hi, "keep"))
-                    continue
-                split = 0 if axis and not is_split(self.graph, lo, hi, axis) else rows.images
-                made.append(replace(rows, first=self._name(lo), last=self._name(hi - 1), images=split))
+            made += [like(a, b)] if rows.barriers == "store" else self._recomputed(a, b, regions, like)
             at = b
         if at < stop:
             made.append(self._segment(at, stop, "keep"))
         return made
+
+    def _recomputed(
+        self, start: int, stop: int, regions: _Regions, like: Callable[[int, int], Segment]
+    ) -> list[Segment]:
+        """Segments `like` these, in regions; in turns, each region is a checkpoint made of its stretches."""
+        made = []
+        for lo, hi in self._regions(start, stop, regions.every):
+            parts = self._regions(lo, hi, 1) if regions.turns else [(lo, hi)]
+            inside = [s for a, b in parts for s in self._turn(a, b, b == hi, like)]
+            whole = replace(self._segment(lo, hi, "checkpoint"), inside=tuple(inside))
+            made.append(whole if len(parts) > 1 else inside[0])
+        return made
+
+    def _turn(self, start: int, stop: int, last: bool, like: Callable[[int, int], Segment]) -> list[Segment]:
+        """One stretch of a region. A ReLU at its end is kept where its output is made again all the same: the
+        gradient behind it need not live then while that in front of it is found."""
+        relu = stop - 1
+        rows = not last and start < relu and reads_output(self.graph.nodes[relu])
+        if rows and legal_cut(self.graph, relu) and like(start, relu).policy == "rows":
+            return [like(start, relu), self._segment(relu, stop, "keep")]
+        return [like(start, stop)]
 
     def _checkpoint(self, start: int, stop: int, images: int) -> Segment:
         """Recomputed for some images at a time, where the segment does not mix images."""
@@ -160,6 +192,7 @@ class PlanSpace:
         on the memory-heavy front with each halo, the rest kept or checkpointed."""
         n = len(self.graph.nodes)
         found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
+        found.append(found[-1] | {"regions": 4, "turns": "yes"})
         for band, tapes in ((32, "replay"), (8, "split"), (16, "late"), (128, "replay"), (32, "late")):
             found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
         again, narrow, passes = BARRIERS
@@ -171,6 +204,10 @@ class PlanSpace:
             found.append(self._guess(half, most, passes, again, "checkpoint", 16))
             for rest in ("keep", "checkpoint"):
                 found.append(self._guess(half, most, narrow, again, rest, 32) | {"regions": 2})
+            for every in (2, 3):
+                turns: Setting = {"regions": every, "turns": "yes"}
+                early, late = self._front(0.4), self._front(0.1)
+                found.append(self._guess(early, late, again, "checkpoint", "keep", ALL_ROWS) | turns)
             found.append(self._guess(half, half, again, "keep", "checkpoint", 16))
             found.append(self._guess(half, half, "rows/sweep", "keep", "checkpoint", 16))
         if "images" in self._choices["back"]:
@@ -219,7 +256,7 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
     bands = banding(graph, axis)
     heights = [bands.height(graph.values[n.name]) for n in graph.nodes]
     tallest = max([*heights, 2])
-    band_choices: tuple[str | int, ...] = tuple(b for b in BANDS if b <= tallest)
+    band_choices: tuple[str | int, ...] = (*(b for b in BANDS if b < tallest), tallest)
     batch = max((graph.values[i].shape[0] for i in graph.inputs if graph.values[i].shape), default=1)
     images: tuple[str | int, ...] = tuple(k for k in (0, 1, 2, 4, 8, 16) if k < batch)
     places: tuple[str | int, ...] = (0, *cuts, len(graph.nodes))
@@ -235,6 +272,7 @@ def space(graph: Graph, axis: int = 2) -> PlanSpace:
     knobs += [Knob(zone, tuple(policies)) for zone in ZONES]
     knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
     knobs += [Knob("tapes", ("split", "late", "whole", "replay")), Knob("regions", REGIONS)]
+    knobs.append(Knob("turns", TURNS))
     if len(images) > 1:
         knobs.append(Knob("images", images))
     return PlanSpace(graph, axis, cuts, tuple(knobs))

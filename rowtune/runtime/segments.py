@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
 from rowtune.plan.program import Program, SegmentProgram
-from rowtune.runtime.again import AgainRun
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.gradients import Gradients
@@ -19,19 +18,51 @@ from rowtune.runtime.passes import PassesRun
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
-Running = BandedRun | PassesRun | AgainRun
+Running = BandedRun | PassesRun
+Earlier = dict[int, Running | None]
+"""What the first forward of a step left, by segment (its id), for a checkpoint around it to run it again:
+None for segments without rows."""
 
 
 def run_segment(
-    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
+    program: Program,
+    segment: SegmentProgram,
+    env: Env,
+    seed: int,
+    scale: float | Tensor,
+    earlier: Earlier | None = None,
 ) -> None:
-    """Add the segment's outputs to `env`."""
-    if segment.banded is not None or segment.passes is not None or segment.inner:
-        _run_banded(program, segment, env, seed, scale)
-    elif segment.decision.policy == "checkpoint" and torch.is_grad_enabled():
-        _run_checkpoint(segment, env, seed)
+    """Add the segment's outputs to `env`. Inside a checkpoint, `earlier` is one for all its runs."""
+    earlier = {} if earlier is None else earlier
+    again = segment.inner or segment.decision.policy == "checkpoint"
+    if segment.banded is not None or segment.passes is not None:
+        _run_banded(program, segment, env, seed, scale, earlier)
+    elif again and torch.is_grad_enabled():
+        _run_checkpoint(program, segment, env, seed, scale, earlier)
     else:
-        env |= _run_nodes(segment, env, {}, seed, first_time=True)
+        env |= _run_inside(program, segment, env, {}, seed, scale, earlier)
+
+
+def _run_inside(
+    program: Program,
+    segment: SegmentProgram,
+    env: Env,
+    inputs: Env,
+    seed: int,
+    scale: float | Tensor,
+    earlier: Earlier,
+) -> Env:
+    """The outputs of a segment: those inside it one after another, or node by node."""
+    if not segment.inner:
+        first_time = id(segment) not in earlier
+        earlier[id(segment)] = None
+        return _run_nodes(segment, env, inputs, seed, first_time)
+    made = {n: env[n] for n in (*segment.part.inputs, *segment.part.weights) if n in env} | inputs
+    for inner, dead in zip(segment.inner, segment.dead, strict=True):
+        run_segment(program, inner, made, seed, scale, earlier)
+        for name in dead:
+            made.pop(name, None)
+    return {o: made[o] for o in segment.part.outputs}
 
 
 def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_time: bool) -> Env:
@@ -48,16 +79,17 @@ def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_checkpoint(segment: SegmentProgram, env: Env, seed: int) -> None:
+def _run_checkpoint(
+    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor, earlier: Earlier
+) -> None:
     """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
     names = [n for n in segment.part.inputs if n not in weights]
-    first: list[bool] = [True]
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
-        fresh, first[0] = first[0], False
-        made = _run_nodes(segment, weights, dict(zip(names, tensors, strict=True)), seed, first_time=fresh)
+        given = dict(zip(names, tensors, strict=True))
+        made = _run_inside(program, segment, weights, given, seed, scale, earlier)
         return tuple(made[o] for o in segment.part.outputs)
 
     inputs = [env[n] for n in names]
@@ -66,14 +98,30 @@ def _run_checkpoint(segment: SegmentProgram, env: Env, seed: int) -> None:
 
 
 def _run_banded(
-    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor
+    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor, earlier: Earlier
 ) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(program, segment, names, changed, seed, scale)
+    call = _Call(program, segment, names, changed, seed, scale, earlier)
+    if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
+        call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
+
+
+class _Inputs(torch.autograd.Function):
+    """Saves tensors before the segment runs. A checkpoint around it that is run again only for what was
+    saved ends here then, and does not run the segment in vain."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise AssertionError("nothing depends on this")
 
 
 class _Call:
@@ -87,21 +135,47 @@ class _Call:
         changed: Env,
         seed: int,
         scale: float | Tensor,
+        earlier: Earlier,
     ) -> None:
         self.program, self.segment, self.names, self.seed, self.scale = program, segment, names, seed, scale
-        self.changed = changed
+        self.changed, self.earlier = changed, earlier
         self.autocast: Callable[[], Any] = _autocast_state()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
         self.run: Running | None = None
+        self.token = torch.zeros((), requires_grad=True)
+        self.saved: Tensor | None = None
 
-    def start(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Running:
+    def forward(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> dict[str, Tensor]:
         """`changed` are the buffers that effects write: no inputs of autograd's node, which would find them
         changed since."""
-        wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
-        detached = self.detached(tensors)
-        kind = AgainRun if self.segment.inner else PassesRun if self.segment.passes else BandedRun
-        return kind(self.program.graph, self.segment, detached, wanted, self.seed)
+        given, banded, key = self.detached(tensors), self.segment.banded, id(self.segment)
+        run = self.earlier.get(key)
+        if run is not None:
+            run.recall(given)
+            outputs = run.again()
+        else:
+            wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
+            kind = PassesRun if self.segment.passes else BandedRun
+            run = kind(self.program.graph, self.segment, given, wanted, self.seed)
+            if isinstance(run, BandedRun) and banded and banded.single_sweep and any(needs):
+                outputs, self.stored = run.single_sweep(self.scale)
+                return outputs
+            outputs = run.forward()
+            self.run = self.earlier[key] = run
+        run.forget()
+        # The run keeps its statistics, and autograd writes into what it is handed where that comes from.
+        return {n: t.detach() for n, t in outputs.items()}
+
+    def recalled(self) -> tuple[Tensor, ...]:
+        """What the segment read; raises if that was changed in place since forward."""
+        assert self.saved is not None and self.saved.grad_fn is not None
+        tensors: tuple[Tensor, ...] = self.saved.grad_fn.saved_tensors  # type: ignore[attr-defined]
+        return tensors
+
+    def done(self) -> None:
+        self.run = self.saved = None
+        self.earlier.pop(id(self.segment), None)
 
     def detached(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
@@ -122,13 +196,8 @@ class _BandedSegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         needs = tuple(ctx.needs_input_grad[1:]) if call.grad_enabled else (False,) * len(tensors)
-        run = call.start(tensors, needs)
-        banded = call.segment.banded
         with call.autocast():
-            if isinstance(run, BandedRun) and banded and banded.single_sweep and any(needs):
-                outputs, call.stored = run.single_sweep(call.scale)
-            else:
-                outputs = run.forward()
+            outputs = call.forward(tensors, needs)
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
         names = call.segment.part.outputs
@@ -137,9 +206,6 @@ class _BandedSegment(torch.autograd.Function):
             ctx.mark_non_differentiable(*(outputs[n] for n in names if n != loss))
         else:
             ctx.mark_non_differentiable(*(outputs[n] for n in names if not outputs[n].is_floating_point()))
-            run.forget()
-            call.run = run
-            ctx.save_for_backward(*tensors)
         return tuple(outputs[n] for n in names)
 
     @staticmethod
@@ -158,15 +224,14 @@ class _BandedSegment(torch.autograd.Function):
 
 
 def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    tensors = ctx.saved_tensors  # raises if one was changed in place since forward
-    run = call.run
-    if run is None:
+    if (run := call.run) is None:
         raise RowtuneError("backward through a rows segment runs once, also with retain_graph=True")
+    tensors = call.recalled()
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
     run.recall(call.detached(tensors))
     with call.autocast():
         made = run.backward(given)
-    call.run = None
+    call.done()
     return _in_order(call, made, tensors, ctx.needs, _reached(call, given) - _finished(call))
 
 
@@ -182,8 +247,7 @@ def _reached(call: _Call, given: Iterable[str]) -> set[str]:
 
 def _finished(call: _Call) -> set[str]:
     """Statistics whose gradient went on to the tensor that they are of."""
-    leaves = call.segment.inner or (call.segment,)
-    return {finish.total for leaf in leaves for finish in leaf.finishes}
+    return {finish.total for finish in call.segment.finishes}
 
 
 def _in_order(

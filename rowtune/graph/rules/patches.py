@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.rules.pointwise import along
-from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Slab, cut
 from rowtune.graph.rules.window import border, crop_rows, expand_ints, pad_rows
 from rowtune.rows import Affine, Chained, Rows, convolution, transposed
 
@@ -59,9 +59,7 @@ def im2col(q: Question) -> RowRule | Opaque:
         top, bottom = border(patches, lines, slab.reads[x])
         image = pad_rows(slab.tensors[x], 2, top, bottom)
         full: Tensor = aten.im2col.default(image, g.kernel, g.dilation, [0, g.padding[1]], g.stride)
-        if full.shape[2] == slab.rows.size:
-            return full
-        return full.narrow(2, slab.rows.lo - lines.lo * g.wide, slab.rows.size)
+        return cut(full, 2, slab.rows.lo - lines.lo * g.wide, slab.rows.size)
 
     def makes(rows: Rows, got: Rows) -> int:
         return ((rows.hi - 1) // g.wide + 1 - rows.lo // g.wide) * g.wide

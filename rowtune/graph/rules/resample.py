@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.rules.pointwise import along
-from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, cut
 from rowtune.rows import Affine, Window, gather
 
 aten = torch.ops.aten
@@ -199,10 +199,7 @@ def _native(q: Question, dim: int, factor: int, call: Call) -> Run:
         got = slab.reads[x]
         # The slice's own edges are clamped by the operator; they are real ones or rows that are cropped.
         full = _call(q, slab.tensors[x], dim, got.size * factor, float(factor), call)
-        first = slab.rows.lo - got.lo * factor
-        if first == 0 and full.shape[dim] == slab.rows.size:
-            return full
-        return full.narrow(dim, first, slab.rows.size)
+        return cut(full, dim, slab.rows.lo - got.lo * factor, slab.rows.size)
 
     return run
 

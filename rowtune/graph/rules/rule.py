@@ -52,6 +52,11 @@ def as_is(slab: Slab) -> Tensor:
     return slab.call()
 
 
+def cut(full: Tensor, dim: int, start: int, rows: int) -> Tensor:
+    """`rows` rows of a result; itself where that is all of it: the gradient of a view is a copy."""
+    return full if full.shape[dim] == rows else full.narrow(dim, start, rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """How the shares of bands become one value: `merge` two of them. Where a band's gradient depends on the

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rowtune.graph.rules.pointwise import along
-from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab
+from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab, cut
 from rowtune.rows import Affine, Rows
 from rowtune.rows import pointwise as same_rows
 
@@ -82,7 +82,7 @@ def repeat_interleave(q: Question) -> RowRule | Opaque:
         return RowRule(dim, {x: Read(dim, same_rows(q.out[dim]))})
 
     def run(slab: Slab) -> Tensor:
-        return slab.call().narrow(dim, slab.rows.lo - slab.reads[x].lo * times, slab.rows.size)
+        return cut(slab.call(), dim, slab.rows.lo - slab.reads[x].lo * times, slab.rows.size)
 
     def makes(rows: Rows, got: Rows) -> int:
         return got.size * times

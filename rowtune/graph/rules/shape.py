@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is
+from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is, cut
 from rowtune.graph.unvalued import unvalued_shuffle
 from rowtune.rows import Affine, Rows, gather
 from rowtune.rows import pointwise as same_rows
@@ -200,7 +200,7 @@ def pixel_shuffle(q: Question) -> RowRule | Opaque:
 
     def run(slab: Slab, function: Callable[[Tensor, int], Tensor] = torch.pixel_shuffle) -> Tensor:
         full = function(slab.tensors[x], factor)
-        return full.narrow(dim, slab.rows.lo - slab.reads[x].lo * factor, slab.rows.size)
+        return cut(full, dim, slab.rows.lo - slab.reads[x].lo * factor, slab.rows.size)
 
     window = Affine(rows, out_rows, 1, factor)
     without = partial(run, function=unvalued_shuffle)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rowtune.graph.graph import replace
 from rowtune.graph.rules.pointwise import along
-from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab
+from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab, cut
 from rowtune.graph.unvalued import unvalued, unvalued_transposed
 from rowtune.rows import Affine, Rows, convolution, transposed
 
@@ -113,7 +113,7 @@ def conv(q: Question) -> RowRule | Opaque:
             here[i] = (spare, spare)
         image, plain = _asymmetric(args[0], here)
         out = function(image, args[1], bias, stride, plain, dilation, groups)
-        return out if first is None else out.narrow(dim, first, slab.rows.size)
+        return out if first is None else cut(out, dim, first, slab.rows.size)
 
     reads = {n: WHOLE for n in q.node.inputs} | {x: Read(dim, window)}
     return RowRule(dim, reads, run, makes=_makes(window, spare), unvalued=partial(run, function=unvalued))
@@ -182,7 +182,7 @@ def crop_rows(full: Tensor, dim: int, first: int, rows: int, bias: Tensor | None
     """Rows [first, first + rows) of a tensor that goes on above and below with the bias alone."""
     have = full.shape[dim]
     lo, hi = min(max(first, 0), have), min(max(first + rows, 0), have)
-    part = full.narrow(dim, lo, hi - lo) if hi > lo else full.narrow(dim, 0, 0)
+    part = cut(full, dim, lo, hi - lo) if hi > lo else full.narrow(dim, 0, 0)
     above = min(max(0, -first), rows)
     below = rows - above - part.shape[dim]
     if above == below == 0:
@@ -231,7 +231,7 @@ def max_pool(q: Question) -> RowRule | Opaque:
         if first is not None:
             pad[i] = padding[i]
             out = slab.node.target(image, kernel, stride, pad, dilation, ceil)
-            return out.narrow(dim, first, slab.rows.size)  # type: ignore[no-any-return]
+            return cut(out, dim, first, slab.rows.size)
         if top == bottom and top <= kernel[i] // 2:
             pad[i] = top
         else:
