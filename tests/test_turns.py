@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import random
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rowtune
+from rowtune.cli.progress import policies
+from rowtune.cli.report import nested, segments_table
 from rowtune.cost.memory import predict
 from rowtune.errors import PlanError
 from rowtune.graph.cuts import legal_cut, why_not
@@ -211,6 +214,20 @@ def test_a_search_divides_regions_into_turns():
     assert predict(rowtune.lower(graph, plan)).activation_bytes < 0.9 * (
         predict(rowtune.lower(graph, flat)).activation_bytes
     )
+
+
+def test_whatever_the_search_tries_can_be_shown():
+    """Also bands of images alone, which have no band height, and segments inside others."""
+    _, _, _, graph = resnet()
+    knobs, rng = space(graph), random.Random(0)
+    drawn_at_random = [{k.name: rng.choice(k.choices) for k in knobs.knobs} for _ in range(40)]
+    shown = set()
+    for values in (*knobs.guesses(), *drawn_at_random):
+        decisions = knobs.plan(values).to_dict()
+        shown |= set(policies(decisions).replace("(", " ").split())
+        leaves = [s for _, s in nested(decisions["segments"])]
+        assert segments_table(decisions["segments"]).row_count == len(leaves) >= len(decisions["segments"])
+    assert {"images", "turns", "keep", "checkpoint", "narrow"} <= {word.strip("),") for word in shown}
 
 
 def test_what_cannot_be_inside_is_named():

@@ -28,12 +28,13 @@ def policies(decisions: Any) -> str:
     for s in (decisions or {}).get("segments", ()):
         word = s["policy"]
         if word == "rows":
-            word = f"rows {s['band_rows']} {s.get('halo', 'sweep')}"
+            word = f"rows {s['band_rows']} {s.get('halo', 'sweep')}" if s.get("band_rows") else "images"
             word += f" x{s['images']}" if s.get("images") else ""
             word += f" {s['tapes']} tapes" if s.get("tapes", "split") != "split" else ""
             word += f" barriers {s['barriers']}" if s.get("barriers", "store") != "store" else ""
         elif "inside" in s:
-            word = f"checkpoint of ({policies({'segments': s['inside']})})"
+            inside = (policies({"segments": [one]}) for one in s["inside"])
+            word = f"in turns ({', '.join(dict.fromkeys(inside))})"
         if not words or words[-1] != word:
             words.append(word)
     layout = (decisions or {}).get("layout", "contiguous")

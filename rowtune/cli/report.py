@@ -67,7 +67,7 @@ def show(screen: Screen, file: PlanFile, records: Sequence[Record], name: str) -
         out.print(_legend(points))
         out.print()
     out.print("[bold]The plan, segment by segment[/]")
-    out.print(_segments(file.plan.to_dict()["segments"]))
+    out.print(segments_table(file.plan.to_dict()["segments"]))
     out.print()
     _trials(screen, file, records)
 
@@ -106,15 +106,15 @@ def _verdict(file: PlanFile) -> Any:
 
 def kind(decisions: Mapping[str, Any] | None) -> str:
     """rows, checkpoint or keep: the strongest policy a plan uses."""
-    used = {s["policy"] for _, s in _nested((decisions or {}).get("segments", ()))}
+    used = {s["policy"] for _, s in nested((decisions or {}).get("segments", ()))}
     return next((policy for policy in ("rows", "checkpoint") if policy in used), "keep")
 
 
-def _nested(segments: Sequence[Mapping[str, Any]], depth: int = 0) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def nested(segments: Sequence[Mapping[str, Any]], depth: int = 0) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(how deep, segment), those inside a checkpoint behind it."""
     for segment in segments:
         yield depth, segment
-        yield from _nested(segment.get("inside", ()), depth + 1)
+        yield from nested(segment.get("inside", ()), depth + 1)
 
 
 def _points(file: PlanFile, records: Sequence[Record]) -> list[Point]:
@@ -146,7 +146,7 @@ def _legend(points: Sequence[Point]) -> Text:
     return text
 
 
-def _segments(segments: Sequence[Mapping[str, Any]]) -> Any:
+def segments_table(segments: Sequence[Mapping[str, Any]]) -> Any:
     table = plain_table(
         ("from", "left"),
         ("to", "left"),
@@ -155,14 +155,14 @@ def _segments(segments: Sequence[Mapping[str, Any]]) -> Any:
         ("halo", "left"),
         ("more", "left"),
     )
-    for depth, s in _nested(segments):
+    for depth, s in nested(segments):
         rows = s["policy"] == "rows"
         more = [f"{key} {s[key]}" for key in ("images", "tapes", "barriers") if key in s]
         table.add_row(
             "  " * depth + s["first"],
             s["last"],
             Text(s["policy"], MARKS[s["policy"]][1]),
-            str(s["band_rows"]) if rows else "",
+            str(s["band_rows"]) if rows and "band_rows" in s else "",
             s.get("halo", "sweep") if rows else "",
             ", ".join(more),
         )
