@@ -162,7 +162,7 @@ def segments_table(segments: Sequence[Mapping[str, Any]]) -> Any:
             "  " * depth + s["first"],
             s["last"],
             Text(s["policy"], MARKS[s["policy"]][1]),
-            str(s["band_rows"]) if rows and "band_rows" in s else "",
+            str(s.get("band_rows", "")),
             s.get("halo", "sweep") if rows else "",
             ", ".join(more),
         )
