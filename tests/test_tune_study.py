@@ -12,9 +12,10 @@ import pytest
 
 from rowtune.errors import InfeasibleError, ModelError, UsageError
 from rowtune.plan.plan import Plan, Segment
+from rowtune.tune.infeasible import round_up
 from rowtune.tune.measurement import Measurement
 from rowtune.tune.records import RecordFile, digest
-from rowtune.tune.study import Interrupted, Progress, SearchResult, Task, round_up, search
+from rowtune.tune.study import Interrupted, Progress, SearchResult, Task, search
 
 BANDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -66,7 +67,9 @@ class Bench:
         self.asked: list[tuple[str, str]] = []
         self.fail = fail
 
-    def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
+    def __call__(
+        self, plan: Plan | None, effort: str, timeout: float, worth: float = math.inf
+    ) -> Measurement:
         if plan is None:
             self.asked.append(("plain", effort))
             return Measurement("ok", "", 500_000, 400_000, None, 0.9)
@@ -182,8 +185,10 @@ def test_a_winner_that_fails_its_second_measurement_is_not_the_answer() -> None:
     fastest: list[str] = []
 
     class Fickle(Bench):
-        def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
-            made = super().__call__(plan, effort, timeout)
+        def __call__(
+            self, plan: Plan | None, effort: str, timeout: float, worth: float = math.inf
+        ) -> Measurement:
+            made = super().__call__(plan, effort, timeout, worth)
             if effort == "full" and not fastest:
                 fastest.append(self.asked[-1][0])
                 return replace(made, peak_bytes=60_000)
@@ -215,7 +220,9 @@ def test_nothing_runs_says_why() -> None:
         search(task(broken, trials=5))
 
     class Hopeless(Bench):
-        def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
+        def __call__(
+            self, plan: Plan | None, effort: str, timeout: float, worth: float = math.inf
+        ) -> Measurement:
             return Measurement("crash", "ValueError in forward")
 
     with pytest.raises(ModelError, match="ValueError in forward"):
@@ -264,8 +271,10 @@ def test_a_trial_cut_off_by_the_end_of_the_search_is_no_verdict(monkeypatch: pyt
     monkeypatch.setattr("rowtune.tune.study.time.monotonic", lambda: clock[0])
 
     class Slow(Bench):
-        def __call__(self, plan: Plan | None, effort: str, timeout: float) -> Measurement:
-            made = super().__call__(plan, effort, timeout)
+        def __call__(
+            self, plan: Plan | None, effort: str, timeout: float, worth: float = math.inf
+        ) -> Measurement:
+            made = super().__call__(plan, effort, timeout, worth)
             if effort == "quick" and timeout < 10:
                 clock[0] += timeout
                 return Measurement("timeout", "stopped")

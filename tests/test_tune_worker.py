@@ -156,7 +156,7 @@ def test_closing_ends_a_running_trial(work: tuple[Workload, Path], monkeypatch: 
     worker = Worker(work[0].problem)
     previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        worker._open()
+        worker.open()
         assert worker._process is not None
         pid = worker._process.pid
         signal.setitimer(signal.ITIMER_REAL, 1.0)

@@ -95,4 +95,7 @@ def main() -> None:
     # that makes many small operators ten times slower; read once, when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Bands of many sizes come and go: with segments that can grow CUDA's allocator keeps less in reserve.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     app()

@@ -43,7 +43,7 @@ def command(
 def describe(work: Workload) -> dict[str, Any]:
     """The JSON of inspect."""
     from rowtune.graph.cuts import barrier_parts, opaque_nodes, stretches
-    from rowtune.tune.measure import plain_peak
+    from rowtune.tune.reference import plain_peak
 
     graph = work.graph
     segments = []

@@ -52,8 +52,6 @@ class _Step:
         self.program, self.graph = program, program.graph
         self.profiles = profiles(self.graph)
         weights = self.graph.parameters()
-        self.slots = slots
-        self.largest = max((v.bytes for v in weights), default=0)
         trained = sum(v.bytes for v in weights if v.requires_grad)
         fixed = sum(v.bytes for v in self.graph.values.values() if v.kind in ("parameter", "buffer"))
         self.heap = Heap(fixed + slots * trained)
@@ -82,9 +80,6 @@ class _Step:
         for segment, kept in zip(reversed(self.program.segments), reversed(left), strict=True):
             heap.label = f"backward of {segment.decision.first}..{segment.decision.last}"
             self._backward(segment, kept)
-        heap.label = "the optimizer's step"
-        if self.slots >= 2:  # Adam's denominator, one parameter at a time
-            heap.mark(2 * self.largest)
 
     # -- forward ---------------------------------------------------------------------------------------------
 

@@ -31,10 +31,13 @@ MEASURED = (
     "plain_peak_bytes",
     "plain_step_seconds",
     "max_relative_error",
+    "cpu_seconds",
+    "alloc_retries",
 )
 _KEYS = {
     "schema", "model", "inputs", "dtype", "device", "loss", "optimizer", "seed", "fingerprint",
-    "budget_bytes", "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "versions",
+    "budget_bytes", "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "threads",
+    "versions",
 }  # fmt: skip
 
 
@@ -90,7 +93,8 @@ class PlanFile:
     """The content of a plan.json. Sizes in bytes, times in seconds; None where it could not be measured.
 
     `front` is the Pareto set of what was measured: peak_bytes, step_seconds and decisions of each member.
-    `study` names the records file, beside the plan.
+    `study` names the records file, beside the plan. `threads` is the number to run with on a CPU, 0 for
+    torch's own.
     """
 
     problem: Problem
@@ -103,6 +107,7 @@ class PlanFile:
     study: str = ""
     reserve_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    threads: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -116,6 +121,7 @@ class PlanFile:
             "measured": dict(self.measured),
             "front": [dict(member) for member in self.front],
             "study": self.study,
+            "threads": self.threads,
             "versions": dict(self.versions),
         }
 
@@ -128,10 +134,11 @@ class PlanFile:
             raise PlanError(
                 f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}: search again"
             )
+        data = {"threads": 0, **data}
         if set(data) != _KEYS:
             odd = sorted(set(data) ^ _KEYS)[0]
             raise PlanError(f"{'unknown' if odd in data else 'missing'} key {odd!r}")
-        for key, least in (("budget_bytes", 1), ("reserve_bytes", 0)):
+        for key, least in (("budget_bytes", 1), ("reserve_bytes", 0), ("threads", 0)):
             if _typed(data, key, int) < least:
                 raise PlanError(f"{key} is at least {least}, not {data[key]}")
         return PlanFile(
@@ -145,6 +152,7 @@ class PlanFile:
             study=_typed(data, "study", str),
             reserve_bytes=data["reserve_bytes"],
             versions=_typed(data, "versions", dict),
+            threads=data["threads"],
         )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,23 +67,27 @@ def _cgroup_free() -> int:
         return 1 << 62
 
 
-def cap_memory(device: str, budget: int | None) -> None:
-    """Make an allocation past the cap an error in this process instead of a dead machine.
+def cap_memory(device: str, limit: int | None) -> None:
+    """Let this process take `limit` bytes of a card, its context included, and no more; None lifts the cap.
 
-    CUDA: the allocator may take the budget less the context. CPU: the budget counts live tensors, which an
-    allocator's limit cannot express, so the cap is only what the machine has left.
+    An allocation past it is an error, as on a smaller card. Call `warm_up` first: a library's kernels are
+    part of the context once they are loaded. On the CPU a budget counts live tensors, which nothing can cap.
     """
     if device.startswith("cuda"):
+        release(device)  # what is cached counts against the cap
         total = torch.cuda.get_device_properties(device).total_memory
-        share = 1.0 if budget is None else max(budget - context_bytes(device), 0) / total
+        share = 1.0 if limit is None else max(limit - context_bytes(device), 0) / total
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
-        return
+
+
+def guard_host() -> None:
+    """Make an allocation past what the machine has left an error in this process, and no dead machine."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         used = _data_bytes()
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (used + int(0.9 * free_bytes(device)), hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + int(0.9 * free_bytes("cpu")), hard))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
@@ -93,16 +100,54 @@ def _data_bytes() -> int:
     raise OSError("no VmData")
 
 
+def warm_up(device: str) -> None:
+    """Load the libraries that training uses: a context that is measured before is too small."""
+    if device.startswith("cuda"):
+        x = torch.ones(1, 8, 16, 16, device=device, requires_grad=True)
+        weight = torch.ones(8, 8, 3, 3, device=device, requires_grad=True)
+        made = torch.nn.functional.conv2d(x, weight, padding=1).flatten(1)
+        torch.autograd.grad(made.matmul(made.detach().t()).sum(), (x, weight))
+        torch.cuda.synchronize(device)
+
+
 def context_bytes(device: str) -> int:
     """What CUDA and its libraries hold besides the allocator: used on the card less what torch reserved.
 
-    Other processes on the card count as well: on a shared card this is an upper bound.
+    Other processes on the card count as well: on a shared card this is an upper bound. 0 on the CPU.
     """
+    if not device.startswith("cuda"):
+        return 0
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free - torch.cuda.memory_reserved(device))
 
 
+def release(device: str) -> None:
+    """Give back what is not used any more."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 is float32: TF32, in which convolutions keep ten bits, is off, whatever the user has set.
+
+    torch.export reads the older of cuDNN's two switches and wants it to agree with the newer one.
+    """
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision
+    cudnn.allow_tf32 = False
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before[0] == "tf32"
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision = before

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from rowtune.cost.estimate import estimate
-from rowtune.errors import UsageError
+from rowtune.errors import InfeasibleError, UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
 from rowtune.plan.space import space
 from rowtune.tune.device import device_name
-from rowtune.tune.measure import plain_peak
 from rowtune.tune.output import check_replaceable
 from rowtune.tune.records import Record, RecordFile
+from rowtune.tune.reference import plain_peak
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.step import Workload
 from rowtune.tune.study import Progress, SearchResult, Task, search
@@ -60,6 +60,24 @@ def budget_bytes(request: Request) -> int:
     return size
 
 
+def state_bytes(work: Workload) -> int:
+    """What no plan can change: parameters, buffers, their gradients and the optimizer's state."""
+    trained = sum(p.numel() * p.itemsize for p in work.module.parameters() if p.requires_grad)
+    fixed = sum(t.numel() * t.itemsize for t in (*work.module.parameters(), *work.module.buffers()))
+    return fixed + trained * (1 + work.optimizer.slots)
+
+
+def check_state(work: Workload, limit: int) -> None:
+    """InfeasibleError where there is no room for anything else."""
+    size = state_bytes(work)
+    if size >= limit:
+        raise InfeasibleError(
+            f"parameters, gradients and the optimizer's state ({work.problem.optimizer}) alone take "
+            f"{format_bytes(size)} of the {format_bytes(limit)} that there are: no plan can change that; "
+            "give a larger --budget, an --optimizer with less state such as sgd:lr=0.01, or --dtype bfloat16"
+        )
+
+
 def study_identity(work: Workload) -> dict[str, Any]:
     """What must be equal for a measurement to be used again."""
     problem = work.problem
@@ -87,14 +105,20 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
     budget = budget_bytes(request)
     records = RecordFile(records_path(out), study_identity(work), fresh=request.fresh or _foreign(request))
     slots = work.optimizer.slots
-    with Worker(work.problem, budget - request.reserve) as worker:
+    limit = budget - request.reserve
+    check_state(work, limit)
+    cpu = work.problem.device == "cpu"
+    with Worker(work.problem, limit) as worker:
         result = search(
             Task(
                 space=space(work.graph),
                 predict=lambda plan: estimate(work.graph, plan, slots),
                 measure=worker.measure,
                 records=records,
-                limit=budget - request.reserve,
+                limit=limit,
+                overhead=lambda: 0 if cpu else worker.overhead_bytes,
+                race=worker.race,
+                threads=(1,) if cpu and torch.get_num_threads() > 1 else (),
                 trials=request.trials,
                 timeout=request.timeout,
                 seed=request.seed,
@@ -146,6 +170,7 @@ def _plan_file(request: Request, budget: int, result: SearchResult) -> PlanFile:
         front=tuple(_front_member(record) for record in result.front),
         study=records_path(request.out).name,
         reserve_bytes=request.reserve,
+        threads=best.threads,
     )
 
 

@@ -2,59 +2,67 @@
 
 `Bench` holds the model between measurements and puts its parameters and buffers back after each, so that
 every plan trains from the same state. A measurement that fails is a value with a reason, not an exception.
+
+On a card everything that is the bench's and not the step's (saved state, references, batches that are not at
+work) lies on the host, and the cap holds while a plan is timed and metered, not while it is compared with a
+plain network that is larger than the budget.
 """
 
 from __future__ import annotations
 
-import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from rowtune.cost.estimate import estimate
-from rowtune.errors import ModelError
-from rowtune.importers.source import TensorSpec
 from rowtune.plan.file import Problem
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.runtime.module import apply
-from rowtune.tune.device import cap_memory, free_bytes, synchronize
-from rowtune.tune.measurement import Effort, Measurement, failure
+from rowtune.tune.device import cap_memory, context_bytes, release, synchronize, warm_up
+from rowtune.tune.measurement import Contender, Effort, Measurement, Timing, failure
 from rowtune.tune.meter import measure_memory
+from rowtune.tune.reference import places
 from rowtune.tune.step import Batch, Plain, Workload, prepare, run_step
 from rowtune.tune.verify import Check, Verifier
 
 # Seconds of timed steps, and the most of them.
 TIME_BOX: dict[str, tuple[float, int]] = {"quick": (3.0, 5), "full": (10.0, 15)}
-# Verification keeps a second set of gradients and what the plain network saves.
-REFERENCE_HEADROOM = 1.4
 
 
 class Bench:
     """A model on its device, ready to be trained under one plan after another."""
 
-    def __init__(self, problem: Problem, budget: int | None = None) -> None:
-        self.work = prepare(problem)
+    def __init__(self, problem: Problem, budget: int | None = None, work: Workload | None = None) -> None:
+        self.work = work or prepare(problem)
         self.device = problem.device
         self._budget = budget
         self.module = self.work.module.to(self.device)
-        self._state = {name: t.detach().clone() for name, t in _tensors(self.module)}
+        self._state = {name: t.detach().to("cpu", copy=True) for name, t in _tensors(self.module)}
         self._verifier: Verifier | None = None
-        self._batch: Batch | None = None
+        warm_up(self.device)
 
-    def measure(self, plan: Plan | None, effort: Effort = "quick") -> Measurement:
-        """Verify, time and meter a plan; None is the network as PyTorch runs it, which needs no check."""
-        if self.device != "cpu":
-            cap_memory(self.device, self._budget if plan else None)
+    @property
+    def overhead_bytes(self) -> int:
+        """What the device takes beside tensors."""
+        return context_bytes(self.device)
+
+    def measure(
+        self, plan: Plan | None, effort: Effort = "quick", worth_seconds: float = math.inf
+    ) -> Measurement:
+        """Verify, time and meter a plan; None is the network as PyTorch runs it, which needs no check.
+
+        A plan whose first warm step takes longer than `worth_seconds` is left at that: its status is slow.
+        """
         try:
-            return self._measure(plan, effort)
+            return self._measure(plan, effort, worth_seconds)
         except Exception as error:
             return failure(error)
         finally:
+            cap_memory(self.device, None)
             self._restore()
 
     def check(self, plan: Plan, dtype: torch.dtype | None = None) -> Check:
@@ -62,50 +70,83 @@ class Bench:
         self._restore()
         return self._verify().check(lambda model: apply(model, plan, self.work.loss), dtype)
 
-    def _measure(self, plan: Plan | None, effort: Effort) -> Measurement:
+    def race(self, contenders: Sequence[Contender], rounds: int) -> list[Timing | None]:
+        """Steps of all contenders in turns, so that a machine that is busy for a while is so for all. None
+        where a contender fails."""
+        default = torch.get_num_threads()
+        steps: list[Callable[[], None] | None] = []
+        times: list[list[Timing]] = [[] for _ in contenders]
+        optimizer = self.work.optimizer.make(self.module.parameters())
+        try:
+            batch = self.work.batch(device=self.device)
+            steps += [self._step(contender.plan, optimizer, batch) for contender in contenders]
+            for turn in range(-1, rounds):  # the first turn is not counted
+                for i, contender in enumerate(contenders):
+                    torch.set_num_threads(contender.threads or default)
+                    taken = self._timed(steps[i])
+                    if taken is None:
+                        steps[i] = None
+                    elif turn >= 0:
+                        times[i].append(taken)
+        finally:
+            torch.set_num_threads(default)
+            self._restore()
+        return [_median(t) if step is not None else None for t, step in zip(times, steps, strict=True)]
+
+    def _timed(self, step: Callable[[], None] | None) -> Timing | None:
+        if step is None:
+            return None
+        try:
+            return time_step(step, self.device)
+        except Exception:  # it ran before; now another process has the memory
+            return None
+
+    def _step(self, plan: Plan | None, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
+        loss = self.work.loss
+        runner = Plain(self.module, loss) if plan is None else apply(self.module, plan, loss)
+
+        def step() -> None:
+            run_step(runner, optimizer, *batch)
+
+        return step
+
+    def _measure(self, plan: Plan | None, effort: Effort, worth_seconds: float) -> Measurement:
         error: float | None = None
         if plan is not None:
             check = self.check(plan)
             error = check.max_relative_error
             if not check.ok:
                 return Measurement("wrong", f"{check.worst} is off by {error:.1e} in {check.dtype}", None)
-        if self._batch is None:
-            self._batch = self.work.batch(device=self.device)
-        runner: nn.Module = Plain(self.module, self.work.loss)
-        if plan is not None:
-            runner = apply(self.module, plan, self.work.loss)
+            cap_memory(self.device, self._budget)
+        inputs, target = self.work.batch(device=self.device)
         optimizer = self.work.optimizer.make(self.module.parameters())
-        inputs, target = self._batch
-
-        def step() -> None:
-            run_step(runner, optimizer, inputs, target)
-
-        box, most = TIME_BOX[effort]
-        # The first step makes the optimizer's state and warms up; a slow one is time enough for a trial.
-        seconds = median_seconds(step, self.device, 0.0, 1)
-        if seconds < box:
-            seconds = median_seconds(step, self.device, box, most)
+        step = self._step(plan, optimizer, (inputs, target))
+        retries = _retries(self.device)
+        step()  # traces, lowers, chooses kernels, makes the optimizer's state
+        first = time_step(step, self.device)
+        if first.seconds > worth_seconds:
+            reason = f"a step of {first.seconds:.3g} s cannot win"
+            return Measurement("slow", reason, step_seconds=first.seconds, max_relative_error=error)
+        timing = _median([first, *time_steps(step, self.device, *TIME_BOX[effort], first.seconds)])
         full = effort == "full"
         memory = measure_memory(step, self.module, optimizer, (*inputs, target), self.device, allocator=full)
-        return Measurement("ok", "", *memory, seconds, error)
+        found = None if retries is None else (_retries(self.device) or 0) - retries
+        return Measurement("ok", "", *memory, timing.seconds, error, timing.cpu_seconds, found)
 
     def _restore(self) -> None:
         self.module.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, tensor in _tensors(self.module):
                 tensor.copy_(self._state[name])
-        gc.collect()
-        if self.device != "cpu":
-            torch.cuda.empty_cache()
+        release(self.device)
 
     def _verify(self) -> Verifier:
         if self._verifier is None:
-            batch = reference_batch(self.work, self.device)
             plain: Callable[[nn.Module], nn.Module] | None = None
             if any(node.random for node in self.work.graph.nodes):
                 keep = uniform_plan(self.work.graph, "keep")
                 plain = lambda model: apply(model, keep, self.work.loss)  # noqa: E731
-            self._verifier = Verifier(self.module, self.work.loss, batch, plain)
+            self._verifier = Verifier(self.module, self.work.loss, places(self.work), plain, self.device)
         return self._verifier
 
 
@@ -113,45 +154,34 @@ def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def median_seconds(step: Callable[[], None], device: str, box: float, most: int) -> float:
-    """Median of a few synchronised steps: at least one, as many as `box` seconds hold, `most` at most."""
-    times: list[float] = []
-    while not times or (len(times) < most and sum(times) + min(times) <= box):
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def plain_peak(work: Workload) -> int:
-    """Predicted peak of the network as PyTorch runs it."""
-    keep = uniform_plan(work.graph, "keep")
-    return int(estimate(work.graph, keep, work.optimizer.slots).peak_bytes)
-
-
-def reference_batch(work: Workload, device: str) -> Batch:
-    """The batch that plans are verified on: the real one where plain training of it fits into the memory,
-    else narrower images of the same height, which run the same bands."""
-    room, need = free_bytes(device), REFERENCE_HEADROOM * plain_peak(work)
-    specs = work.problem.inputs
-    while need > room and (smaller := _narrower(specs)) is not None:
-        specs, need = smaller, need / 2
-    if specs == work.problem.inputs:
-        return work.batch(device=device)
-    try:
-        return work.batch(specs, device)
-    except ModelError:  # the model is tied to its width
-        return work.batch(device=device)
-
-
-def _narrower(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...] | None:
-    """Half the width, in multiples of 32 where it was one; None where there is no width to halve."""
-    if any(len(s.shape) < 4 or s.shape[-1] < 64 for s in specs):
+def _retries(device: str) -> int | None:
+    if not device.startswith("cuda"):
         return None
-    made = []
-    for spec in specs:
-        half = spec.shape[-1] // 2
-        made.append(replace(spec, shape=(*spec.shape[:-1], half - half % 32 if half >= 32 else half)))
-    return tuple(made)
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+
+
+def time_step(step: Callable[[], None], device: str) -> Timing:
+    """One synchronised step."""
+    synchronize(device)
+    start, used = time.perf_counter(), time.process_time()
+    step()
+    synchronize(device)
+    return Timing(time.perf_counter() - start, time.process_time() - used)
+
+
+def time_steps(
+    step: Callable[[], None], device: str, box: float, most: int, spent: float = 0.0
+) -> list[Timing]:
+    """As many steps as `box` seconds hold, `spent` of which are gone, `most` at most."""
+    found: list[Timing] = []
+    while len(found) < most - 1:
+        shortest = min((t.seconds for t in found), default=spent)
+        if spent + sum(t.seconds for t in found) + shortest > box:
+            break
+        found.append(time_step(step, device))
+    return found
+
+
+def _median(times: Sequence[Timing]) -> Timing:
+    walls, used = zip(*times, strict=True)
+    return Timing(statistics.median(walls), statistics.median(used))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+CUDA_STEPS = 3
+
 
 class Memory(NamedTuple):
     """Peaks of one training step. `allocator_peak_bytes` includes kernel temporaries, None where unknown."""
@@ -119,8 +121,9 @@ def measure_memory(
 ) -> Memory:
     """Peaks of one call of `step`, which must have been called before (optimizer state exists).
 
-    On CUDA all three come from the allocator and the context; on the CPU the allocator's peak costs a second
-    step and is measured only where asked for.
+    On CUDA all three come from the allocator and the context, over a few steps, since what the allocator has
+    in reserve may still grow; on the CPU the allocator's peak costs a second step and is measured only where
+    asked for.
     """
     batch = list(batch)
     if device.startswith("cuda"):
@@ -157,15 +160,15 @@ def allocator_peak(step: Callable[[], object]) -> int:
 def _cuda(
     step: Callable[[], object], module: nn.Module, optimizer: torch.optim.Optimizer, device: str
 ) -> Memory:
-    from rowtune.tune.device import context_bytes, synchronize
+    from rowtune.tune.device import context_bytes, release, synchronize
 
     optimizer.zero_grad(set_to_none=True)
-    synchronize(device)
-    torch.cuda.empty_cache()
+    release(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fixed = sum(t.untyped_storage().nbytes() for t in state_tensors(module, optimizer) if t.is_cuda)
-    step()
+    for _ in range(CUDA_STEPS):
+        step()
     synchronize(device)
     allocated = int(torch.cuda.max_memory_allocated(device))
     reserved = int(torch.cuda.max_memory_reserved(device))

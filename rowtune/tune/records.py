@@ -27,7 +27,8 @@ class Record:
     """One plan tried. `digest` is PLAIN for the network as PyTorch runs it; `seconds` is the trial's own
     duration; `effort` is full for a plan that was measured once more with care.
 
-    status: ok, oom, crash, timeout, wrong (gradients), rejected (predicted too big, never run)
+    status: ok, oom, crash, timeout, wrong (gradients), slow (one step was enough), rejected (predicted too
+    big, never run). `threads` is the number that suits it best where that is not torch's own, else 0.
     """
 
     digest: str
@@ -45,6 +46,9 @@ class Record:
     max_relative_error: float | None = None
     effort: str = "quick"
     seconds: float = 0.0
+    cpu_seconds: float | None = None
+    alloc_retries: int | None = None
+    threads: int = 0
 
     @property
     def ok(self) -> bool:

@@ -33,6 +33,9 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any
     "adamw": (torch.optim.AdamW, {"lr": 0.001}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.001}),
 }
+# Left to itself PyTorch updates all parameters of a card at once, with a temporary as large as all of them.
+_FUSED = frozenset({"sgd", "adam", "adamw"})
+_WAYS = frozenset({"fused", "foreach", "capturable", "differentiable"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,14 @@ class OptimizerSpec:
         trained = [p for p in parameters if p.requires_grad]
         if not trained:
             raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
-        return _OPTIMIZERS[self.name][0](trained, **dict(self.options))
+        return _OPTIMIZERS[self.name][0](trained, **{**self._lean(trained), **dict(self.options)})
+
+    def _lean(self, trained: Sequence[nn.Parameter]) -> dict[str, bool]:
+        """The way of stepping that takes no memory to speak of, unless the user names one."""
+        if _WAYS & dict(self.options).keys():
+            return {}
+        fused = self.name in _FUSED and all(p.is_floating_point() for p in trained)
+        return {"fused": True} if fused else {"foreach": False}
 
     def with_lr(self, lr: float) -> OptimizerSpec:
         return replace(self, options=tuple({**dict(self.options), "lr": lr}.items()))
@@ -83,7 +93,7 @@ def parse_optimizer(text: str) -> OptimizerSpec:
         options[key] = _number(value, text)
     try:
         make([nn.Parameter(torch.zeros(1))], **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"--optimizer {text}: {error}") from error
     return OptimizerSpec(name, tuple(options.items()))
 

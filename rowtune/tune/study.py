@@ -13,20 +13,21 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import optuna
 
-from rowtune.errors import InfeasibleError, ModelError, RowtuneError, UsageError
+from rowtune.errors import RowtuneError
 from rowtune.plan.plan import Plan
-from rowtune.tune.measurement import Effort, Measurement
+from rowtune.tune.finals import finals
+from rowtune.tune.infeasible import infeasible
+from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
 from rowtune.tune.records import PLAIN, Record, RecordFile, digest, front
 from rowtune.tune.sizes import format_bytes
 
-# A plan is run unless it is predicted to take this much more than the budget.
-REJECT_ABOVE = 1.15
-# The winner is measured again with care; if that changes who is fastest, so is the next one, so many times.
-FINALS = 3
+# A plan whose first warm step takes this much longer than the best one's cannot win.
+HOPELESS = 1.5
 # Proposals per measured trial after which the space counts as exhausted.
 PATIENCE = 60
 # Plans drawn and predicted before the first trial, and how many of them are tried first.
@@ -70,13 +71,17 @@ class Progress:
 @dataclass(frozen=True)
 class Task:
     """All that a search needs. `limit` is the budget in bytes less what is reserved; `trials` counts plans
-    measured in the whole study, earlier runs of it included."""
+    measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
+    than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try."""
 
     space: Space
     predict: Callable[[Plan], Costs]
-    measure: Callable[[Plan | None, Effort, float], Measurement]
+    measure: Callable[[Plan | None, Effort, float, float], Measurement]
     records: RecordFile
     limit: int
+    overhead: Callable[[], int] = lambda: 0
+    race: Callable[[Sequence[Contender], int, float], list[Timing | None]] | None = None
+    threads: tuple[int, ...] = ()
     trials: int = 40
     timeout: float = math.inf
     trial_timeout: float = 1800.0
@@ -108,19 +113,19 @@ def search(task: Task) -> SearchResult:
         Interrupted: Ctrl-C, with nothing to show yet (otherwise the result says `interrupted`).
         UsageError: the timeout left no time for a single plan.
     """
-    run = _Run(task)
+    run = Search(task)
     interrupted = False
     try:
         run.plain()
         run.explore()
-        run.finals()
+        finals(run)
     except KeyboardInterrupt:
         interrupted = True
     best = run.best()
     if best is None and interrupted:
         raise Interrupted
     if best is None:
-        raise _infeasible(task, run)
+        raise infeasible(task, run.overhead, run.left() <= 0)
     seen = list(task.records.latest().values())
     plain = task.records.plain()
     return SearchResult(
@@ -133,13 +138,22 @@ def search(task: Task) -> SearchResult:
     )
 
 
-class _Run:
+class _Candidate(NamedTuple):
+    """A setting that is predicted to fit."""
+
+    seconds: float
+    peak_bytes: int
+    values: dict[str, Any]
+
+
+class Search:
     """One search in progress."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.began = time.monotonic()
         self.random = random.Random(task.seed)
+        self.fitting: dict[str, _Candidate] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=task.seed)
         self.study = optuna.create_study(direction="minimize", sampler=sampler)
@@ -165,10 +179,11 @@ class _Run:
             self.study.enqueue_trial(guess, skip_if_exists=True)
 
     def _warm_start(self) -> list[dict[str, Any]]:
-        """The space's guesses and as many random settings as a tenth of the time allows to predict: those
-        predicted to fit first, the fastest of them ahead. Prediction costs a thousandth of a trial."""
-        guesses: list[dict[str, Any]] = [dict(g) for g in self.task.space.guesses() if self._usable(g)]
-        fitting: dict[str, tuple[float, dict[str, Any]]] = {}
+        """Settings that earlier runs left unmeasured, the space's guesses, and as many random ones as a tenth
+        of the time allows to predict: those predicted to fit first, the fastest of them ahead. Prediction
+        costs a thousandth of a trial."""
+        earlier = [r.values for r in self.task.records.latest().values() if not self._current(r)]
+        guesses = [dict(g) for g in (*earlier, *self.task.space.guesses()) if self._usable(g)]
         drawn = (self._random_setting() for _ in range(WARM_DRAWS))
         for values in (*guesses, *drawn):
             if time.monotonic() - self.began > 0.1 * self.task.timeout and values not in guesses:
@@ -176,9 +191,11 @@ class _Run:
             with contextlib.suppress(Exception):  # such a plan fails again, and is recorded, when it is tried
                 plan = self.task.space.plan(values)
                 cost = self.task.predict(plan)
-                if cost.peak_bytes <= self.task.limit:
-                    fitting.setdefault(digest(plan), (cost.seconds, values))
-        best = [values for _, values in sorted(fitting.values(), key=lambda item: item[0])[:WARM_TRIALS]]
+                if cost.peak_bytes <= self._most():
+                    candidate = _Candidate(cost.seconds, cost.peak_bytes, values)
+                    self.fitting.setdefault(digest(plan), candidate)
+        ranked = sorted(self.fitting.values(), key=lambda c: c.seconds)
+        best = [c.values for c in ranked[:WARM_TRIALS]]
         return best + [g for g in guesses if g not in best]
 
     def _random_setting(self) -> dict[str, Any]:
@@ -190,7 +207,11 @@ class _Run:
         )
 
     def _current(self, record: Record) -> bool:
-        """A plan rejected under a smaller budget may be worth running under this one."""
+        """A plan rejected under a smaller budget may be worth running under this one, and one that could not
+        win against a plan that fitted a larger one."""
+        if record.status == "slow":
+            best = self.best()
+            return best is not None and (best.step_seconds or 0.0) < (record.step_seconds or 0.0)
         too_big = record.predicted_bytes is None or record.predicted_bytes > self._most()
         return record.status != "rejected" or too_big
 
@@ -201,9 +222,9 @@ class _Run:
         return sum(r.status != "rejected" for r in self.task.records.latest().values())
 
     def best(self) -> Record | None:
-        return min(self._feasible(), key=lambda r: r.step_seconds or math.inf, default=None)
+        return min(self.feasible(), key=lambda r: r.step_seconds or math.inf, default=None)
 
-    def _feasible(self) -> list[Record]:
+    def feasible(self) -> list[Record]:
         return [
             r for r in self.task.records.latest().values() if r.ok and (r.peak_bytes or 0) <= self.task.limit
         ]
@@ -212,16 +233,18 @@ class _Run:
         """Measure plain PyTorch once a study: the yardstick, where the machine can hold it."""
         if self.task.records.plain() is not None or self.left() <= 0:
             return
-        self._say(None, "plain PyTorch")
+        self.say(None, "plain PyTorch")
         record = self._measure(None, Record(PLAIN, "ok"), "quick")
         if record is not None:
             self.task.records.append(record)
-            self._say(record)
+            self.say(record)
 
     def explore(self) -> None:
         """Ask, reject or measure, tell, until trials, time or the space run out."""
         idle = 0
         while self.measured() < self.task.trials and self.left() > 0 and idle < PATIENCE:
+            if self.measured() > 1 and self.best() is None:
+                self._try_smallest()
             trial = self.study.ask(self.choices)
             plan = self.task.space.plan(dict(trial.params))
             seen = self.task.records.latest().get(digest(plan))
@@ -236,7 +259,20 @@ class _Run:
             idle = idle + 1 if record.status == "rejected" else 0
             self.task.records.append(record)
             self._tell(trial, record)
-            self._say(record)
+            self.say(record)
+
+    def _try_smallest(self) -> None:
+        """Nothing has fitted yet: what is predicted to be smallest."""
+        candidate = min(self.fitting.values(), key=lambda c: c.peak_bytes, default=None)
+        if candidate is None:
+            return
+        plan = self.task.space.plan(candidate.values)
+        seen = self.task.records.latest().get(digest(plan))
+        if seen is None or not self._current(seen):
+            record = self._try(plan, candidate.values)
+            if record is not None:
+                self.task.records.append(record)
+                self.say(record)
 
     def _shake(self, idle: int) -> None:
         """TPE repeats itself; after a few repeats in a row a random plan is tried instead."""
@@ -257,18 +293,20 @@ class _Run:
         )
         if cost.peak_bytes > self._most():
             return replace(record, reason=f"predicted {format_bytes(cost.peak_bytes)}, over the budget")
-        self._say(None, f"predicted {format_bytes(cost.peak_bytes)}")
+        self.say(None, f"predicted {format_bytes(cost.peak_bytes)}")
         return self._measure(plan, record, "quick")
 
     def _measure(self, plan: Plan | None, record: Record, effort: Effort) -> Record | None:
         start = time.monotonic()
-        allowed = min(self._trial_timeout(), self.left())
-        result = self.task.measure(plan, effort, allowed)
+        allowed = min(self.trial_timeout(), self.left())
+        best = self.best()
+        worth = HOPELESS * (best.step_seconds or math.inf) if best and plan else math.inf
+        result = self.task.measure(plan, effort, allowed, worth)
         if result.status == "timeout" and self.left() <= 0:
             return None  # the search's own end is no verdict on the plan
         return replace(record, **result.to_dict(), effort=effort, seconds=round(time.monotonic() - start, 3))
 
-    def _trial_timeout(self) -> float:
+    def trial_timeout(self) -> float:
         """Where plain's time is known, a plan forty times slower is no answer."""
         plain = self.task.records.plain()
         if plain is None or plain.step_seconds is None:
@@ -278,15 +316,19 @@ class _Run:
     def _correction(self) -> float:
         """Measured over predicted peak, as seen so far."""
         ratios = [
-            (r.peak_bytes or 0) / r.predicted_bytes
+            ((r.peak_bytes or 0) - self.overhead) / r.predicted_bytes
             for r in self.task.records.latest().values()
             if r.ok and r.predicted_bytes
         ]
         return min(max(statistics.median(ratios), 0.8), 1.5) if ratios else 1.0
 
+    @cached_property
+    def overhead(self) -> int:
+        return self.task.overhead()
+
     def _most(self) -> float:
-        """The largest predicted peak that is worth running."""
-        return REJECT_ABOVE * self.task.limit / self._correction()
+        """The largest predicted peak that is expected to fit."""
+        return (self.task.limit - self.overhead) / self._correction()
 
     def _tell(self, trial: optuna.Trial, record: Record) -> None:
         trial.set_constraint("budget", self._violation(record))
@@ -295,62 +337,18 @@ class _Run:
     def _violation(self, record: Record) -> float:
         """Above zero where the plan does not fit, as a share of the budget; failures count as far over."""
         size = record.peak_bytes if record.ok else record.predicted_bytes
+        size = size if record.ok else (size or 0) + self.overhead
         over = (size or 0) / self.task.limit - 1
+        if record.status == "slow":
+            return over
         return over if record.ok else max(over, 0.5 if record.status in ("oom", "rejected") else 1.0)
 
     def _objective(self, record: Record) -> float:
         """Seconds a step; a plan without a time counts as twice the slowest seen."""
-        if record.ok and record.step_seconds is not None:
+        if record.step_seconds is not None:
             return record.step_seconds
         return 2 * max((r.step_seconds or 0 for r in self.task.records.records if r.ok), default=1.0)
 
-    def finals(self) -> None:
-        """Verify and measure the winner again, and whoever is fastest after that."""
-        for _ in range(FINALS):
-            best = self.best()
-            if best is None or best.effort == "full":
-                return
-            self._say(None, "the winner once more")
-            assert best.decisions is not None
-            # Past the timeout the winner still gets its check: an unverified plan is worth nothing.
-            result = self.task.measure(Plan.from_dict(dict(best.decisions)), "full", self._trial_timeout())
-            record = replace(best, **result.to_dict(), effort="full")
-            self.task.records.append(record)
-            self._say(record)
-
-    def _say(self, record: Record | None, running: str = "") -> None:
+    def say(self, record: Record | None, running: str = "") -> None:
         seconds = time.monotonic() - self.began
         self.task.progress(Progress(self.measured(), self.task.trials, seconds, record, self.best(), running))
-
-
-def _infeasible(task: Task, run: _Run) -> RowtuneError:
-    """Why nothing fits: the least budget that any plan looked at would need."""
-    seen = task.records.latest().values()
-    sized = [(r.peak_bytes if r.ok else r.predicted_bytes, r) for r in seen if r.ok or r.status == "rejected"]
-    known = [(size, r) for size, r in sized if size]
-    if not known and run.left() <= 0:
-        return UsageError(f"--timeout {task.timeout:.0f} ended before one plan was measured; give more time")
-    failed = [r for r in seen if r.status not in ("ok", "rejected")]
-    if not known or (failed and not any(r.ok for r in seen)):
-        reasons = "; ".join(sorted({f"{r.status}: {r.reason}" for r in failed or seen})[:3])
-        plain = task.records.plain()
-        if plain is not None and plain.status == "crash":
-            return ModelError(f"the model cannot be trained, with or without a plan: {plain.reason}")
-        return InfeasibleError(f"no plan that is predicted to fit could be run: {reasons}")
-    size, record = min(known, key=lambda item: item[0])
-    how = "measured" if record.ok else "predicted"
-    where = f", set by {record.peak_at}" if record.peak_at else ""
-    return InfeasibleError(
-        f"no plan fits {format_bytes(task.limit)}: of {len(known)} plans the smallest needs "
-        f"{format_bytes(size)} ({how}{where}); give --budget {round_up(size)} or a smaller --shape"
-    )
-
-
-def round_up(size: int) -> str:
-    """A budget flag of three digits that is at least `size`, with one percent to spare."""
-    unit = 10 ** max(0, math.floor(math.log10(size * 1.01)) - 2)
-    rounded = math.ceil(size * 1.01 / unit) * unit
-    for name, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if rounded >= scale:
-            return f"{rounded / scale:g}{name}"
-    return f"{rounded}B"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -15,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from typing import IO, Any
 
 from rowtune.errors import ModelError
 from rowtune.plan.file import Problem
 from rowtune.plan.plan import Plan
-from rowtune.tune.measurement import Effort, Measurement
+from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
 
 OPEN_TIMEOUT = 600.0
 
@@ -36,6 +38,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._errors: IO[bytes] | None = None
+        self._overhead = 0
         self.starts = 0
 
     def __enter__(self) -> Worker:
@@ -44,16 +47,39 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def measure(self, plan: Plan | None, effort: Effort = "quick", timeout: float = 600.0) -> Measurement:
+    def measure(
+        self,
+        plan: Plan | None,
+        effort: Effort = "quick",
+        timeout: float = 600.0,
+        worth_seconds: float = math.inf,
+    ) -> Measurement:
         """Measure a plan (None: plain PyTorch). Every way of failing is a status.
 
         Raises:
             ModelError: the worker cannot even load the model.
         """
-        if self._process is None:
-            self._open()
-        decisions = None if plan is None else plan.to_dict()
-        return self._ask({"do": "measure", "plan": decisions, "effort": effort}, timeout)
+        worth = worth_seconds if math.isfinite(worth_seconds) else None
+        request = {"do": "measure", "plan": _decisions(plan), "effort": effort, "worth": worth}
+        self.open()
+        return self._ask(request, timeout)[0]
+
+    def race(
+        self, contenders: Sequence[Contender], rounds: int, timeout: float = 600.0
+    ) -> list[Timing | None]:
+        """Step times of plans that take turns; None for one that fails, or for all where the worker does."""
+        plans = [[_decisions(c.plan), c.threads] for c in contenders]
+        self.open()
+        result, answer = self._ask({"do": "race", "plans": plans, "rounds": rounds}, timeout)
+        if result.status != "ok":
+            return [None] * len(contenders)
+        return [None if taken is None else Timing(*taken) for taken in answer]
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What the device takes beside tensors: a context, libraries. 0 on the CPU."""
+        self.open()
+        return self._overhead
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -69,7 +95,10 @@ class Worker:
             self._errors.close()
             self._errors = None
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Start the process, unless it runs."""
+        if self._process is not None:
+            return
         self._errors = tempfile.TemporaryFile()
         # A session of its own: Ctrl-C is the parent's to handle.
         self._process = subprocess.Popen(
@@ -86,12 +115,13 @@ class Worker:
         self._replies = queue.SimpleQueue()
         threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
         request = {"do": "open", "problem": self._problem.to_dict(), "budget": self._budget}
-        answer = self._ask(request, OPEN_TIMEOUT)
-        if answer.status != "ok":
+        result, answer = self._ask(request, OPEN_TIMEOUT)
+        if result.status != "ok":
             self.close()
-            raise ModelError(f"the worker could not load {self._problem.model}: {answer.reason}")
+            raise ModelError(f"the worker could not load {self._problem.model}: {result.reason}")
+        self._overhead = int(answer)
 
-    def _ask(self, request: dict[str, Any], timeout: float) -> Measurement:
+    def _ask(self, request: dict[str, Any], timeout: float) -> tuple[Measurement, Any]:
         assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -99,15 +129,16 @@ class Worker:
             line = self._replies.get(timeout=timeout)
         except queue.Empty:
             self.close()
-            return Measurement("timeout", f"stopped after {timeout:.0f} s")
+            return Measurement("timeout", f"stopped after {timeout:.0f} s"), None
         except BrokenPipeError:
             line = None
         except BaseException:  # Ctrl-C: the trial is lost, the worker must not run on
             self.close()
             raise
         if line is None:
-            return self._post_mortem()
-        return Measurement(**json.loads(line))
+            return self._post_mortem(), None
+        reply = json.loads(line)
+        return Measurement(**reply["measurement"]), reply["answer"]
 
     def _post_mortem(self) -> Measurement:
         """Why the process is gone."""
@@ -126,6 +157,10 @@ class Worker:
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4096))
         lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
         return f": {lines[-1][:200]}" if lines else ""
+
+
+def _decisions(plan: Plan | None) -> dict[str, Any] | None:
+    return None if plan is None else plan.to_dict()
 
 
 def _read(stream: IO[str] | None, replies: queue.SimpleQueue[str | None]) -> None:

@@ -112,8 +112,8 @@ def train(
     if options.lr is not None:
         spec = spec.with_lr(options.lr)
     limit = file.budget_bytes - file.reserve_bytes
-    if device != "cpu":
-        cap_memory(device, limit)
+    if file.threads and device == "cpu":
+        torch.set_num_threads(file.threads)
     batches, total = _batches(work, options)
     loop = _Loop(file, work, spec, total, watch)
     status = "ok"

@@ -1,25 +1,35 @@
 """Is a plan exact? Loss, gradients and buffers against the plain network, by DESIGN.md's measure.
 
-    gradients          max|a-b| / max(max|b|, 1e-3 x the largest gradient of the network)
-    loss and buffers   max|a-b| / max|b|
+    gradients   max|a-b| / max(max|b|, 1e-3 x the largest gradient of the network)
+    loss        max|a-b| / max|b|
+    buffers     likewise, but for running means: max|a-b| / max(max|b|, 1e-3 x the largest running deviation)
 
-In float32 two correct orders of summation differ, and a ReLU at zero may flip: where float32 disagrees by
-more than its tolerance, the verdict is float64's.
+A running mean may be zero but for rounding (two batch norms in a row), and a ratio of rounding is noise; what
+the network sees of it is its size beside the deviation.
+
+In float32 and less, two correct orders of summation differ, and a ReLU at zero may flip: where they disagree
+by more than their tolerance, the verdict is float64's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from rowtune.errors import RowtuneError
 from rowtune.graph.losses import Loss
+from rowtune.tune.device import full_precision, release
+from rowtune.tune.measurement import failure
+from rowtune.tune.reference import Place
 from rowtune.tune.step import Plain
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+FLOOR = 1e-3
 _SEED = 20240119
 
 Planned = Callable[[nn.Module], nn.Module]
@@ -50,10 +60,11 @@ class Check:
 def outcome(model: nn.Module, runner: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> Outcome:
     """Run `runner`, which shares `model`'s parameters, forward and backward once; the model's gradients
     and buffers are put back."""
-    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    saved = {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers()}
+    cards = sorted({t.device for t in inputs if t.is_cuda}, key=str)
     model.zero_grad(set_to_none=True)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=cards), full_precision():
             torch.manual_seed(_SEED)
             loss = runner(*inputs, targets=target)
             loss.backward()
@@ -69,15 +80,24 @@ def outcome(model: nn.Module, runner: nn.Module, inputs: tuple[Tensor, ...], tar
 
 def compare(expected: Outcome, got: Outcome, dtype: torch.dtype, note: str = "") -> Check:
     """The measure above over everything trainable; a missing or extra gradient is an infinite error."""
-    floor = 1e-3 * max((float(g.abs().max()) for g in expected.gradients.values() if g.numel()), default=0.0)
+    floor = FLOOR * max((float(g.abs().max()) for g in expected.gradients.values() if g.numel()), default=0.0)
     errors = {"loss": _error(expected.loss, got.loss, 0.0)}
     for name in sorted(set(expected.gradients) | set(got.gradients)):
         errors[name] = _error(expected.gradients.get(name), got.gradients.get(name), floor)
     for name in sorted(expected.buffers):
-        errors[name] = _error(expected.buffers[name], got.buffers.get(name), 0.0)
+        own = _buffer_floor(name, expected.buffers)
+        errors[name] = _error(expected.buffers[name], got.buffers.get(name), own)
     worst = max(errors, key=lambda name: errors[name])
     ok = errors[worst] <= TOLERANCE[dtype]
     return Check(errors[worst], worst, tuple(errors), str(dtype).split(".")[1], ok, note)
+
+
+def _buffer_floor(name: str, buffers: Mapping[str, Tensor]) -> float:
+    """A running mean's scale is the running deviation beside it."""
+    variance = buffers.get(name.removesuffix("running_mean") + "running_var")
+    if not name.endswith("running_mean") or variance is None or not variance.numel():
+        return 0.0
+    return FLOOR * float(variance.double().abs().max().sqrt())
 
 
 def _error(expected: Tensor | None, got: Tensor | None, floor: float) -> float:
@@ -94,31 +114,37 @@ def _error(expected: Tensor | None, got: Tensor | None, floor: float) -> float:
 
 
 class Verifier:
-    """Checks plans of one network on one batch; the plain network's outcome is computed once per dtype.
+    """Checks plans of one network; the plain network's outcome is computed once per dtype.
 
     `planned(model)` is the plan applied; `plain(model)` what it is compared with: the network as PyTorch
     runs it, or where it draws random masks a plan that keeps everything, under the same seed (PyTorch's own
     masks depend on the order of the draws, rowtune's on the position, so those two cannot agree).
+
+    Args:
+        places: where the plain network may run, tried in order until one has the memory.
+        device: that plans run on. The model is left where it is found.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss,
-        batch: tuple[tuple[Tensor, ...], Tensor],
+        places: Iterable[Place],
         plain: Planned | None = None,
+        device: str = "cpu",
     ) -> None:
-        self._model, self._batch = model, batch
+        self._model, self._device = model, device
+        self._untried: Iterator[Place] = iter(places)
+        self._tried: list[Place] = []
         self._plain = plain or (lambda m: Plain(m, loss))
         self._note = "random nodes: compared with a plan that keeps everything, same seed" if plain else ""
-        self._expected: dict[torch.dtype, Outcome] = {}
-        self._double: nn.Module | None = None
+        self._expected: dict[torch.dtype, tuple[Place, Outcome]] = {}
 
     def check(self, planned: Planned, dtype: torch.dtype | None = None) -> Check:
         """In the model's own dtype; in float64 where asked, or where the first does not agree."""
         own = self._dtype()
         result = self._compare(planned, dtype or own)
-        if result.ok or dtype is not None or own != torch.float32:
+        if result.ok or dtype is not None or own == torch.float64:
             return result
         return self._compare(planned, torch.float64)
 
@@ -127,20 +153,51 @@ class Verifier:
         return floating[0] if floating else torch.float32
 
     def _compare(self, planned: Planned, dtype: torch.dtype) -> Check:
-        model, inputs, target = self._in(dtype)
         if dtype not in self._expected:
-            self._expected[dtype] = outcome(model, self._plain(model), inputs, target)
-        got = outcome(model, planned(model), inputs, target)
-        check = compare(self._expected[dtype], got, dtype, self._note)
-        return replace(check, inputs=", ".join("x".join(map(str, t.shape)) for t in inputs))
+            self._expected[dtype] = self._reference(dtype)
+        place, expected = self._expected[dtype]
+        got = self._run(planned, place.batch, self._device, dtype)
+        check = compare(expected, got, dtype, self._note)
+        return replace(check, inputs=", ".join("x".join(map(str, t.shape)) for t in place.batch[0]))
 
-    def _in(self, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
-        inputs, target = self._batch
-        if dtype == self._dtype():
-            return self._model, inputs, target
-        if self._double is None:
-            self._double = copy.deepcopy(self._model).to(dtype)
-        return self._double, tuple(_cast(t, dtype) for t in inputs), _cast(target, dtype)
+    def _reference(self, dtype: torch.dtype) -> tuple[Place, Outcome]:
+        """The first place where plain fits, and what it gives there."""
+        reason = "plain PyTorch is predicted to fit neither here nor on the host, however narrow the images"
+        for place in self._places():
+            try:
+                return place, self._run(self._plain, place.batch, place.device, dtype)
+            except Exception as error:
+                failed = failure(error)
+                if failed.status != "oom":
+                    raise
+                reason = f"plain PyTorch runs out of memory everywhere: {failed.reason}"
+        raise RowtuneError(f"no plan can be verified, for there is nothing to compare it with: {reason}")
+
+    def _places(self) -> Iterator[Place]:
+        yield from list(self._tried)
+        for place in self._untried:
+            self._tried.append(place)
+            yield place
+
+    def _run(self, planned: Planned, batch: tuple[tuple[Tensor, ...], Tensor], device: str,
+             dtype: torch.dtype) -> Outcome:  # fmt: skip
+        inputs, target = batch
+        with self._as(dtype, device) as model:
+            given = tuple(_cast(t, dtype).to(device) for t in inputs)
+            return outcome(model, planned(model), given, _cast(target, dtype).to(device))
+
+    @contextlib.contextmanager
+    def _as(self, dtype: torch.dtype, device: str) -> Iterator[nn.Module]:
+        """The model itself, or a copy of another type or on another device that lives for one run only."""
+        here = next((str(p.device) for p in self._model.parameters()), device)
+        if dtype == self._dtype() and here == device:
+            yield self._model
+            return
+        self._model.zero_grad(set_to_none=True)
+        try:
+            yield copy.deepcopy(self._model).to(device, dtype)
+        finally:
+            release(device)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

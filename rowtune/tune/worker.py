@@ -1,19 +1,26 @@
 """The process that measures: `python -m rowtune.tune.worker`, JSON lines in, JSON lines out.
 
-Requests: {"do": "open", "problem": ..., "budget": bytes or null} and {"do": "measure", "plan": decisions or
-null, "effort": "quick" or "full"}. One reply a request. What the model prints goes to stderr, and when the
-parent dies (its end of the pipe closes) so does this process, even in mid-step.
+Requests: {"do": "open", "problem": ..., "budget": bytes or null}, answered with the device's overhead;
+{"do": "measure", "plan": decisions or null, "effort": "quick" or "full", "worth": seconds or null}; and
+{"do": "race", "plans": [[decisions or null, threads], ...], "rounds": n}, answered with [seconds, processor
+seconds] or null for each. One reply a request: {"measurement": ..., "answer": ...}. What the model prints
+goes to stderr, and when the parent dies (its end of the pipe closes) so does this process, even in mid-step.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import sys
 import threading
 import warnings
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rowtune.plan.plan import Plan
+    from rowtune.tune.measure import Bench
 
 
 def main() -> None:
@@ -35,29 +42,45 @@ def _listen(stream: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> Non
 def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
     """One reply line a request."""
     from rowtune.plan.file import Problem
-    from rowtune.plan.plan import Plan
-    from rowtune.tune.device import cap_memory
+    from rowtune.tune.device import guard_host
     from rowtune.tune.measure import Bench
     from rowtune.tune.measurement import Measurement, failure
 
     bench: Bench | None = None
     while True:
         request = requests.get()
+        result, answer = Measurement("ok"), None
         try:
             if request["do"] == "open":
                 problem = Problem.from_dict(request["problem"])
-                if problem.device == "cpu":
-                    cap_memory("cpu", None)
+                if problem.device == "cpu":  # a card's driver reserves more addresses than there is memory
+                    guard_host()
                 bench = Bench(problem, request["budget"])
-                answer = Measurement("ok")
+                answer = bench.overhead_bytes
+            elif request["do"] == "race":
+                assert bench is not None
+                answer = _race(bench, request)
             else:
                 assert bench is not None
-                plan = None if request["plan"] is None else Plan.from_dict(request["plan"])
-                answer = bench.measure(plan, request["effort"])
+                worth = math.inf if request["worth"] is None else request["worth"]
+                result = bench.measure(_plan(request["plan"]), request["effort"], worth)
         except Exception as error:
-            answer = failure(error)
-        replies.write(json.dumps(answer.to_dict()) + "\n")
+            result = failure(error)
+        replies.write(json.dumps({"measurement": result.to_dict(), "answer": answer}) + "\n")
         replies.flush()
+
+
+def _plan(decisions: dict[str, Any] | None) -> Plan | None:
+    from rowtune.plan.plan import Plan
+
+    return None if decisions is None else Plan.from_dict(decisions)
+
+
+def _race(bench: Bench, request: dict[str, Any]) -> Any:
+    from rowtune.tune.measurement import Contender
+
+    contenders = [Contender(_plan(decisions), threads) for decisions, threads in request["plans"]]
+    return bench.race(contenders, request["rounds"])
 
 
 if __name__ == "__main__":

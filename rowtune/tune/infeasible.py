@@ -1,0 +1,53 @@
+"""Nothing fits: why, and which budget would do."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rowtune.errors import InfeasibleError, ModelError, RowtuneError, UsageError
+from rowtune.tune.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rowtune.tune.records import Record
+    from rowtune.tune.study import Task
+
+
+def infeasible(task: Task, overhead: int, out_of_time: bool) -> RowtuneError:
+    """Why nothing fits: the least budget that any plan looked at would need."""
+    seen = task.records.latest().values()
+    known = [(size, r) for r in seen if (size := _needs(r, overhead))]
+    if not known and out_of_time:
+        return UsageError(f"--timeout {task.timeout:.0f} ended before one plan was measured; give more time")
+    failed = [r for r in seen if r.status not in ("ok", "slow", "rejected")]
+    if not known or (failed and not any(r.ok for r in seen)):
+        reasons = "; ".join(sorted({f"{r.status}: {r.reason}" for r in failed or seen})[:3])
+        plain = task.records.plain()
+        if plain is not None and plain.status == "crash":
+            return ModelError(f"the model cannot be trained, with or without a plan: {plain.reason}")
+        return InfeasibleError(f"no plan that is predicted to fit could be run: {reasons}")
+    size, record = min(known, key=lambda item: item[0])
+    how = "measured" if record.ok else "predicted"
+    where = f", set by {record.peak_at}" if record.peak_at else ""
+    return InfeasibleError(
+        f"no plan fits {format_bytes(task.limit)}: of {len(known)} plans the smallest needs "
+        f"{format_bytes(size)} ({how}{where}); give --budget {round_up(size)} or a smaller --shape"
+    )
+
+
+def _needs(record: Record, overhead: int) -> int | None:
+    """Bytes, where they are known; `overhead` is what the device takes beside tensors."""
+    if record.ok:
+        return record.peak_bytes
+    predicted = record.predicted_bytes if record.status in ("rejected", "slow") else None
+    return predicted + overhead if predicted else None
+
+
+def round_up(size: int) -> str:
+    """A budget flag of three digits that is at least `size`, with one percent to spare."""
+    unit = 10 ** max(0, math.floor(math.log10(size * 1.01)) - 2)
+    rounded = math.ceil(size * 1.01 / unit) * unit
+    for name, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if rounded >= scale:
+            return f"{rounded / scale:g}{name}"
+    return f"{rounded}B"
