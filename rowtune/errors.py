@@ -4,7 +4,8 @@
     ├── UsageError          2   a flag, a file name, a budget
     ├── ModelError          3   a model that cannot be imported or trained
     ├── InfeasibleError     4   no plan fits the budget
-    └── PlanError           5   a plan that is unreadable, or made for something else
+    ├── PlanError           5   a plan that is unreadable, or made for something else
+    └── DivergedError       6   a loss that is not a number any more
 
 A message states the rule, the actual value and the way out, in one line.
 """
@@ -40,3 +41,9 @@ class PlanError(RowtuneError):
     """A plan that is unreadable, of another schema, or made for another model or device."""
 
     exit_code = 5
+
+
+class DivergedError(RowtuneError):
+    """Training whose loss became infinite or not a number."""
+
+    exit_code = 6

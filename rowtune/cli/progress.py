@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rowtune.tune.study import Progress
     from rowtune.tune.train import StepReport
 
-STATUS_STYLE = {"ok": GOOD, "over": "yellow", "rejected": SOFT}
+STATUS_STYLE = {"ok": GOOD, "over": "yellow", "slow": SOFT, "rejected": SOFT}
 
 
 def policies(decisions: Any) -> str:
@@ -107,7 +107,8 @@ class SearchDisplay(_Shown):
         table = plain_table(("trial", "right"), ("plan", "left"), ("result", "left"))
         for number, record in self.rows[-8:]:
             status, text = self._verdict(record)
-            label = "final" if record.effort == "full" else str(number) if record.decisions else "plain"
+            final = record.effort != "quick"
+            label = "final" if final and record.decisions else str(number) if record.decisions else "plain"
             table.add_row(label, policies(record.decisions), Text(text, STATUS_STYLE.get(status, BAD)))
         return Group(table, Text(), self._bar(self.now), self._best(self.now))
 

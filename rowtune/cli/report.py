@@ -37,11 +37,13 @@ def command(
 
 def _records(screen: Screen, file: PlanFile, plan: Path) -> list[Record]:
     """The trials, last measurement of each plan; without the records file only the front is known."""
-    from rowtune.tune.records import Record, read_records
+    from rowtune.tune.records import Record, readable_records
 
     path = plan.parent / Path(file.study).name
     if file.study and path.is_file():
-        found = read_records(path)[1]
+        found, bad = readable_records(path)
+        if bad:
+            screen.note(f"{path}: {bad} damaged line(s) left out")
         return list({r.digest: r for r in found}.values())
     screen.note(f"{path} is missing: showing the plans on the front only")
     return [
@@ -189,10 +191,13 @@ def _trials(screen: Screen, file: PlanFile, records: Sequence[Record]) -> None:
     screen.out.print(table)
     if len(shown) < len(plans):
         screen.out.print(f"... and {len(plans) - len(shown)} more (-v shows all)", style=SOFT)
-    failed = [r for r in records if r.status not in ("ok", "rejected")]
+    failed = [r for r in records if r.status not in ("ok", "slow", "rejected")]
+    slow = sum(r.status == "slow" for r in records)
     rejected = sum(r.status == "rejected" for r in records)
     if rejected:
         screen.out.print(f"{rejected} plans were predicted over the budget and not run", style=SOFT)
+    if slow:
+        screen.out.print(f"{slow} plans could not win after one step and were left at that", style=SOFT)
     for record in failed if screen.verbose else failed[:4]:
         screen.out.print(Text(f"{record.status}: {policies(record.decisions)}: {record.reason}", BAD))
 

@@ -37,6 +37,9 @@ def command(
     save: Annotated[
         Path | None, typer.Option("--save", help="Write the weights here, as safetensors.")
     ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Train on when the loss is infinite or not a number.")
+    ] = False,
     shape: options.Shapes = None,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -56,9 +59,9 @@ def command(
     from rowtune.tune.train import Options
 
     trained = train_shown(
-        screen, file, Options(steps, epochs, data, optimizer, lr, save), device, shape or []
+        screen, file, Options(steps, epochs, data, optimizer, lr, save, keep_going), device, shape or []
     )
-    screen.json({**asdict(trained), "weights": str(save) if save and trained.steps else None})
+    screen.json({**asdict(trained), "weights": str(trained.weights) if trained.weights else None})
     return EXIT[trained.status]
 
 
@@ -95,11 +98,13 @@ def train_shown(screen: Screen, file: PlanFile, wanted: object, device: str, sha
     )
     with TrainDisplay(screen, limit) as display:
         trained = train(file, work, wanted, display.update)
-    _say(screen, trained, limit, wanted.save)
+    _say(screen, trained, limit)
+    if trained.weights != wanted.save and trained.weights is not None:
+        screen.note(f"{wanted.save} could not be written; the weights are in {trained.weights}")
     return trained
 
 
-def _say(screen: Screen, trained: Trained, limit: int, save: Path | None) -> None:
+def _say(screen: Screen, trained: Trained, limit: int) -> None:
     from rowtune.tune.sizes import format_bytes, format_seconds
 
     peak = f"{format_bytes(trained.peak_bytes)} of {format_bytes(limit)}"
@@ -109,6 +114,6 @@ def _say(screen: Screen, trained: Trained, limit: int, save: Path | None) -> Non
         ("loss", "-" if trained.loss is None else f"{trained.loss:.5g}"),
         ("peak", f"{peak}: {verdict}" if trained.peak_bytes else "not measured"),
     ]
-    if save is not None and trained.steps:
-        lines.append(("weights", str(save)))
+    if trained.weights is not None:
+        lines.append(("weights", str(trained.weights)))
     screen.out.print(facts(lines))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rowtune.tune.find import Found, Request
 
 INTERRUPTED = 130
+# A step that had the processor for less than this share of its time waited for others.
+BUSY = 0.8
 
 
 def command(
@@ -70,7 +72,7 @@ def command(
     limit = timeout or float("inf")
     request = Request(work, size, out, trials, limit, seed, kept, fresh, force)
     found = find_shown(screen, request, default_loss=not loss, default_optimizer=not optimizer)
-    screen.json(as_dict(found, out))
+    screen.json(as_dict(found, found.path))
     return INTERRUPTED if found.result.interrupted else 0
 
 
@@ -90,6 +92,7 @@ def find_shown(screen: Screen, request: Request, *, default_loss: bool, default_
                 ("device", problem.device),
                 ("loss", problem.loss + (" (default)" if default_loss else "")),
                 ("optimizer", problem.optimizer + (" (default)" if default_optimizer else "")),
+                ("state", _state(request, budget - request.reserve)),
             ]
         )
     )
@@ -98,14 +101,27 @@ def find_shown(screen: Screen, request: Request, *, default_loss: bool, default_
             found = find(request, display.update)
     except Interrupted:
         raise KeyboardInterrupt from None
-    _say(screen, found, request.out)
+    _say(screen, found)
+    if found.unwritten:
+        screen.note(f"some trials are not in the records ({found.unwritten})")
+    if found.path != request.out:
+        screen.note(f"{request.out} could not be written; the plan is in {found.path}")
     return found
 
 
-def _say(screen: Screen, found: Found, out: Path) -> None:
+def _state(request: Request, limit: int) -> str:
+    from rowtune.tune.find import check_state, state_bytes
+    from rowtune.tune.sizes import format_bytes
+
+    check_state(request.work, limit)
+    size = state_bytes(request.work)
+    return f"{format_bytes(size)} of parameters, gradients, optimizer: {size / limit:.0%} of the budget"
+
+
+def _say(screen: Screen, found: Found) -> None:
     from rowtune.tune.sizes import format_bytes, format_seconds
 
-    m, budget = found.file.measured, found.file.budget_bytes
+    m, budget, out = found.file.measured, found.file.budget_bytes, found.path
     lines = [
         (
             "plan",
@@ -125,7 +141,15 @@ def _say(screen: Screen, found: Found, out: Path) -> None:
         lines.append(("plain", "does not fit on this machine"))
     if m["max_relative_error"] is not None:
         lines.append(("gradients", f"equal to plain's within {m['max_relative_error']:.1e}"))
+    if found.file.threads:
+        lines.append(("threads", f"{found.file.threads}: faster than torch's own number"))
     screen.out.print(facts(lines))
+    used = m.get("cpu_seconds")
+    if found.file.problem.device == "cpu" and used is not None and used < BUSY * m["step_seconds"]:
+        screen.note(
+            f"the machine was busy: of a step's {format_seconds(m['step_seconds'])} this process worked "
+            f"{format_seconds(used)}; times and the choice between plans may be off"
+        )
     screen.note(f"next: rowtune run {out}   rowtune report {out}")
 
 
@@ -142,7 +166,8 @@ def as_dict(found: Found, out: Path) -> dict[str, Any]:
         "plain_step_seconds": m["plain_step_seconds"],
         "trials": found.result.measured,
         "rejected": sum(r.status == "rejected" for r in records),
-        "failed": sum(r.status not in ("ok", "rejected") for r in records),
+        "slow": sum(r.status == "slow" for r in records),
+        "failed": sum(r.status not in ("ok", "slow", "rejected") for r in records),
         "budget_bytes": found.file.budget_bytes,
         "predicted_peak_bytes": found.file.predicted["peak_bytes"],
         "activation_bytes": m["activation_bytes"],

@@ -15,7 +15,7 @@ from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
 from rowtune.plan.space import space
 from rowtune.tune.device import device_name
-from rowtune.tune.output import check_replaceable
+from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.records import Record, RecordFile
 from rowtune.tune.reference import plain_peak
 from rowtune.tune.sizes import format_bytes
@@ -41,8 +41,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Found:
+    """`path` is where the plan is: elsewhere than asked for where it could not be written there. `unwritten`
+    says why trials are missing in the records' file."""
+
     file: PlanFile
     result: SearchResult
+    path: Path
+    unwritten: str = ""
 
 
 def records_path(out: Path) -> Path:
@@ -126,8 +131,8 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
             )
         )
     file = _plan_file(request, budget, result)
-    save_plan(file, out)
-    return Found(file, result)
+    path = keep(out, lambda path: save_plan(file, path), "the plan")
+    return Found(file, result, path, records.unwritten)
 
 
 def _foreign(request: Request) -> bool:

@@ -1,17 +1,23 @@
-"""May this file be written? Asked before a search begins, so that an hour's work is not lost at its end."""
+"""Files at the end of hours of work: asked about before it begins, and kept elsewhere where that fails."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from rowtune.errors import PlanError, UsageError
 from rowtune.plan.file import load_plan
+from rowtune.tune.sizes import format_bytes
+
+# A plan and its records take some ten kilobytes a trial.
+ROOM = 1 << 20
 
 
-def check_writable(path: Path, flag: str = "-o") -> None:
-    """UsageError where `path` cannot be made or replaced."""
+def check_writable(path: Path, flag: str = "-o", size: int = ROOM) -> None:
+    """UsageError where `path` cannot be made or replaced, or its disk has no room for `size` bytes."""
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder; give a file name")
     if not path.parent.is_dir():
@@ -25,6 +31,33 @@ def check_writable(path: Path, flag: str = "-o") -> None:
             pass
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot write into {path.parent} ({error.strerror})") from error
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise UsageError(
+            f"{flag} {path}: the disk has {format_bytes(free)} left, but {format_bytes(size)} are needed"
+        )
+
+
+def keep(path: Path, write: Callable[[Path], None], what: str) -> Path:
+    """Write a file, and where that fails (a disk that filled up meanwhile) one of its name in a new folder
+    among the system's temporary files; returns where it is.
+
+    Raises:
+        UsageError: it can be written nowhere.
+    """
+    try:
+        write(path)
+        return path
+    except OSError as error:
+        reason = error.strerror or str(error)
+    try:
+        spare = Path(tempfile.mkdtemp(prefix="rowtune-")) / path.name
+        write(spare)
+        return spare
+    except OSError as error:
+        raise UsageError(
+            f"{what} could not be written to {path} ({reason}), nor elsewhere: {error}"
+        ) from error
 
 
 def check_replaceable(path: Path, fingerprint: str, force: bool) -> None:

@@ -68,6 +68,7 @@ class RecordFile:
         """Open or begin. UsageError where the file belongs to another study, unless `fresh`."""
         self.path = path
         self.records: list[Record] = []
+        self.unwritten = ""
         if path is None:
             return
         if path.exists() and not fresh:
@@ -85,14 +86,18 @@ class RecordFile:
                 raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
     def append(self, record: Record) -> None:
-        """Remember a record; on return it is on the disk."""
+        """Remember a record; on return it is on the disk, or `unwritten` says why not: a full disk costs the
+        file, not the search."""
         self.records.append(record)
         if self.path is None:
             return
-        with open(self.path, "a", encoding="utf-8") as out:
-            out.write(json.dumps(asdict(record)) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        try:
+            with open(self.path, "a", encoding="utf-8") as out:
+                out.write(json.dumps(asdict(record)) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+        except OSError as error:
+            self.unwritten = f"{self.path}: {error.strerror or error}"
 
     def latest(self) -> dict[str, Record]:
         """The last record of each plan, plain excepted."""
@@ -122,6 +127,18 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[Record], bool]:
         raise PlanError(
             f"{path} is not a file of rowtune records: give --fresh to begin anew, or another -o"
         ) from error
+
+
+def readable_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a file that may be damaged, and how many lines are none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    found, bad = [], 0
+    for line in lines:
+        try:
+            found.append(Record(**json.loads(line)))
+        except (ValueError, TypeError):
+            bad += 1
+    return found, bad
 
 
 def _truncate_torn_line(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import statistics
 import sys
@@ -16,19 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from rowtune.cost.estimate import estimate
-from rowtune.errors import ModelError, PlanError, RowtuneError, UsageError
+from rowtune.errors import DivergedError, ModelError, PlanError, RowtuneError, UsageError
 from rowtune.importers.source import parse_shape
 from rowtune.plan.file import PlanFile
 from rowtune.runtime.module import apply
-from rowtune.tune.device import cap_memory, resolve_device, synchronize
+from rowtune.tune.device import cap_memory, resolve_device, synchronize, warm_up
 from rowtune.tune.meter import measure_memory
+from rowtune.tune.output import ROOM, check_writable, keep
 from rowtune.tune.step import Batch, OptimizerSpec, Workload, parse_optimizer, prepare, run_step
 from rowtune.tune.verify import outcome
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long, on what, with which optimizer, and where the weights go."""
+    """How long, on what, with which optimizer, and where the weights go; whether to train on when the loss is
+    not a number any more."""
 
     steps: int | None = None
     epochs: int | None = None
@@ -36,6 +39,7 @@ class Options:
     optimizer: str = ""
     lr: float | None = None
     save: Path | None = None
+    keep_going: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Trained:
-    """status: ok, over_budget or interrupted."""
+    """status: ok, over_budget or interrupted. `weights` is where they are, if they were to be saved."""
 
     status: str
     steps: int
@@ -59,6 +63,7 @@ class Trained:
     peak_bytes: int | None
     budget_bytes: int
     step_seconds: float | None
+    weights: Path | None = None
 
 
 def open_plan(file: PlanFile, device: str = "auto", shapes: Sequence[str] = ()) -> tuple[Workload, int]:
@@ -106,7 +111,11 @@ def _reshaped(file: PlanFile, shapes: Sequence[str]) -> Any:
 def train(
     file: PlanFile, work: Workload, options: Options, watch: Callable[[StepReport], None] = lambda _: None
 ) -> Trained:
-    """Train and save; Ctrl-C ends the training early and still saves."""
+    """Train and save; Ctrl-C ends the training early and still saves.
+
+    Raises:
+        DivergedError: the loss is not finite any more; nothing is saved.
+    """
     device = work.problem.device
     spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
     if options.lr is not None:
@@ -114,8 +123,13 @@ def train(
     limit = file.budget_bytes - file.reserve_bytes
     if file.threads and device == "cpu":
         torch.set_num_threads(file.threads)
+    if options.save is not None:
+        state = work.module.state_dict().values()
+        check_writable(options.save, "--save", sum(t.numel() * t.itemsize for t in state) + ROOM)
+    warm_up(device)
+    cap_memory(device, limit)
     batches, total = _batches(work, options)
-    loop = _Loop(file, work, spec, total, watch)
+    loop = _Loop(file, work, spec, total, watch, limit, options.keep_going)
     status = "ok"
     try:
         for batch in batches:
@@ -124,11 +138,12 @@ def train(
         status = "interrupted"
     if loop.done == 0 and status == "ok":
         raise UsageError(f"--data {options.data} gave no batch")
+    weights = None
     if options.save is not None and loop.done:
-        save_weights(work.module, options.save)
+        weights = keep(options.save, lambda path: save_weights(work.module, path), "the weights")
     if status == "ok" and loop.peak is not None and loop.peak > limit:
         status = "over_budget"
-    return Trained(status, loop.done, loop.loss, loop.peak, file.budget_bytes, loop.seconds())
+    return Trained(status, loop.done, loop.loss, loop.peak, file.budget_bytes, loop.seconds(), weights)
 
 
 class _Loop:
@@ -141,8 +156,11 @@ class _Loop:
         spec: OptimizerSpec,
         total: int | None,
         watch: Callable[[StepReport], None],
+        limit: int,
+        keep_going: bool,
     ) -> None:
         self.work, self.total, self.watch = work, total, watch
+        self.limit, self.keep_going = limit, keep_going
         self.device = work.problem.device
         module = work.module.to(self.device)
         self.runner = apply(module, file.plan, work.loss)
@@ -179,6 +197,13 @@ class _Loop:
         self.done += 1
         self.loss = float(loss)
         self.watch(StepReport(self.done, self.total, self.loss, self.times[-1], self.peak))
+        if not (math.isfinite(self.loss) or self.keep_going):
+            raise DivergedError(
+                f"the loss is {self.loss} at step {self.done}: stopped, and nothing saved; try a smaller "
+                "--lr, look at the data, or give --keep-going"
+            )
+        if self.done == 1:  # the plan's own kernels are loaded now, and part of the context
+            cap_memory(self.device, self.limit)
 
     def seconds(self) -> float | None:
         """Median of the steps after warm-up and metering, or of what there is."""
@@ -254,7 +279,8 @@ def _shapes(tensors: Sequence[Tensor]) -> str:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """The state dict as safetensors, whole or not at all."""
+    """The state dict as safetensors, whole or not at all. OSError where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -264,5 +290,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
             temporary,
         )
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)

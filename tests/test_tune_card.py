@@ -1,0 +1,83 @@
+"""Budgets far below what plain PyTorch takes, on a simulated card: no plan that fits is out of memory."""
+
+from __future__ import annotations
+
+import pytest
+from simulated_card import Card, insert
+
+from rowtune.cost.estimate import estimate
+from rowtune.importers.source import parse_source
+from rowtune.plan.file import PlanFile
+from rowtune.plan.plan import Plan
+from rowtune.plan.space import space
+from rowtune.plan.uniform import uniform_plan
+from rowtune.tune.find import state_bytes
+from rowtune.tune.measure import Bench
+from rowtune.tune.records import RecordFile
+from rowtune.tune.reference import plain_peak
+from rowtune.tune.step import Workload, define
+from rowtune.tune.study import Task, search
+from rowtune.tune.train import Options, train
+
+
+def workload(name: str = "zoo:unet", shape: str = "1x3x96x48") -> Workload:
+    return define(parse_source(name, ["base=4", "depth=1"]), [shape])
+
+
+def card_for(monkeypatch: pytest.MonkeyPatch, work: Workload) -> Card:
+    """As large as plain and its float64 copy need, so that no budget's cap comes from the card itself."""
+    parameters = sum(t.numel() * t.itemsize for t in work.module.state_dict().values())
+    return insert(monkeypatch, Card(3 * plain_peak(work), parameters))
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("zoo:unet", 0.25), ("zoo:unet", 0.5), ("zoo:unet", 0.75), ("zoo:unet_bn", 0.55), ("zoo:unet_bn", 0.75)],
+)
+def test_search_verify_and_run_under_a_cap(monkeypatch: pytest.MonkeyPatch, name: str, share: float) -> None:
+    work = workload(name)
+    card = card_for(monkeypatch, work)
+    limit = int(share * plain_peak(work))
+    assert state_bytes(work) < limit
+    with card:
+        bench = Bench(work.problem, limit)
+        task = Task(
+            space=space(work.graph),
+            predict=lambda plan: estimate(work.graph, plan, work.optimizer.slots),
+            measure=lambda plan, effort, timeout, worth: bench.measure(plan, "quick", worth),
+            records=RecordFile(None, {}),
+            limit=limit,
+            trials=3,
+            timeout=30.0,
+        )
+        result = search(task)
+        best = Plan.from_dict(dict(result.best.decisions or {}))
+        assert (result.best.peak_bytes or 0) <= limit
+        assert {r.status for r in result.records} <= {"ok", "slow", "rejected"}, result.records
+        assert result.plain is not None and (result.plain.peak_bytes or 0) > limit
+        assert bench.check(best).ok
+        file = PlanFile(work.problem, work.graph.fingerprint, limit, best, {}, {})
+        trained = train(file, workload(name), Options(steps=3))
+    assert trained.status == "ok" and trained.steps == 3 and (trained.peak_bytes or 0) <= limit
+    assert limit in card.caps and card.refused == 0
+
+
+def test_a_plan_over_the_cap_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = workload()
+    card = card_for(monkeypatch, work)
+    with card:
+        bench = Bench(work.problem, plain_peak(work) // 3)
+        assert bench.measure(uniform_plan(work.graph, "keep")).status == "oom"
+        assert bench.measure(uniform_plan(work.graph, "rows", 8)).status == "ok"
+        assert bench.measure(None).status == "ok"  # plain is not asked to fit
+    assert card.refused == 1
+
+
+def test_a_plan_that_cannot_win_is_left_after_one_step() -> None:
+    work = workload()
+    bench = Bench(work.problem)
+    plan = uniform_plan(work.graph, "rows", 8)
+    slow = bench.measure(plan, worth_seconds=0.0)
+    assert slow.status == "slow" and slow.peak_bytes is None and (slow.step_seconds or 0) > 0
+    assert (slow.max_relative_error or 0) < 1e-3
+    assert bench.measure(plan).status == "ok"
