@@ -22,6 +22,7 @@ from rowtune.tune.meter import Memory, allocator_peak, measure_memory
 from rowtune.zoo import build
 
 # A quarter of the published widths or less, and images large enough that activations set the peak.
+_STAGES = {"depths": (2, 1, 1, 1, 1, 1), "classes": 5, "dropout": 0.0}
 NETS: dict[str, tuple[dict[str, Any], int, int]] = {
     "convnext_tiny": ({"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 128), "classes": 10}, 1, 128),
     "edsr": ({"blocks": 3, "channels": 16}, 2, 80),
@@ -32,11 +33,29 @@ NETS: dict[str, tuple[dict[str, Any], int, int]] = {
     "vgg16": ({"width": 8, "classes": 10}, 1, 160),
     "vgg16_features": ({"width": 8}, 1, 160),
 }
+# Asked about warm starts only.
+MORE: dict[str, tuple[dict[str, Any], int, int]] = {
+    "deeplabv3plus": (
+        {"width": 8, "depths": (1, 1, 1, 1), "channels": 16, "low_channels": 8, "rates": (1, 2)}
+        | {"classes": 3, "dropout": 0.0},
+        2,
+        96,
+    ),
+    "densenet121": ({"growth": 8, "depths": (2, 2, 2, 2), "width": 16, "classes": 5}, 2, 128),
+    "efficientnet_v2_s": ({"width": 0.5} | _STAGES, 2, 128),
+    "hrnet_w18": (
+        {"width": 8, "stem": 16, "modules": (1, 1), "blocks": 1, "head": "segmentation", "classes": 3},
+        1,
+        128,
+    ),
+    "mobilenet_v3_large": ({"width": 0.5} | _STAGES | {"depths": (1, 1, 1, 1, 1, 1)}, 2, 128),
+    "unet3d": ({"base": 4, "depth": 2, "in_channels": 3}, 1, 32),
+}
 SAMPLED = ("vgg16", "unet", "edsr")
 OPTIMIZERS = {
     0: lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
     1: lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
-    2: lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
+    2: lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
 }
 
 
@@ -44,9 +63,9 @@ class Bench:
     """A network with its batch and training graph; plans are predicted and measured on it."""
 
     def __init__(self, name: str) -> None:
-        options, batch, size = NETS[name]
+        options, batch, size = (NETS | MORE)[name]
         self.model = build(name, **options)
-        self.x = torch.randn(batch, 3, size, size)
+        self.x = torch.randn(batch, 3, *[size] * (3 if name == "unet3d" else 2))
         self.graph: Graph = rowtune.trace(self.model, (self.x,))
         output = self.graph.values[self.graph.outputs[0]]
         self.loss = parse(default_name(output.shape, tuple(self.x.shape)))
@@ -78,9 +97,13 @@ class Bench:
         )
 
 
+BENCHES: list[Bench] = []
+
+
 @cache
 def bench(name: str) -> Bench:
-    return Bench(name)
+    BENCHES.append(Bench(name))
+    return BENCHES[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +111,7 @@ def traced_once(monkeypatch):
     """Modules of one network at one shape share its graph: tracing is not what is tested here."""
 
     def known(model: nn.Module, inputs: Any, **_: Any) -> Graph:
-        return next(b.graph for b in map(bench, NETS) if b.model is model)
+        return next(b.graph for b in BENCHES if b.model is model)
 
     monkeypatch.setattr("rowtune.runtime.module.trace", known)
 
@@ -111,6 +134,21 @@ def test_random_plans():
     for name in SAMPLED:
         sizes = [bench(name).predict(plan).activation_bytes for n, plan in found if n == name]
         assert min(sizes) < 0.7 * max(sizes)
+
+
+@pytest.mark.parametrize("name", [*NETS, *MORE])
+def test_every_warm_start(name):
+    """What a search tries first. In networks of several branches the gradients that meet are added in an
+    order that the prediction does not know: up to 14% too high, up to 12% too low."""
+    found = {}
+    for values in bench(name).space.guesses():
+        plan = bench(name).space.plan(values)
+        ours, real = bench(name).predict(plan).activation_bytes, bench(name).measure(plan).activation_bytes
+        found[str(values)] = ours / real - 1
+    off = [abs(error) for error in found.values()]
+    branched = name in ("deeplabv3plus", "hrnet_w18")
+    assert median(off) <= (0.1 if branched else 0.03), found
+    assert max(off) <= (0.15 if branched else 0.09), found
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import pytest
 from rowtune.errors import InfeasibleError, ModelError, UsageError
 from rowtune.plan.plan import Plan, Segment
 from rowtune.tune.infeasible import round_up
-from rowtune.tune.measurement import Measurement
+from rowtune.tune.measurement import Contender, Measurement, Timing
 from rowtune.tune.records import RecordFile, digest
+from rowtune.tune.sizes import parse_size
 from rowtune.tune.study import Interrupted, Progress, SearchResult, Task, search
 
 BANDS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -214,6 +215,99 @@ def test_nothing_fits_names_the_least_budget_and_the_tensor() -> None:
         search(task(Bench(), limit=5_000))
 
 
+def test_the_budget_advised_works_with_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan that the advice is about was rejected, and neither the guesses nor the draws find it again."""
+    monkeypatch.setattr("rowtune.tune.study.WARM_DRAWS", 1)
+
+    class Blind(Space):
+        def guesses(self) -> list[dict[str, Any]]:
+            return []
+
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(InfeasibleError) as refused:
+        search(task(Bench(), limit=5_000, path=path, trials=2, space=Blind(), seed=3))
+    advised = parse_size(str(refused.value).partition("--budget ")[2].partition(" ")[0])
+    result = search(task(Bench(), limit=advised, path=path, trials=2, space=Blind(), seed=4))
+    assert (result.best.peak_bytes or 0) <= advised
+
+
+def test_no_trial_goes_to_a_plan_predicted_over_the_budget() -> None:
+    result = search(task(Bench(), limit=20_000))
+    assert all(true_peak(Plan.from_dict(dict(r.decisions or {}))) <= 20_000 for r in result.records if r.ok)
+
+
+def test_where_nothing_fitted_yet_the_smallest_is_tried() -> None:
+    """Predictions are a fifth too low: what they call the fastest that fit do not."""
+    low = lambda plan: Cost(int(true_peak(plan) / 1.2), true_seconds(plan))  # noqa: E731
+    result = search(task(Bench(), limit=14_000, predict=low, trials=3))
+    assert (result.best.peak_bytes or 0) <= 14_000
+
+
+def test_what_a_device_takes_beside_tensors_is_added_to_predictions() -> None:
+    """A context of 30 kB: measured is predicted and that."""
+
+    class Card(Bench):
+        def __call__(self, plan: Plan | None, effort: str, timeout: float, worth: float) -> Measurement:
+            made = super().__call__(plan, effort, timeout, worth)
+            return replace(made, peak_bytes=(made.peak_bytes or 0) + 30_000)
+
+    result = search(task(Card(), limit=50_000, overhead=lambda: 30_000))
+    assert (result.best.peak_bytes or 0) <= 50_000
+    assert (result.best.step_seconds or math.inf) <= 1.1 * optimum(20_000)
+    with pytest.raises(InfeasibleError, match=r"--budget 42\.5kB"):
+        search(task(Card(), limit=31_000, overhead=lambda: 30_000))
+
+
+def test_a_trial_is_told_what_it_has_to_beat_and_a_hopeless_one_is_kept_for_smaller_budgets(
+    tmp_path: Path,
+) -> None:
+    worths: list[float] = []
+
+    class Strict(Bench):
+        def __call__(self, plan: Plan | None, effort: str, timeout: float, worth: float) -> Measurement:
+            worths.append(worth)
+            made = super().__call__(plan, effort, timeout, worth)
+            if (made.step_seconds or 0) > worth:
+                return Measurement("slow", "cannot win", step_seconds=made.step_seconds)
+            return made
+
+    path = tmp_path / "r.jsonl"
+    result = search(task(Strict(), limit=150_000, path=path))
+    slow = {r.digest for r in result.records if r.status == "slow"}
+    assert worths[0] == math.inf and min(worths) < math.inf and slow
+    assert all(r.peak_bytes is None for r in result.records if r.status == "slow")
+    again = Strict()
+    tight = search(task(again, limit=13_000, path=path, trials=60))
+    assert tight.best.ok and slow & set(again.runs("quick"))
+
+
+def test_finalists_and_plain_take_turns_and_the_race_decides() -> None:
+    """Busy for a while, the machine made the best plan look slow; in turns it is fast again."""
+    asked: list[list[Contender]] = []
+
+    def race(contenders: Sequence[Contender], rounds: int, timeout: float) -> list[Timing | None]:
+        asked.append(list(contenders))
+        assert 1 <= rounds <= 7
+        times = [
+            0.4 if c.plan is None else true_seconds(c.plan) / (2 if c.threads else 1) for c in contenders
+        ]
+        return [Timing(t, t) for t in times]
+
+    def busy(plan: Plan, n: int) -> Measurement | None:
+        slow = 1.2 if plan.segments[0].band_rows == 32 else 1.0
+        return Measurement("ok", "", true_peak(plan), 10, None, slow * true_seconds(plan), 1e-6)
+
+    result = search(task(Bench(busy), race=race, threads=(1,)))
+    (contenders,) = asked
+    assert contenders[-2].plan is None and contenders[-1].threads == 1 and len(contenders) <= 5
+    assert result.plain is not None and result.plain.step_seconds == 0.4
+    best = Plan.from_dict(dict(result.best.decisions or {}))
+    assert result.best.effort == "full" and result.best.threads == 1
+    assert result.best.step_seconds == true_seconds(best) / 2
+
+
 def test_nothing_runs_says_why() -> None:
     broken = Bench(lambda plan, n: Measurement("crash", "SIGSEGV in conv7"))
     with pytest.raises(InfeasibleError, match="SIGSEGV in conv7"):
@@ -298,6 +392,4 @@ def test_progress_counts_and_shows_the_best() -> None:
     ("size", "text"), [(12_000, "12.2kB"), (5, "6B"), (999, "1.01kB"), (8_000_000_000, "8.08GB")]
 )
 def test_the_budget_advised_is_enough(size: int, text: str) -> None:
-    from rowtune.tune.sizes import parse_size
-
     assert round_up(size) == text and parse_size(text) >= size

@@ -7,7 +7,7 @@ Kernel temporaries are not tensors and are not counted (DESIGN.md, "What a budge
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rowtune.cost.banded import BandedSizes
@@ -96,8 +96,7 @@ class _Step:
                 banded.hold(self.env)
             return banded
         if segment.decision.policy == "checkpoint":
-            saving = any(self._saves(node) for node in segment.part.nodes)
-            held = self._hold(segment) if saving else {}
+            held = self._hold(segment)
             self._nodes(segment, self.env, grad=False)
             return held
         return self._nodes(segment, self.env, grad=True)
@@ -107,6 +106,9 @@ class _Step:
         return kind(self.heap, self.graph, self.profiles, segment)
 
     def _hold(self, segment: SegmentProgram) -> Env:
+        """A checkpoint's inputs; where autograd keeps nothing there is nothing to run again, and it lets go."""
+        if not segment.inner and not any(self._saves(node) for node in segment.part.nodes):
+            return {}
         return {n: self.heap.ref(self.env[n]) for n in segment.part.inputs if n in self.env}
 
     def _inner(self, segment: SegmentProgram) -> Env:
@@ -189,7 +191,9 @@ class _Step:
 
     # -- backward --------------------------------------------------------------------------------------------
 
-    def _backward(self, segment: SegmentProgram, kept: object) -> None:
+    def _backward(self, segment: SegmentProgram, kept: object, turn: bool = False) -> None:
+        """`turn`: of a part of a checkpoint. The recomputation around it hands its inputs over, and nobody else
+        holds them when it has been run again itself."""
         if isinstance(kept, (BandedSizes, PassesSizes)):
             if not kept.done:
                 kept.backward(self.grads)
@@ -206,28 +210,40 @@ class _Step:
             self._run_tape(kept)
             return
         assert isinstance(kept, dict)
-        if segment.inner:
-            self._again(segment, kept)
-        else:
-            blocks = dict(kept)
-            tape = self._nodes(segment, blocks, grad=True, size=self._recomputed(segment))
-            for name, block in blocks.items():
-                if name not in segment.part.inputs:
-                    self.heap.drop(block)
-            self._run_tape(tape)
-        for block in kept.values():
+        run_back = self._again(segment, kept) if segment.inner else self._once_more(segment, kept)
+        if turn:
+            self._let_go(kept)
+        run_back()
+        if not turn:
+            self._let_go(kept)
+
+    def _let_go(self, held: Env) -> None:
+        for block in held.values():
             self.heap.drop(block)
 
-    def _again(self, segment: SegmentProgram, held: Env) -> None:
-        """All parts once more, their inputs kept this time, then backward through them."""
+    def _once_more(self, segment: SegmentProgram, held: Env) -> Callable[[], None]:
+        """A checkpoint's nodes once more; returns what its backward does then."""
+        blocks = dict(held)
+        tape = self._nodes(segment, blocks, grad=True, size=self._recomputed(segment))
+        for name, block in blocks.items():
+            if name not in segment.part.inputs:
+                self.heap.drop(block)
+        return lambda: self._run_tape(tape)
+
+    def _again(self, segment: SegmentProgram, held: Env) -> Callable[[], None]:
+        """All parts once more, their inputs kept this time; returns what backward does then."""
         before, self.env = self.env, dict(held)
         left = self._made_again(segment)
         for name, block in self.env.items():
             if held.get(name) != block:
                 self.heap.drop(block)
         self.env = before
-        for inner, kept in zip(reversed(segment.inner), reversed(left), strict=True):
-            self._backward(inner, kept)
+
+        def run_back() -> None:
+            for inner, kept in zip(reversed(segment.inner), reversed(left), strict=True):
+                self._backward(inner, kept, turn=True)
+
+        return run_back
 
     def _run_tape(self, tape: TapeSizes) -> None:
         backward(
