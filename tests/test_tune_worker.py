@@ -15,6 +15,7 @@ from rowtune.errors import ModelError
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.uniform import uniform_plan
+from rowtune.tune.measurement import Contender
 from rowtune.tune.step import Workload, define
 from rowtune.tune.supervisor import Worker
 
@@ -34,6 +35,8 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(2, 2, 3, padding=1)
 
     def forward(self, x):
+        if torch.compiler.is_exporting() and fault() == "doze while tracing":
+            time.sleep(3.5)
         if not torch.compiler.is_exporting():
             kind = fault()
             if kind == "kill":
@@ -117,6 +120,38 @@ def test_a_plan_is_verified_timed_and_metered(work: tuple[Workload, Path], worke
     full = worker.measure(plan, "full")
     assert (full.allocator_peak_bytes or 0) > 0 and full.peak_bytes == quick.peak_bytes
     assert (full.activation_bytes or 0) < (full.peak_bytes or 0)
+
+
+def test_contenders_take_turns(work: tuple[Workload, Path], worker: Worker) -> None:
+    plan = uniform_plan(work[0].graph, "rows", 4)
+    unknown = Plan((Segment("nonsense", "loss"),))
+    timings = worker.race([Contender(None), Contender(plan), Contender(unknown), Contender(plan, 1)], 2)
+    assert timings[2] is None
+    found = [t for t in timings if t is not None]
+    assert len(found) == 3 and all(t.seconds > 0 and t.cpu_seconds > 0 for t in found)
+    assert worker.measure(plan).status == "ok"
+    work[1].write_text("kill")  # plain runs into it, and with it the worker
+    try:
+        assert worker.race([Contender(None), Contender(plan)], 1) == [None, None]
+    finally:
+        work[1].unlink()
+    assert worker.overhead_bytes == 0
+
+
+def test_a_slow_plan_is_stopped(work: tuple[Workload, Path], worker: Worker) -> None:
+    plan = uniform_plan(work[0].graph, "rows", 4)
+    assert worker.measure(plan, worth_seconds=1e-9).status == "slow"
+    assert worker.measure(plan, worth_seconds=1e9).status == "ok"
+
+
+def test_the_first_step_is_never_the_step_time(work: tuple[Workload, Path], worker: Worker) -> None:
+    """It traces and lowers: with a sleep in it, which every trace runs into, a warm step shows none of it."""
+    work[1].write_text("doze while tracing")
+    try:
+        made = worker.measure(uniform_plan(work[0].graph, "rows", 4))
+    finally:
+        work[1].unlink()
+    assert made.status == "ok" and (made.step_seconds or 9) < 2.0
 
 
 def test_measuring_does_not_change_what_is_measured(work: tuple[Workload, Path], worker: Worker) -> None:
