@@ -4,11 +4,13 @@ sizes     8GB, 8GiB, 25%
 device    which device, how much memory it has
 step      problem -> workload: module, graph, loss, optimizer, batch; one training step
 meter     exact bytes of live tensors, the allocator's peak
+reference where the plain network can run once, to be compared with
 verify    gradients of a plan against the plain network
 measure   verify, time and meter one plan
 worker    the process that measures; supervisor: its parent's side
 records   what was measured, appended to a file
-study     Optuna over the plan's knobs
-find      workload + budget -> plan file; output: may it be written?
+study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits
+find      workload + budget -> plan file
+output    may it be written, and where else when the disk is full
 train     training under a plan
 """
