@@ -43,7 +43,7 @@ class Parts:
         effect: str = "",
     ) -> Ref:
         name = f"{self.node.name}{suffix}"
-        node = Node(name, op, target, args, module=self.node.module, effect=effect)
+        node = Node(name, op, target, args, module=self.node.module, effect=effect, region=self.node.region)
         self.made.append((node, replace(value, name=name)))
         return Ref(name)
 

@@ -8,6 +8,7 @@ buffer (running statistics, num_batches_tracked) is marked as an effect, to run 
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 
 from rowtune.errors import ModelError
 from rowtune.graph.barriers import taken_apart
-from rowtune.graph.graph import Graph, Node, Ref, Value
+from rowtune.graph.graph import Graph, Node, Ref, Value, carried
 from rowtune.graph.parts import PARTED, part_of
+from rowtune.graph.regions import Region
 from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
+_SET_GRAD = torch._C._set_grad_enabled
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_BORDERS = (_SET_GRAD, _ENTER, _EXIT)
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
 
 
@@ -58,6 +63,8 @@ class _Reader:
         self.alias: dict[str, str] = {}  # value -> the value whose memory it may share
         self.stale: set[str] = set()  # views of a value that was since changed in place
         self.inputs: list[str] = []
+        self.grad = True  # inside `with torch.no_grad()`, False
+        self.autocasts: dict[str, Any] = {}  # exported name of the `with` -> its arguments
 
     def graph(self) -> Graph:
         outputs: tuple[str, ...] = ()
@@ -133,6 +140,9 @@ class _Reader:
                 self._append(node, f"{source.op}.{index}", one, source.args, source.kwargs, "")
                 return
         target: Any = node.target
+        if target in _BORDERS:
+            self._border(node)
+            return
         if not isinstance(target, torch._ops.OpOverload):
             op = getattr(target, "__name__", str(target))
             if target is not operator.getitem:
@@ -166,8 +176,27 @@ class _Reader:
         if target._schema.is_mutable and effect == "" and args and isinstance(args[0], Ref):
             raise ModelError(f"{op} changes its input in place and has no functional twin")
 
+    def _border(self, node: torch.fx.Node) -> None:
+        """A region begins or ends."""
+        if node.target is _SET_GRAD:
+            self.grad = bool(node.args[0])
+        elif node.target is _ENTER:
+            self.autocasts[node.name] = node.args
+        else:
+            del self.autocasts[node.all_input_nodes[0].name]
+
+    def _region(self) -> Region | None:
+        """What the regions around the present node say."""
+        innermost = {device: (device, dtype, on) for device, dtype, on, *_ in self.autocasts.values()}
+        return None if self.grad and not innermost else Region(self.grad, tuple(innermost.values()))
+
     def _mutate(self, changed: str, name: str) -> None:
         """From here on the changed value is the new node; its other views would show the change too."""
+        if not self.grad and changed in carried(self.nodes, self._trained()):
+            raise ModelError(
+                f"the model changes {changed} in place where gradients are off, though {changed} has one; "
+                "write that operator out of place"
+            )
         base = self.alias.get(changed, changed)
         family = {v for v in self.values if self.alias.get(v, v) == base} - {changed}
         if self.values[base].kind == "input" or self.values[changed].kind == "parameter":
@@ -187,7 +216,13 @@ class _Reader:
                 self._add(extra, node.meta["val"].new_empty(shape))
         self._add(made, node.meta["val"])
 
+    def _trained(self) -> list[str]:
+        """Inputs and parameters that may have a gradient."""
+        return [v.name for v in self.values.values() if v.requires_grad or v.kind == "input"]
+
     def _add(self, node: Node, fake: Any) -> None:
+        if (region := self._region()) is not None:
+            node = replace(node, region=region)
         self.nodes.append(node)
         self.values[node.name] = _value(node.name, fake)
         self.now[node.name] = Ref(node.name)

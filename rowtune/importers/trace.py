@@ -20,6 +20,7 @@ from rowtune.errors import ModelError, UsageError
 from rowtune.graph.barriers import CUMULATIVE
 from rowtune.graph.graph import Graph
 from rowtune.importers.exported import read
+from rowtune.importers.flat import regions_as_they_are
 
 
 def trace(
@@ -49,7 +50,7 @@ def trace(
     if training != model.training:
         model.train(training)
     try:
-        with _quiet(), _traceable(model):
+        with _quiet(), _traceable(model), regions_as_they_are():
             given = _without_data(model, (inputs, named or {}))
             exported = torch.export.export(model, *given, strict=False)
     except Exception as error:

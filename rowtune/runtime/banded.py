@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from rowtune.graph.graph import Graph
+from rowtune.graph.graph import Graph, carried
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
@@ -165,11 +165,7 @@ class BandedRun:
 
     def _carriers(self) -> frozenset[str]:
         """Values through which a gradient flows in this call."""
-        found = set(self.wanted)
-        for group in self.program.groups:
-            if any(n in found for node in group.nodes for n in node.inputs):
-                found |= set(group.outputs)
-        return frozenset(found)
+        return carried((node for group in self.program.groups for node in group.nodes), self.wanted)
 
     def _steps(self, steps: tuple[Step, ...]) -> None:
         for step in steps:

@@ -1,0 +1,244 @@
+"""What a model's forward says beyond its operators: gradient modes, autocast, effects, randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import TOLERANCE, error, step
+from torch import Tensor, nn
+
+import rowtune
+from rowtune.errors import ModelError
+
+PLANS: dict[str, dict[str, Any]] = {
+    "keep": {"policy": "keep"},
+    "checkpoint": {"policy": "checkpoint"},
+    **{f"rows/{halo}": {"policy": "rows", "halo": halo} for halo in ("recompute", "cache", "sweep")},
+    **{f"tapes/{t}": {"policy": "rows", "tapes": t} for t in ("whole", "late", "replay")},
+    **{f"barriers/{b}": {"policy": "rows", "barriers": b} for b in ("recompute", "narrow", "passes")},
+    "images": {"policy": "rows", "images": 1},
+}
+
+
+def image(dtype: torch.dtype = torch.float64, grad: bool = True) -> Tensor:
+    x = torch.randn(2, 3, 11, 6, dtype=dtype, generator=torch.Generator().manual_seed(4))
+    return x.requires_grad_(grad)
+
+
+def applied(model: nn.Module, plan: str, *inputs: Tensor, loss: Any = None) -> Any:
+    graph = rowtune.trace(model, inputs)
+    options = {"band_rows": 3, **PLANS[plan]}
+    return rowtune.apply(model, rowtune.uniform_plan(graph, **options), loss)
+
+
+def same(make: Callable[[], nn.Module], plan: str, tolerance: float = TOLERANCE) -> None:
+    """One step from the same start: outputs, gradients and buffers as from plain PyTorch; and once more."""
+    torch.manual_seed(3)
+    plain = make()
+    dtype = next(plain.parameters()).dtype
+    torch.manual_seed(3)
+    ours, x = make(), image(dtype)
+    module = applied(ours, plan, x)
+    for _ in range(2):
+        want = step(plain, lambda: plain(x), {"x": x})
+        got = step(ours, lambda: module(x), {"x": x})
+        assert error(got, want) < tolerance
+
+
+# -- regions -------------------------------------------------------------------------------------------------
+
+
+class Region(nn.Module):
+    """Two convolutions with something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inside(torch.tanh(self.first(x))))
+
+    def inside(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class NoGrad(Region):
+    def inside(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            mask = torch.sigmoid(self.own(y))
+        return y * mask + self.norm(y)
+
+
+class Decorated(Region):
+    @torch.no_grad()
+    def mask(self, y: Tensor) -> Tensor:
+        return F.relu(self.own(y))
+
+    def inside(self, y: Tensor) -> Tensor:
+        return y + self.mask(y)
+
+
+class Inference(Region):
+    @torch.inference_mode()
+    def shift(self, y: Tensor) -> Tensor:
+        return self.own(y)
+
+    def inside(self, y: Tensor) -> Tensor:
+        return y + self.shift(y)
+
+
+class Nested(Region):
+    """Gradients on again inside; statistics of a norm that change where gradients are off."""
+
+    def inside(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            mask = self.norm(y)
+            with torch.enable_grad():
+                z = torch.tanh(self.own(y))
+            mask = mask * z.mean((2, 3), keepdim=True)
+            mask.mul_(0.5)
+        return y * mask + z
+
+
+class Statistics(Region):
+    """A norm by hand, with statistics that carry no gradient."""
+
+    def inside(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean, deviation = y.mean((2, 3), keepdim=True), y.std((2, 3), keepdim=True)
+            top = y.amax((2, 3), keepdim=True)
+        return self.own((y - mean) / deviation) * top
+
+
+class SwitchedOff(Region):
+    def inside(self, y: Tensor) -> Tensor:
+        torch.set_grad_enabled(False)
+        z = self.own(y)
+        torch.set_grad_enabled(True)
+        return y * z
+
+
+class WithoutAutocast(Region):
+    def inside(self, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            z = self.norm(self.own(y.to(self.own.weight.dtype)))
+        return F.silu(z)
+
+
+class Both(Region):
+    def inside(self, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = self.own(y)
+            with torch.no_grad():
+                mask = self.own(z)
+            z = z * mask
+            with torch.autocast("cpu", enabled=False):
+                return self.own(z.to(self.own.weight.dtype))
+
+
+def spectral() -> nn.Module:
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, padding=1))
+    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 2, 3)).double()
+
+
+def weight_norm() -> nn.Module:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 2, 3)).double()
+
+
+REGIONS = (NoGrad, Decorated, Inference, Nested, Statistics, SwitchedOff, WithoutAutocast, Both)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("region", REGIONS)
+def test_regions_are_no_control_flow(region: type[Region], plan: str) -> None:
+    same(lambda: region().double(), plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_weights_that_are_made(plan: str) -> None:
+    same(weight_norm, plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("region", [WithoutAutocast, Both])
+def test_autocast_regions_in_low_precision(region: type[Region], outer: bool, plan: str) -> None:
+    """Also inside the caller's own autocast. What autocast rounds may round otherwise in bands."""
+    torch.manual_seed(3)
+    model, x = region(), image(torch.float32)
+    module = applied(model, plan, x)
+    found = []
+    for run in (model, module):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+            y = run(x)
+        assert y.dtype == (torch.bfloat16 if outer else torch.float32)
+        y.float().square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for want, got in zip(*found, strict=True):
+        assert float((got - want).norm()) < 0.02 * float(want.norm()) + 1e-4
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_region_in_float32_stays_so_inside_the_callers_autocast(plan: str) -> None:
+    class Precise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return self.own(torch.tanh(x))
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(x)
+
+    torch.manual_seed(3)
+    model, x = Precise(), image(torch.float32)
+    module = applied(model, plan, x)
+    assert run().dtype == torch.float32
+    want = step(model, lambda: model(x), {"x": x})
+    assert error(step(model, run, {"x": x}), want) < 1e-5
+
+
+def test_outputs_without_gradient_have_none() -> None:
+    class Two(Region):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = torch.tanh(self.first(x))
+            with torch.no_grad():
+                return y, self.own(y)
+
+    model, x = Two().double(), image()
+    for plan in PLANS:
+        y, z = applied(model, plan, x)(x)
+        assert y.requires_grad and not z.requires_grad, plan
+
+
+def test_the_callers_mode_when_the_model_is_traced_does_not_stick() -> None:
+    model, x = NoGrad().double(), image()
+    want = step(model, lambda: model(x), {"x": x})
+    for plan in ("keep", "rows/sweep"):
+        module = applied(model, plan, x)
+        with torch.no_grad():
+            module(x)
+        got = step(model, lambda: module(x), {"x": x})  # noqa: B023
+        got.buffers, want.buffers = {}, {}
+        assert error(got, want) < TOLERANCE
+
+
+def test_a_change_in_place_that_gradients_do_not_see_is_refused() -> None:
+    class Clamped(Region):
+        def inside(self, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                y.clamp_(-0.5, 0.5)
+            return y
+
+    with pytest.raises(ModelError, match="in place where gradients are off"):
+        rowtune.trace(Clamped().double(), (image(),))
