@@ -242,3 +242,23 @@ def test_a_change_in_place_that_gradients_do_not_see_is_refused() -> None:
 
     with pytest.raises(ModelError, match="in place where gradients are off"):
         rowtune.trace(Clamped().double(), (image(),))
+
+
+# -- effects -------------------------------------------------------------------------------------------------
+
+
+class Shared(Region):
+    """One norm, called three times; and a norm that nobody reads."""
+
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.norm.momentum = momentum
+
+    def inside(self, y: Tensor) -> Tensor:
+        return self.norm(self.own(self.norm(y)) + self.norm(y * y))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_norm_called_again_counts_every_call(momentum: float | None, plan: str) -> None:
+    same(lambda: Shared(momentum).double(), plan)

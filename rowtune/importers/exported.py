@@ -63,6 +63,7 @@ class _Reader:
         self.alias: dict[str, str] = {}  # value -> the value whose memory it may share
         self.stale: set[str] = set()  # views of a value that was since changed in place
         self.inputs: list[str] = []
+        self.changed: dict[str, str] = {}  # what an effect returned -> the buffer that it is
         self.grad = True  # inside `with torch.no_grad()`, False
         self.autocasts: dict[str, Any] = {}  # exported name of the `with` -> its arguments
 
@@ -164,9 +165,10 @@ class _Reader:
             args = (args[0], list(node.meta["val"].shape))
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
-            changed = args[0].name
+            changed = self.changed.get(args[0].name, args[0].name)
             if self.values[changed].kind == "buffer":
-                effect = changed
+                self.changed[node.name] = effect = changed
+                args = (Ref(changed), *args[1:])  # a norm that is called again changes what it changed before
             else:
                 target, op = functional(target, op), op.rstrip("_")
                 self._mutate(changed, node.name)
