@@ -262,3 +262,44 @@ class Shared(Region):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_norm_called_again_counts_every_call(momentum: float | None, plan: str) -> None:
     same(lambda: Shared(momentum).double(), plan)
+
+
+class Auxiliary(Region):
+    """A head whose output nobody reads; its norm still counts."""
+
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm = norm(4)
+
+    def inside(self, y: Tensor) -> Tensor:
+        self.norm(self.own(y))
+        return y
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_norm_that_nobody_reads_keeps_its_statistics(plan: str) -> None:
+    same(lambda: Auxiliary().double(), plan)
+    same(lambda: Auxiliary(lambda c: nn.InstanceNorm2d(c, track_running_stats=True)).double(), plan)
+
+
+class Mask(Region):
+    """As SwinUNETR makes its attention masks: written through views, read between and after."""
+
+    def inside(self, y: Tensor) -> Tensor:
+        mask = torch.zeros(1, 1, *y.shape[2:], dtype=y.dtype, device=y.device)
+        mask[:, :, :4] = 1
+        y = y + mask
+        for i, rows in enumerate((slice(0, -2), slice(-2, None))):
+            mask[:, :, rows] = mask[:, :, rows] * 2 + i
+        left, right = mask.chunk(2, 3)
+        left += right.flip(2)
+        return self.own(y) * mask.masked_fill(mask != 0, 3.0) + mask
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_mask_written_through_views_is_a_constant(plan: str) -> None:
+    same(lambda: Mask().double(), plan)
+    graph = rowtune.trace(Mask().double(), (image(),))
+    assert {t.device for t in graph.constants.values()} == {torch.device("cpu")}
+    meta = rowtune.trace(Mask().double(), (image(grad=False).to("meta"),))
+    assert [n.name for n in meta.nodes] == [n.name for n in graph.nodes]

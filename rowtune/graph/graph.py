@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -118,6 +118,16 @@ def carried(nodes: Iterable[Node], start: Collection[str]) -> frozenset[str]:
         if node.differentiable and any(name in found for name in node.inputs):
             found.add(node.name)
     return frozenset(found)
+
+
+def live(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[Node, ...]:
+    """Without what nobody reads (lifted constants' detach, asserts), but with what has an effect."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if node.name in wanted or node.effect:
+            kept.append(node)
+            wanted |= set(node.inputs)
+    return tuple(reversed(kept))
 
 
 def numel(shape: tuple[int, ...]) -> int:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from rowtune.errors import ModelError
 from rowtune.graph.barriers import taken_apart
-from rowtune.graph.graph import Graph, Node, Ref, Value, carried
+from rowtune.graph.graph import Graph, Node, Ref, Value, carried, live
 from rowtune.graph.parts import PARTED, part_of
-from rowtune.graph.regions import Region
+from rowtune.graph.regions import Region, inside
+from rowtune.importers.fold import run_at_import
 from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
@@ -64,6 +65,9 @@ class _Reader:
         self.stale: set[str] = set()  # views of a value that was since changed in place
         self.inputs: list[str] = []
         self.changed: dict[str, str] = {}  # what an effect returned -> the buffer that it is
+        lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
+        self.at_import = run_at_import(exported.graph.nodes, lifted)
+        self.real: dict[str, Any] = {}  # what those made
         self.grad = True  # inside `with torch.no_grad()`, False
         self.autocasts: dict[str, Any] = {}  # exported name of the `with` -> its arguments
 
@@ -80,7 +84,7 @@ class _Reader:
                 outputs = self._outputs(node)
         spec = self.exported.call_spec
         made = Graph(
-            nodes=_live(masks_first(self.nodes, self.values, self.inputs), outputs),
+            nodes=live(masks_first(self.nodes, self.values, self.inputs), outputs),
             values=self.values,
             inputs=tuple(self.inputs),
             outputs=outputs,
@@ -116,6 +120,8 @@ class _Reader:
 
     def _arguments(self, tree: Any) -> Any:
         if isinstance(tree, torch.fx.Node):
+            if tree.name in self.real:
+                return self._as_it_is_now(tree.name)
             ref = self.now[tree.name]
             if isinstance(ref, Ref) and ref.name in self.stale:
                 raise ModelError(
@@ -129,7 +135,29 @@ class _Reader:
             return {key: self._arguments(item) for key, item in tree.items()}
         return tree
 
+    def _run(self, node: torch.fx.Node) -> None:
+        """Run a node that is the same at every call."""
+
+        def lookup(n: torch.fx.Node) -> Any:
+            return self.real[n.name] if n.name in self.real else self.constants[n.name]
+
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lookup)
+        with torch.no_grad(), inside(self._region()):
+            self.real[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _as_it_is_now(self, name: str) -> Ref:
+        """A tensor that ran at import, as a constant: it may be written to later."""
+        made: Tensor = self.real[name]
+        constant = f"{name}_{made._version}" if made._version else name
+        if constant not in self.values:
+            self.constants[constant] = made.clone()
+            self.values[constant] = Value(constant, "constant", tuple(made.shape), made.dtype, "@")
+        return Ref(constant)
+
     def _call(self, node: torch.fx.Node) -> None:
+        if node.name in self.at_import:
+            self._run(node)
+            return
         if node.target is operator.getitem:
             source: Any = self.now[node.all_input_nodes[0].name]
             if isinstance(source, list):
@@ -262,16 +290,6 @@ class _Reader:
                 raise ModelError(f"the model returns {ref!r}; rowtune handles tensors only")
             names.append(ref.name)
         return tuple(names)
-
-
-def _live(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
-    """Drop nodes that nothing reads (lifted constants' detach, asserts), but not effects."""
-    wanted, kept = set(outputs), []
-    for node in reversed(nodes):
-        if node.name in wanted or node.effect:
-            kept.append(node)
-            wanted |= set(node.inputs)
-    return tuple(reversed(kept))
 
 
 def _value(name: str, fake: Any) -> Value:
