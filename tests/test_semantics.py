@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 import rowtune
 from rowtune.errors import ModelError
+from rowtune.graph.cuts import stretches
 
 PLANS: dict[str, dict[str, Any]] = {
     "keep": {"policy": "keep"},
@@ -303,3 +307,121 @@ def test_a_mask_written_through_views_is_a_constant(plan: str) -> None:
     assert {t.device for t in graph.constants.values()} == {torch.device("cpu")}
     meta = rowtune.trace(Mask().double(), (image(grad=False).to("meta"),))
     assert [n.name for n in meta.nodes] == [n.name for n in graph.nodes]
+
+
+# -- randomness ----------------------------------------------------------------------------------------------
+
+
+class Drawn(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.draw(torch.tanh(self.first(x))))
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli of a half": lambda y: y * y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(0.5).mul_(2.0),
+    "bernoulli in place of probabilities": lambda y: y * torch.empty_like(y).bernoulli_(y.detach().sigmoid()),
+    "bernoulli of probabilities": lambda y: y * torch.bernoulli(y.sigmoid()),
+    "bernoulli like": lambda y: y * torch.bernoulli(y, 0.3),
+    "normal": lambda y: y + torch.empty_like(y).normal_(),
+    "normal of 1, 0.1": lambda y: y * y.new_empty(y.shape).normal_(1.0, 0.1),
+    "uniform": lambda y: y + torch.empty_like(y).uniform_(),
+    "exponential": lambda y: y + torch.empty_like(y).exponential_(),
+    "randn": lambda y: y + torch.randn_like(y),
+    "integers": lambda y: y + torch.randint_like(y, 3),
+    "fractional pooling": lambda y: F.fractional_max_pool2d(y, 2, output_size=(5, 3)),
+    "rrelu": lambda y: F.rrelu(y, 0.1, 0.4, True),
+    "rrelu in place": lambda y: F.rrelu(y * 1, 0.1, 0.4, True, inplace=True),
+    "alpha dropout": lambda y: F.alpha_dropout(y, 0.3, True),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_operators_draw_the_same_in_every_plan(name: str) -> None:
+    torch.manual_seed(3)
+    model, x, found = Drawn(DRAWS[name]).double(), image(), {}
+    for plan in ("keep", "checkpoint", "rows/recompute", "rows/cache", "rows/sweep", "images"):
+        module = applied(model, plan, x)
+
+        def run() -> Tensor:
+            torch.manual_seed(11)
+            return module(x)  # noqa: B023
+
+        found[plan] = step(model, run, {"x": x})
+        assert error(found[plan], found["keep"]) < TOLERANCE, plan
+    first = module(x)
+    assert any(not torch.equal(module(x), first) for _ in range(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("plan", PLANS)
+def test_rrelu_has_the_gradients_of_its_slopes(plan: str, dtype: torch.dtype) -> None:
+    """Inside PyTorch's own checkpoint it has not: slopes are read that nobody drew."""
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.RReLU(0.1, 0.4)).to(dtype), image(dtype)
+    nn.init.dirac_(model[0].weight)
+    y = applied(model, plan, x)(x)
+    y.sum().backward()
+    slopes = (y / x).detach()
+    assert torch.allclose(x.grad, slopes)
+    assert bool(((slopes == 1) == (x > 0)).all()) and bool(((slopes > 0.1) | (x > 0)).all())
+    assert torch.equal(rowtune.apply(model.eval(), module_plan(model, x))(x), model(x))
+
+
+def module_plan(model: nn.Module, x: Tensor) -> Any:
+    return rowtune.uniform_plan(rowtune.trace(model, (x,), training=False), "rows", 3)
+
+
+NOTHING = (nn.Dropout(0.0), nn.Dropout2d(0.0), nn.AlphaDropout(0.0), nn.FeatureAlphaDropout(0.0))
+
+
+@pytest.mark.parametrize("layer", NOTHING)
+def test_dropout_of_nothing_is_not_random(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), layer, nn.Conv2d(4, 2, 3)).double()
+    graph = rowtune.trace(model, (image(),))
+    assert not any(node.random for node in graph.nodes)
+    assert stretches(graph, 2) == [(0, len(graph.nodes))]
+    state = torch.get_rng_state()
+    same(lambda: copy.deepcopy(model), "rows/sweep")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    applied(model, "rows/sweep", image())(image())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(state)
+
+
+def test_random_in_place_integers_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"random_.*torch\.randint"):
+        rowtune.trace(Drawn(lambda y: y + torch.empty_like(y).random_(0, 3)), (image(torch.float32),))
+
+
+def test_draws_of_python_are_said_to_be_frozen() -> None:
+    model, x = Drawn(lambda y: y * random.random()).double(), image()
+    random.seed(5)
+    first = random.random()
+    random.seed(5)
+    graph = rowtune.trace(model, (x,))
+    assert random.random() == first  # put back
+    assert len(graph.notes) == 1 and "random" in graph.notes[0]
+    module = rowtune.apply(model, rowtune.uniform_plan(graph, "rows", 3))
+    with pytest.warns(UserWarning, match="Python's or numpy's random numbers"):
+        module(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(x)
+    assert not rowtune.trace(Drawn(torch.tanh).double(), (x,)).notes
+
+
+def test_hooks_are_said_to_be_traced_in() -> None:
+    model, x = Drawn(torch.tanh).double(), image()
+    model.first.register_forward_hook(lambda module, args, out: out * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model.last)  # a hook of PyTorch's own
+    (note,) = rowtune.trace(model, (x,)).notes
+    assert note.startswith("forward hooks on first ran once")
+    with pytest.warns(UserWarning, match="forward hooks on first"):
+        applied(model, "rows/sweep", x)(x)

@@ -141,7 +141,7 @@ def numel(shape: tuple[int, ...]) -> int:
 class Graph:
     """A traced model: `inputs` and `targets` are what a call supplies, `outputs` what it returns (flattened;
     `output_spec` puts the structure back). `fused` holds, by the name of the value made, the operators that
-    were taken apart."""
+    were taken apart. `notes` are for people: what tracing could not keep."""
 
     nodes: tuple[Node, ...]
     values: dict[str, Value]
@@ -155,6 +155,7 @@ class Graph:
     loss: Any = None
     loss_output: str = ""
     fused: dict[str, Fused] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -20,7 +20,15 @@ from rowtune.graph.graph import Graph, Node, Ref, Value, carried, live
 from rowtune.graph.parts import PARTED, part_of
 from rowtune.graph.regions import Region, inside
 from rowtune.importers.fold import run_at_import
-from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
+from rowtune.importers.functional import (
+    DRAWN_IN_SHAPE,
+    SHAPED_LIKE,
+    apart,
+    completed,
+    draws,
+    functional,
+    masks_first,
+)
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
@@ -142,7 +150,7 @@ class _Reader:
             return self.real[n.name] if n.name in self.real else self.constants[n.name]
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lookup)
-        with torch.no_grad(), inside(self._region()):
+        with inside(self._region(grad=False)):
             self.real[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _as_it_is_now(self, name: str) -> Ref:
@@ -198,7 +206,9 @@ class _Reader:
                 self.changed[node.name] = effect = changed
                 args = (Ref(changed), *args[1:])  # a norm that is called again changes what it changed before
             else:
-                target, op = functional(target, op), op.rstrip("_")
+                twin = functional(target, op)
+                args = completed(target, twin, args, kwargs)
+                target, op = twin, op.rstrip("_")
                 self._mutate(changed, node.name)
         elif op in ("batch_norm", "instance_norm") and args[5] and args[3] is not None:
             effect = args[3].name
@@ -215,10 +225,10 @@ class _Reader:
         else:
             del self.autocasts[node.all_input_nodes[0].name]
 
-    def _region(self) -> Region | None:
-        """What the regions around the present node say."""
+    def _region(self, grad: bool) -> Region | None:
+        """What the regions around the present node say; `grad` is False where it has no gradient."""
         innermost = {device: (device, dtype, on) for device, dtype, on, *_ in self.autocasts.values()}
-        return None if self.grad and not innermost else Region(self.grad, tuple(innermost.values()))
+        return None if grad and not innermost else Region(grad, tuple(innermost.values()))
 
     def _mutate(self, changed: str, name: str) -> None:
         """From here on the changed value is the new node; its other views would show the change too."""
@@ -239,20 +249,16 @@ class _Reader:
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
         random = draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
-        if op == "feature_dropout":
-            shape = [*node.meta["val"].shape[:2], *[1] * (node.meta["val"].dim() - 2)]
-            *before, made = channel_dropout(made, shape)
-            for extra in before:
-                self._add(extra, node.meta["val"].new_empty(shape))
-        self._add(made, node.meta["val"])
+        for part, like in apart(made, node.meta["val"]):
+            self._add(part, like)
 
     def _trained(self) -> list[str]:
         """Inputs and parameters that may have a gradient."""
         return [v.name for v in self.values.values() if v.requires_grad or v.kind == "input"]
 
     def _add(self, node: Node, fake: Any) -> None:
-        if (region := self._region()) is not None:
-            node = replace(node, region=region)
+        region = self._region(self.grad and node.target not in DRAWN_IN_SHAPE)
+        node = replace(node, region=region) if region else node
         self.nodes.append(node)
         self.values[node.name] = _value(node.name, fake)
         self.now[node.name] = Ref(node.name)

@@ -6,6 +6,7 @@ optimizers, state dicts, .to() and DistributedDataParallel see no difference.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -110,6 +111,8 @@ class RowtuneModule(nn.Module):
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
         graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
+        for note in () if self._programs else graph.notes:
+            warnings.warn(note, stacklevel=2)
         if self.training and self._fingerprint not in (None, graph.fingerprint):
             raise PlanError(
                 f"the plan was made for a graph with fingerprint {self._fingerprint}; this model's is "

@@ -162,6 +162,7 @@ def prepare(problem: Problem) -> Workload:
 def _workload(problem: Problem, loaded: Loaded, graph: Graph, loss: Loss, spec: OptimizerSpec) -> Workload:
     if not any(p.requires_grad for p in loaded.module.parameters()):
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
+    loaded = replace(loaded, notes=(*loaded.notes, *graph.notes))
     return Workload(problem, loaded, with_loss(graph, loss), loss, spec)
 
 
