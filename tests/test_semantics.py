@@ -15,8 +15,11 @@ from exactness import TOLERANCE, error, step
 from torch import Tensor, nn
 
 import rowtune
-from rowtune.errors import ModelError
+from rowtune.cost.estimate import estimate
+from rowtune.errors import ModelError, PlanError, UsageError
 from rowtune.graph.cuts import stretches
+from rowtune.graph.losses import parse
+from rowtune.graph.training import with_loss
 
 PLANS: dict[str, dict[str, Any]] = {
     "keep": {"policy": "keep"},
@@ -425,3 +428,181 @@ def test_hooks_are_said_to_be_traced_in() -> None:
     assert note.startswith("forward hooks on first ran once")
     with pytest.warns(UserWarning, match="forward hooks on first"):
         applied(model, "rows/sweep", x)(x)
+
+
+# -- the Python API ------------------------------------------------------------------------------------------
+
+
+class Heads(Region):
+    """Two outputs; what comes of the second has norms of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Sequential(
+            nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.tanh(self.first(x))
+        return self.last(self.norm(y)), self.side(y).flip(2).abs()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_loss_leaves_out_the_other_outputs(plan: str) -> None:
+    torch.manual_seed(3)
+    model, x = Heads().double(), image()
+    plain, target = copy.deepcopy(model), torch.zeros(2, 2, 11, 6, dtype=torch.float64)
+    module = applied(model, plan, x, loss="mse")
+    want = step(plain, lambda: F.mse_loss(plain(x)[0], target), {"x": x})
+    got = step(model, lambda: module(x, targets=target), {"x": x})
+    assert error(got, want) < TOLERANCE
+    graph = with_loss(rowtune.trace(model, (x,)), parse("mse"))
+    options = {"band_rows": 3, **PLANS[plan]}
+    assert estimate(graph, rowtune.uniform_plan(rowtune.trace(model, (x,)), **options)).peak_bytes > 0
+
+
+def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).abs().sqrt()
+
+
+pixel_loss.row_local = True  # type: ignore[attr-defined]
+
+IMAGES = torch.rand(2, 4, 11, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+LABELS = IMAGES.argmax(1)
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
+GIVEN: dict[str, tuple[Any, Tensor, bool]] = {  # loss, target, whether rows can run into it
+    "cross entropy": (nn.CrossEntropyLoss(), LABELS, True),
+    "with options": (nn.CrossEntropyLoss(WEIGHT, ignore_index=2, reduction="sum"), LABELS, True),
+    "smoothed labels": (nn.CrossEntropyLoss(label_smoothing=0.1), LABELS, False),
+    "mse": (nn.MSELoss(), IMAGES, True),
+    "l1": (nn.L1Loss(reduction="sum"), IMAGES, True),
+    "smooth l1": (nn.SmoothL1Loss(beta=0.3), IMAGES, True),
+    "bce": (nn.BCEWithLogitsLoss(), IMAGES, True),
+    "bce with weights": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT[:, None, None]), IMAGES, False),
+    "huber": (nn.HuberLoss(), IMAGES, False),
+    "a function": (lambda output, target: F.cross_entropy(output, target), LABELS, False),
+    "a function of rows": (pixel_loss, IMAGES, True),
+}
+
+
+@pytest.mark.parametrize("plan", ["keep", "checkpoint", "rows/cache", "rows/sweep"])
+@pytest.mark.parametrize("name", GIVEN)
+def test_losses_as_torch_has_them(name: str, plan: str) -> None:
+    loss, target, banded = GIVEN[name]
+    model, x = nn.Conv2d(3, 4, 3, padding=1).double(), image()
+    module = applied(model, plan, x, loss=loss)
+    want = step(model, lambda: loss(model(x), target).mean(), {"x": x})
+    assert error(step(model, lambda: module(x, targets=target), {"x": x}), want) < TOLERANCE
+    if plan == "rows/sweep":
+        program = module.program((x,), with_targets=True)
+        assert [s.banded is not None and s.banded.single_sweep for s in program.segments][-1] == banded
+
+
+@pytest.mark.parametrize("loss", [3, nn.MSELoss, ("mse",), Region])
+def test_what_is_no_loss(loss: Any) -> None:
+    model = nn.Conv2d(3, 4, 3)
+    plan = rowtune.uniform_plan(rowtune.trace(model, (image(torch.float32),)), "keep")
+    with pytest.raises(
+        UsageError, match=r"loss is a name \(cross_entropy.*function \(output, target\)"
+    ) as said:
+        rowtune.apply(model, plan, loss)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_compiled_modules_run_as_they_are() -> None:
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()).double(), image()
+    plain = copy.deepcopy(model)
+    module = torch.compile(applied(model, "rows/sweep", x))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            want = step(plain, lambda: plain(x), {"x": x})
+            assert error(step(model, lambda: module(x), {"x": x}), want) < TOLERANCE
+    compiled = torch._dynamo.utils.counters["stats"]
+    assert not compiled["unique_graphs"] and not compiled["calls_captured"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_channels_last_outputs_stay_so(plan: str) -> None:
+    last = torch.channels_last
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1))
+    model, x = model.to(memory_format=last), image(torch.float32, grad=False)
+    module = applied(model, plan, x)
+    for order in (last, torch.contiguous_format):
+        given = x.contiguous(memory_format=order)
+        assert model(given).is_contiguous(memory_format=last) and module(given).is_contiguous(
+            memory_format=last
+        )
+    other = model.to(memory_format=torch.contiguous_format)
+    assert other(x).is_contiguous() and applied(other, plan, x)(x).is_contiguous()
+
+
+class Supervised(Region):
+    """As MONAI's DynUNet: layers leave their heads' outputs in a list that they share with the network."""
+
+    class Layer(nn.Module):
+        def __init__(self, heads: list[Tensor], index: int) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+            self.heads, self.index = heads, index
+
+        def forward(self, y: Tensor) -> Tensor:
+            y = torch.tanh(self.body(y))
+            self.heads[self.index] = self.head(F.max_pool2d(y, 2))
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = [torch.rand(1), torch.rand(1)]
+        self.layers = nn.Sequential(*(Supervised.Layer(self.heads, i) for i in range(2)))
+        self.seen, self.latest = {"calls": []}, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.layers(self.first(x)))
+        self.seen["calls"].append(1)
+        self.latest = y
+        if not self.training or torch.jit.is_scripting():
+            return y
+        return torch.stack([y, *(F.interpolate(h, y.shape[2:]) for h in self.heads)], 1)
+
+
+@pytest.mark.parametrize("plan", ["keep", "checkpoint", "rows/sweep"])
+def test_deep_supervision_through_a_shared_list(plan: str) -> None:
+    same(lambda: Supervised().double(), plan)
+    model, x = Supervised().double(), image()
+    heads = [*model.heads]
+    for _ in range(2):
+        rowtune.trace(model, (x,))
+    assert model.heads is model.layers[0].heads is model.layers[1].heads
+    assert all(a is b for a, b in zip(model.heads, heads, strict=True))
+    assert model.seen == {"calls": []} and model.latest is None
+    plan_eval = rowtune.uniform_plan(rowtune.trace(model.eval(), (x,), training=False), "keep")
+    assert torch.equal(rowtune.apply(model, plan_eval)(x), model(x))
+
+
+WRONG: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"policy": "bands"}, "policy is one of keep, checkpoint, rows, not 'bands'"),
+    ({"policy": "rows", "band_rows": 0}, "rows needs band_rows or images of at least 1"),
+    ({"policy": "rows", "band_rows": -3}, "band_rows is a whole number of at least 0, not -3"),
+    ({"policy": "rows", "band_rows": 2.0}, "band_rows is a whole number"),
+    ({"policy": "rows", "halo": "none"}, "halo is one of"),
+    ({"policy": "rows", "tapes": "none"}, "tapes is one of"),
+    ({"policy": "rows", "barriers": "none"}, "barriers is one of"),
+    ({"policy": "rows", "images": -1}, "images is a whole number"),
+    ({"policy": "keep", "axis": 1}, "axis is a spatial dimension"),
+)
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG)
+def test_plans_in_python_are_checked_as_files_are(options: dict[str, Any], says: str) -> None:
+    model, x = nn.Conv2d(3, 4, 3), image(torch.float32)
+    graph = rowtune.trace(model, (x,))
+    with pytest.raises(PlanError, match=says):
+        rowtune.uniform_plan(graph, **options)
+    axis = {k: options[k] for k in options if k == "axis"}
+    segment = rowtune.Segment("conv2d", "conv2d", **{k: options[k] for k in options if k != "axis"})
+    for bad in (rowtune.Plan((segment,), **axis), {"segments": []}):
+        with pytest.raises(PlanError, match="a plan is a rowtune.Plan" if isinstance(bad, dict) else says):
+            rowtune.apply(model, bad)  # type: ignore[arg-type]

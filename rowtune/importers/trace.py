@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.barriers import CUMULATIVE
 from rowtune.graph.graph import Graph
+from rowtune.importers.attributes import attributes_put_back
 from rowtune.importers.exported import read
 from rowtune.importers.flat import regions_as_they_are
 from rowtune.importers.watched import watched
@@ -52,7 +53,13 @@ def trace(
     if training != model.training:
         model.train(training)
     try:
-        with _quiet(), watched(model) as notes, _traceable(model), regions_as_they_are():
+        with (
+            _quiet(),
+            attributes_put_back(model),
+            watched(model) as notes,
+            _traceable(model),
+            regions_as_they_are(),
+        ):
             given = _without_data(model, (inputs, named or {}))
             exported = torch.export.export(model, *given, strict=False)
     except Exception as error:

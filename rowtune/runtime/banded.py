@@ -19,7 +19,7 @@ from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
-from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
+from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
@@ -223,7 +223,7 @@ class BandedRun:
             self.outputs[name] = tensor
             return
         if name not in self.outputs:
-            self.outputs[name] = tensor.new_empty(self.graph.values[name].shape)
+            self.outputs[name] = empty_in_order(tensor, self.graph.values[name].shape)
         self._part(name, self.outputs[name], rows).copy_(tensor)
 
     def _run_tape(self, number: int, piece: Piece, group: Group) -> dict[str, Tensor]:

@@ -179,6 +179,14 @@ class Evaluator:
         return tuple(shape)
 
 
+def empty_in_order(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of `shape` whose channels come last in memory if those of `part` do."""
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = part.dim() in orders and part.stride(1) == 1 and part.stride(-1) >= part.shape[1] > 1
+    order = orders[part.dim()] if last else torch.contiguous_format
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
+
+
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gradients that are summed over bands are summed in at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
