@@ -606,3 +606,81 @@ def test_plans_in_python_are_checked_as_files_are(options: dict[str, Any], says:
     for bad in (rowtune.Plan((segment,), **axis), {"segments": []}):
         with pytest.raises(PlanError, match="a plan is a rowtune.Plan" if isinstance(bad, dict) else says):
             rowtune.apply(model, bad)  # type: ignore[arg-type]
+
+
+# -- buffers -------------------------------------------------------------------------------------------------
+
+
+class Centred(Region):
+    """A running mean by hand, read before it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.full((1, 4, 1, 1), 0.5))
+
+    def inside(self, y: Tensor) -> Tensor:
+        z = self.norm(y - self.center)
+        with torch.no_grad():
+            self.center.copy_(self.center * 0.9 + y.mean((0, 2, 3), keepdim=True) * 0.1)
+        return z
+
+
+class CentredAfter(Centred):
+    def inside(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.center.mul_(0.9).add_(y.mean((0, 2, 3), keepdim=True) * 0.1)
+        return y * self.center
+
+
+class CentredAnew(Centred):
+    def inside(self, y: Tensor) -> Tensor:
+        z = y * self.center
+        with torch.no_grad():
+            self.center = self.center * 0.9 + y.mean((0, 2, 3), keepdim=True) * 0.1
+        return z * self.center
+
+
+class Counted(Centred):
+    def inside(self, y: Tensor) -> Tensor:
+        self.center += 1
+        return y * self.center
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("region", [Centred, CentredAfter, CentredAnew, Counted])
+def test_buffers_that_the_forward_reads_and_writes(region: type[Region], plan: str) -> None:
+    """What read a buffer before it changed reads the same when it is computed again."""
+    same(lambda: region().double(), plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_spectral_norm(plan: str) -> None:
+    same(spectral, plan)
+
+
+def test_a_part_of_a_buffer_is_not_written() -> None:
+    class Bank(Centred):
+        def inside(self, y: Tensor) -> Tensor:
+            self.center[:, 0] = 1.0
+            return y
+
+    with pytest.raises(ModelError, match="writes into a part of the buffer b_center"):
+        rowtune.trace(Bank().double(), (image(),))
+
+
+def test_means_over_images_that_come_one_at_a_time() -> None:
+    class Mean(Region):
+        def __init__(self, axes: tuple[int, ...]) -> None:
+            super().__init__()
+            self.axes = axes
+
+        def inside(self, y: Tensor) -> Tensor:
+            return y * y.mean(self.axes, keepdim=True)
+
+    for axes in ((0, 2, 3), (0, 1, 2, 3), (-1, 0, -2)):
+        same(lambda: Mean(axes).double(), "images")  # noqa: B023
+    with pytest.raises(PlanError, match="cannot be split over images"):
+        same(lambda: Mean((0,)).double(), "images")
+    only = Drawn(lambda y: y.mean(0, keepdim=True)).double()
+    with pytest.raises(PlanError, match="mean adds up images, but not rows"):
+        applied(only, "images", image())(image())

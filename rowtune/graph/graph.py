@@ -88,6 +88,11 @@ class Fused:
     parts: tuple[str, ...]
 
 
+WRITE = "write_buffer"
+"""The operator that puts a value into a buffer; its effect. What reads the buffer itself reads the value that
+it had when the forward began."""
+
+
 def refs(tree: Any) -> Iterator[Ref]:
     """Every Ref in nested tuples, lists and dicts."""
     if isinstance(tree, Ref):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rowtune.errors import ModelError
 from rowtune.graph.barriers import taken_apart
-from rowtune.graph.graph import Graph, Node, Ref, Value, carried, live
+from rowtune.graph.graph import WRITE, Graph, Node, Ref, Value, carried, live
 from rowtune.graph.parts import PARTED, part_of
 from rowtune.graph.regions import Region, inside
 from rowtune.importers.fold import run_at_import
@@ -28,6 +28,7 @@ from rowtune.importers.functional import (
     draws,
     functional,
     masks_first,
+    without_out,
 )
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
@@ -72,6 +73,7 @@ class _Reader:
         self.alias: dict[str, str] = {}  # value -> the value whose memory it may share
         self.stale: set[str] = set()  # views of a value that was since changed in place
         self.inputs: list[str] = []
+        self.versions: dict[str, str] = {}  # a buffer's later values -> the buffer
         self.changed: dict[str, str] = {}  # what an effect returned -> the buffer that it is
         lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
         self.at_import = run_at_import(exported.graph.nodes, lifted)
@@ -199,6 +201,9 @@ class _Reader:
         if op in SHAPED_LIKE:
             target, op = SHAPED_LIKE[op]
             args = (args[0], list(node.meta["val"].shape))
+        if target._schema.is_mutable and (written := self._buffer(args, kwargs)):
+            self._write(node, op, args, kwargs, *written)
+            return
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
             changed = self.changed.get(args[0].name, args[0].name)
@@ -230,6 +235,38 @@ class _Reader:
         innermost = {device: (device, dtype, on) for device, dtype, on, *_ in self.autocasts.values()}
         return None if grad and not innermost else Region(grad, tuple(innermost.values()))
 
+    def _buffer(self, args: Any, kwargs: Any) -> tuple[str, str] | None:
+        """(the value that an operator writes to, the buffer that it is). A norm's counter stays one that is
+        changed in place."""
+        given = kwargs.get("out", args[0] if args else None)
+        if not isinstance(given, Ref):
+            return None
+        buffer = self.versions.get(given.name, given.name)
+        value = self.values[buffer]
+        counter = value.path.endswith("num_batches_tracked") or given.name in self.changed
+        return None if value.kind != "buffer" or counter else (given.name, buffer)
+
+    def _write(self, node: Any, op: str, args: Any, kwargs: Any, current: str, buffer: str) -> None:
+        """The buffer's next value, which is read from here on, and its way into the buffer. Who read the one
+        before reads a copy (runtime/module.py), also when that is computed again."""
+        if "out" in kwargs:
+            twin = without_out(node.target)
+            kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+        else:
+            twin = functional(node.target, op)
+            args = completed(node.target, twin, args, kwargs)
+        self._append(node, op.rstrip("_"), twin, args, kwargs, "")
+        self._mutate(current, node.name)
+        self.versions[node.name] = buffer
+        self._keep(buffer, node.name, node.meta["val"])
+
+    def _keep(self, buffer: str, name: str, fake: Any) -> None:
+        """A value goes into a buffer."""
+        target = f"{buffer}_kept"
+        self.values[target] = replace(self.values[buffer], name=target)
+        args = (Ref(target), Ref(name))
+        self._add(Node(f"{name}_kept", WRITE, torch.ops.aten.copy_.default, args, effect=target), fake)
+
     def _mutate(self, changed: str, name: str) -> None:
         """From here on the changed value is the new node; its other views would show the change too."""
         if not self.grad and changed in carried(self.nodes, self._trained()):
@@ -239,6 +276,10 @@ class _Reader:
             )
         base = self.alias.get(changed, changed)
         family = {v for v in self.values if self.alias.get(v, v) == base} - {changed}
+        if base != changed and (self.values[base].kind == "buffer" or base in self.versions):
+            raise ModelError(
+                f"the model writes into a part of the buffer {base}; make the whole buffer anew and copy_ it"
+            )
         if self.values[base].kind == "input" or self.values[changed].kind == "parameter":
             raise ModelError(f"the model changes its input or parameter {base} in place; copy it first")
         self.stale |= family

@@ -42,6 +42,18 @@ def functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
     return found  # type: ignore[no-any-return]
 
 
+def without_out(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """div.out -> div.Tensor: what is computed, to be kept by whoever wants it."""
+    own = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    packet = target.overloadpacket
+    for name in packet.overloads():
+        found: torch._ops.OpOverload = getattr(packet, name)
+        same = [(a.name, str(a.type)) for a in found._schema.arguments] == own
+        if same and not found._schema.is_mutable:
+            return found
+    raise ModelError(f"{target} writes into a tensor and has no functional twin")
+
+
 def completed(target: torch._ops.OpOverload, twin: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
     """The arguments for an in-place operator's twin: torch.export leaves out the first one's defaults, which
     the second need not have (bernoulli_'s p of 0.5)."""

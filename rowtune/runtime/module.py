@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rowtune.errors import PlanError, UsageError
 from rowtune.graph.given_losses import as_loss
-from rowtune.graph.graph import Graph
+from rowtune.graph.graph import WRITE, Graph
 from rowtune.graph.losses import Loss
 from rowtune.graph.training import NORMS, TARGET, with_loss
 from rowtune.importers.trace import trace
@@ -165,12 +165,16 @@ class RowtuneModule(nn.Module):
 
 
 def _fixed(graph: Graph, module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers as they are now: fetched at each call, for FSDP and parametrizations."""
+    """Parameters and buffers as they are now: fetched at each call, for FSDP and parametrizations. Who reads
+    a buffer that is written to gets a copy: what is recomputed from it comes after the write."""
     found: dict[str, Tensor] = {}
+    written = {graph.values[n.effect].path: n.effect for n in graph.nodes if n.op == WRITE}
     for value in graph.values.values():
         if value.kind in ("parameter", "buffer"):
             owner, _, name = value.path.rpartition(".")
-            found[value.name] = getattr(module.get_submodule(owner) if owner else module, name)
+            now = getattr(module.get_submodule(owner) if owner else module, name)
+            read_before = written.get(value.path, value.name) != value.name
+            found[value.name] = now.clone() if read_before else now
         elif value.kind == "constant":
             found[value.name] = graph.constants[value.name]
     return found
