@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,29 @@ def test_an_interrupt_writes_the_best_so_far(folder: Path) -> None:
     assert "Traceback" not in err + out
     plan = json.loads((folder / "stopped.json").read_text())
     assert plan["measured"]["peak_bytes"] <= plan["budget_bytes"]
+
+
+def test_inspect_lists_every_output(tmp_path: Path) -> None:
+    """An ONNX file may have heads that the loss leaves out: nothing is dropped silently."""
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.side = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 2, 3, stride=2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = torch.relu(self.body(x))
+            return y, self.side(y)
+
+    path = str(tmp_path / "two.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Two(), (torch.randn(1, 3, 16, 8),), path, dynamo=False)
+    found = call("inspect", path, "--loss", "mse")
+    assert found["outputs"] == [[1, 4, 16, 8], [1, 2, 7, 3]] and found["loss_output"] == 0
+    assert (
+        "the model has 2 outputs; the loss is on the first (1x4x16x8) and leaves out the others"
+        in found["notes"]
+    )
+    shown = CliRunner().invoke(app, ["inspect", path]).output
+    assert "1x4x16x8, 1x2x7x3" in shown and "(on the first output)" in shown

@@ -67,7 +67,8 @@ def describe(work: Workload) -> dict[str, Any]:
         "model": str(work.problem.model),
         "fingerprint": graph.fingerprint,
         "inputs": inputs,
-        "outputs": [list(graph.values[graph.loss_output].shape)],
+        "outputs": [list(graph.values[name].shape) for name in work.outputs],
+        "loss_output": work.outputs.index(graph.loss_output),
         "parameters": sum(p.numel() for p in work.module.parameters()),
         "norm_layers": len(work.loaded.norm_layers),
         "loss": work.problem.loss,
@@ -88,15 +89,16 @@ def _show(screen: Screen, work: Workload, found: dict[str, Any]) -> None:
 
     total = sum(work.graph.values[n.name].bytes for n in work.graph.nodes) or 1
     banded = sum(s["bytes"] for s in found["segments"])
+    outputs = ["x".join(map(str, shape)) for shape in found["outputs"]]
     screen.out.print(
         facts(
             [
                 ("model", f"{found['model']}  (fingerprint {found['fingerprint']})"),
                 ("inputs", ", ".join(map(str, work.problem.inputs))),
-                ("output", "x".join(map(str, found["outputs"][0]))),
+                ("outputs" if len(found["outputs"]) > 1 else "output", ", ".join(outputs)),
                 ("parameters", f"{found['parameters']:,} in {len(list(work.module.parameters()))} tensors"),
                 ("norm layers", str(found["norm_layers"])),
-                ("loss", found["loss"]),
+                ("loss", found["loss"] + (" (on the first output)" if len(outputs) > 1 else "")),
                 ("optimizer", found["optimizer"]),
                 ("plain's peak", f"{format_bytes(found['plain_peak_bytes'])} predicted"),
                 ("bandable", f"{banded / total:.0%} of the bytes of all {found['nodes']} nodes' outputs"),

@@ -45,7 +45,8 @@ LossName = Annotated[
     typer.Option(
         "--loss",
         help="cross_entropy, mse, l1, smooth_l1, bce_with_logits, dice_ce (options as in "
-        "cross_entropy:ignore_index=255), or module:function. By default from the output's shape.",
+        "cross_entropy:ignore_index=255), or module:function; of the model's first output. By default from "
+        "that output's shape.",
     ),
 ]
 OptimizerName = Annotated[

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.graph.graph import Graph, Node, Value, replace
+from rowtune.graph.regions import inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _key(graph: Graph, node: Node) -> Any:
     number = {n: i for i, n in enumerate(node.inputs)}
     args = replace((node.args, node.kwargs), lambda n: number[n])
     shapes = tuple((graph.values[n].shape, graph.values[n].dtype, n in graph.needs_grad) for n in node.inputs)
-    return node.op, repr(args), shapes, id(node.target)
+    return node.op, repr(args), shapes, id(node.target), node.region
 
 
 def _renamed(profile: NodeProfile, old: Node, new: Node) -> NodeProfile:
@@ -161,7 +162,8 @@ def _run(graph: Graph, node: Node) -> NodeProfile:
     with counter, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         args, kwargs = replace((node.args, node.kwargs), tensors.__getitem__)
         args = _without_effects(node, args)
-        out = node.target(*args, **kwargs)
+        with inside(node.region):
+            out = node.target(*args, **kwargs)
     own = out.untyped_storage()._cdata
     alias = where.get(own, "")
     out_bytes = 0 if alias else out.untyped_storage().nbytes()

@@ -17,7 +17,7 @@ import torch
 from rowtune.graph.bands import banding
 from rowtune.graph.cuts import Stretch, reduces
 from rowtune.graph.extremes import extremes, largest, take
-from rowtune.graph.graph import Fused, Graph, Node, Ref, Value, check
+from rowtune.graph.graph import Fused, Graph, Node, Ref, Value, check, live
 from rowtune.graph.moments import moments, normalise, spread_of, update_running
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class Parts:
         effect: str = "",
     ) -> Ref:
         name = f"{self.node.name}{suffix}"
-        node = Node(name, op, target, args, module=self.node.module, effect=effect)
+        node = Node(name, op, target, args, module=self.node.module, effect=effect, region=self.node.region)
         self.made.append((node, replace(value, name=name)))
         return Ref(name)
 
@@ -243,9 +243,8 @@ def taken_apart(graph: Graph, shared: frozenset[str] = frozenset()) -> Graph:
         if not parts.shared and CUMULATIVE not in node.args:
             fused[node.name] = Fused(whole, tuple(made.name for made, _ in parts.made[:-1]))
         nodes += [made for made, _ in parts.made]
-    read = {name for node in nodes for name in node.inputs} | set(graph.outputs)
-    nodes = [n for n in nodes if n.name not in pooled or n.name in read]
-    return _late(check(replace(graph, nodes=tuple(nodes), values=values, fused=fused)))
+    kept = live(nodes, graph.outputs)  # a norm that nobody reads still has statistics to keep
+    return _late(check(replace(graph, nodes=kept, values=values, fused=fused)))
 
 
 def _max_pool(p: Parts, pool: Node) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rowtune.graph.bands import banding
-from rowtune.graph.graph import Graph, Node
+from rowtune.graph.graph import Graph, Node, live
 from rowtune.graph.rules import Opaque, RowRule
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Nodes [start, stop) of a graph. `inputs` are activations (or inputs, targets) made before, `weights`
-    parameters, buffers and constants, `outputs` what later nodes or the caller read."""
+    """Nodes [start, stop) of a graph, without those that nobody reads. `inputs` are activations (or inputs,
+    targets) made before, `weights` parameters, buffers and constants, `outputs` what later nodes or the
+    caller read."""
 
     start: int
     stop: int
@@ -23,7 +24,9 @@ class Stretch:
 
 
 def stretch(graph: Graph, start: int, stop: int) -> Stretch:
-    nodes = graph.nodes[start:stop]
+    span = graph.nodes[start:stop]
+    outputs = tuple(node.name for node in span if any(c >= stop for c in graph.consumers[node.name]))
+    nodes = live(span, outputs)  # a loss leaves out what comes of the model's other outputs
     made = {node.name for node in nodes}
     read = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
     fixed = ("parameter", "buffer", "constant")
@@ -33,7 +36,7 @@ def stretch(graph: Graph, start: int, stop: int) -> Stretch:
         nodes,
         tuple(n for n in read if graph.values[n].kind not in fixed),
         tuple(n for n in read if graph.values[n].kind in fixed),
-        tuple(node.name for node in nodes if any(c >= stop for c in graph.consumers[node.name])),
+        outputs,
     )
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from rowtune.graph.regions import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Node:
     """One operator. `target` is called with the arguments, each Ref replaced by its tensor.
 
     `op` is the name the row rules know it by ("conv2d", "add"). `effect` names the buffer that an in-place
-    node changes; `random` marks one that draws numbers.
+    node changes; `random` marks one that draws numbers; `region` is the `with` block that it lies in.
     """
 
     name: str
@@ -64,6 +66,12 @@ class Node:
     module: str = ""
     effect: str = ""
     random: bool = False
+    region: Region | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients pass: not where the model has turned them off."""
+        return self.op != "detach" and (self.region is None or self.region.grad)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -78,6 +86,11 @@ class Fused:
 
     nodes: tuple[Node, ...]
     parts: tuple[str, ...]
+
+
+WRITE = "write_buffer"
+"""The operator that puts a value into a buffer; its effect. What reads the buffer itself reads the value that
+it had when the forward began."""
 
 
 def refs(tree: Any) -> Iterator[Ref]:
@@ -103,6 +116,25 @@ def replace(tree: Any, lookup: Callable[[str], Any]) -> Any:
     return tree
 
 
+def carried(nodes: Iterable[Node], start: Collection[str]) -> frozenset[str]:
+    """What gradients of the values `start` flow through: themselves, and what `nodes` make of them."""
+    found = set(start)
+    for node in nodes:
+        if node.differentiable and any(name in found for name in node.inputs):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def live(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[Node, ...]:
+    """Without what nobody reads (lifted constants' detach, asserts), but with what has an effect."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if node.name in wanted or node.effect:
+            kept.append(node)
+            wanted |= set(node.inputs)
+    return tuple(reversed(kept))
+
+
 def numel(shape: tuple[int, ...]) -> int:
     n = 1
     for size in shape:
@@ -114,7 +146,7 @@ def numel(shape: tuple[int, ...]) -> int:
 class Graph:
     """A traced model: `inputs` and `targets` are what a call supplies, `outputs` what it returns (flattened;
     `output_spec` puts the structure back). `fused` holds, by the name of the value made, the operators that
-    were taken apart."""
+    were taken apart. `notes` are for people: what tracing could not keep."""
 
     nodes: tuple[Node, ...]
     values: dict[str, Value]
@@ -128,6 +160,7 @@ class Graph:
     loss: Any = None
     loss_output: str = ""
     fused: dict[str, Fused] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -153,11 +186,8 @@ class Graph:
     @cached_property
     def needs_grad(self) -> frozenset[str]:
         """Values through which a gradient flows in training."""
-        found = {v.name for v in self.values.values() if v.requires_grad}
-        for node in self.nodes:
-            if self.values[node.name].dtype.is_floating_point and any(i in found for i in node.inputs):
-                found.add(node.name)
-        return frozenset(found)
+        floating = [n for n in self.nodes if self.values[n.name].dtype.is_floating_point]
+        return carried(floating, [v.name for v in self.values.values() if v.requires_grad])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,7 +199,7 @@ class Graph:
             if v.kind not in ("node", "target") and v.path != "@"
         ]
         rows += [
-            (node.op, [number[i] for i in node.inputs])
+            (node.op, [number[i] for i in node.inputs], *([repr(node.region)] if node.region else []))
             for node in self.nodes
             if not node.op.startswith("loss")
         ]

@@ -30,8 +30,10 @@ def overwritten(graph: Graph, nodes: Sequence[Node], outputs: Sequence[str]) -> 
             readers[name] = readers.get(name, 0) + 1
     fresh = {n.name for n in nodes if n.op in FRESH and n.name not in outputs and readers.get(n.name) == 1}
     found = {}
+    regions = {node.name: node.region for node in nodes}
     for node in nodes:
-        over = next((n for n in _candidates(graph, node) if n in fresh), None)
+        own = [n for n in _candidates(graph, node) if n in fresh and regions[n] == node.region]
+        over = next(iter(own), None)
         if over is not None:
             found[node.name] = over
     return found

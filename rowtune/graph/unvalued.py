@@ -76,10 +76,15 @@ class _Shuffle(torch.autograd.Function):
 
 def _stand_in(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # as autocast does for convolutions
+    if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
     return _Unvalued.apply(x, weight, bias, how)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does for convolutions: float64 stays what it is."""
+    return t if t.dtype == torch.float64 else t.to(dtype)
 
 
 class _Unvalued(torch.autograd.Function):

@@ -8,6 +8,7 @@ buffer (running statistics, num_batches_tracked) is marked as an effect, to run 
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +16,27 @@ from torch import Tensor, nn
 
 from rowtune.errors import ModelError
 from rowtune.graph.barriers import taken_apart
-from rowtune.graph.graph import Graph, Node, Ref, Value
+from rowtune.graph.graph import WRITE, Graph, Node, Ref, Value, carried, live
 from rowtune.graph.parts import PARTED, part_of
-from rowtune.importers.functional import SHAPED_LIKE, channel_dropout, draws, functional, masks_first
+from rowtune.graph.regions import Region, inside
+from rowtune.importers.fold import run_at_import
+from rowtune.importers.functional import (
+    DRAWN_IN_SHAPE,
+    SHAPED_LIKE,
+    apart,
+    completed,
+    draws,
+    functional,
+    masks_first,
+    without_out,
+)
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
+_SET_GRAD = torch._C._set_grad_enabled
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_BORDERS = (_SET_GRAD, _ENTER, _EXIT)
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
 
 
@@ -58,6 +73,13 @@ class _Reader:
         self.alias: dict[str, str] = {}  # value -> the value whose memory it may share
         self.stale: set[str] = set()  # views of a value that was since changed in place
         self.inputs: list[str] = []
+        self.versions: dict[str, str] = {}  # a buffer's later values -> the buffer
+        self.changed: dict[str, str] = {}  # what an effect returned -> the buffer that it is
+        lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
+        self.at_import = run_at_import(exported.graph.nodes, lifted)
+        self.real: dict[str, Any] = {}  # what those made
+        self.grad = True  # inside `with torch.no_grad()`, False
+        self.autocasts: dict[str, Any] = {}  # exported name of the `with` -> its arguments
 
     def graph(self) -> Graph:
         outputs: tuple[str, ...] = ()
@@ -72,7 +94,7 @@ class _Reader:
                 outputs = self._outputs(node)
         spec = self.exported.call_spec
         made = Graph(
-            nodes=_live(masks_first(self.nodes, self.values, self.inputs), outputs),
+            nodes=live(masks_first(self.nodes, self.values, self.inputs), outputs),
             values=self.values,
             inputs=tuple(self.inputs),
             outputs=outputs,
@@ -108,6 +130,8 @@ class _Reader:
 
     def _arguments(self, tree: Any) -> Any:
         if isinstance(tree, torch.fx.Node):
+            if tree.name in self.real:
+                return self._as_it_is_now(tree.name)
             ref = self.now[tree.name]
             if isinstance(ref, Ref) and ref.name in self.stale:
                 raise ModelError(
@@ -121,7 +145,29 @@ class _Reader:
             return {key: self._arguments(item) for key, item in tree.items()}
         return tree
 
+    def _run(self, node: torch.fx.Node) -> None:
+        """Run a node that is the same at every call."""
+
+        def lookup(n: torch.fx.Node) -> Any:
+            return self.real[n.name] if n.name in self.real else self.constants[n.name]
+
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lookup)
+        with inside(self._region(grad=False)):
+            self.real[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _as_it_is_now(self, name: str) -> Ref:
+        """A tensor that ran at import, as a constant: it may be written to later."""
+        made: Tensor = self.real[name]
+        constant = f"{name}_{made._version}" if made._version else name
+        if constant not in self.values:
+            self.constants[constant] = made.clone()
+            self.values[constant] = Value(constant, "constant", tuple(made.shape), made.dtype, "@")
+        return Ref(constant)
+
     def _call(self, node: torch.fx.Node) -> None:
+        if node.name in self.at_import:
+            self._run(node)
+            return
         if node.target is operator.getitem:
             source: Any = self.now[node.all_input_nodes[0].name]
             if isinstance(source, list):
@@ -133,6 +179,9 @@ class _Reader:
                 self._append(node, f"{source.op}.{index}", one, source.args, source.kwargs, "")
                 return
         target: Any = node.target
+        if target in _BORDERS:
+            self._border(node)
+            return
         if not isinstance(target, torch._ops.OpOverload):
             op = getattr(target, "__name__", str(target))
             if target is not operator.getitem:
@@ -152,13 +201,19 @@ class _Reader:
         if op in SHAPED_LIKE:
             target, op = SHAPED_LIKE[op]
             args = (args[0], list(node.meta["val"].shape))
+        if target._schema.is_mutable and (written := self._buffer(args, kwargs)):
+            self._write(node, op, args, kwargs, *written)
+            return
         effect = ""
         if target._schema.is_mutable and args and isinstance(args[0], Ref):
-            changed = args[0].name
+            changed = self.changed.get(args[0].name, args[0].name)
             if self.values[changed].kind == "buffer":
-                effect = changed
+                self.changed[node.name] = effect = changed
+                args = (Ref(changed), *args[1:])  # a norm that is called again changes what it changed before
             else:
-                target, op = functional(target, op), op.rstrip("_")
+                twin = functional(target, op)
+                args = completed(target, twin, args, kwargs)
+                target, op = twin, op.rstrip("_")
                 self._mutate(changed, node.name)
         elif op in ("batch_norm", "instance_norm") and args[5] and args[3] is not None:
             effect = args[3].name
@@ -166,10 +221,65 @@ class _Reader:
         if target._schema.is_mutable and effect == "" and args and isinstance(args[0], Ref):
             raise ModelError(f"{op} changes its input in place and has no functional twin")
 
+    def _border(self, node: torch.fx.Node) -> None:
+        """A region begins or ends."""
+        if node.target is _SET_GRAD:
+            self.grad = bool(node.args[0])
+        elif node.target is _ENTER:
+            self.autocasts[node.name] = node.args
+        else:
+            del self.autocasts[node.all_input_nodes[0].name]
+
+    def _region(self, grad: bool) -> Region | None:
+        """What the regions around the present node say; `grad` is False where it has no gradient."""
+        innermost = {device: (device, dtype, on) for device, dtype, on, *_ in self.autocasts.values()}
+        return None if grad and not innermost else Region(grad, tuple(innermost.values()))
+
+    def _buffer(self, args: Any, kwargs: Any) -> tuple[str, str] | None:
+        """(the value that an operator writes to, the buffer that it is). A norm's counter stays one that is
+        changed in place."""
+        given = kwargs.get("out", args[0] if args else None)
+        if not isinstance(given, Ref):
+            return None
+        buffer = self.versions.get(given.name, given.name)
+        value = self.values[buffer]
+        counter = value.path.endswith("num_batches_tracked") or given.name in self.changed
+        return None if value.kind != "buffer" or counter else (given.name, buffer)
+
+    def _write(self, node: Any, op: str, args: Any, kwargs: Any, current: str, buffer: str) -> None:
+        """The buffer's next value, which is read from here on, and its way into the buffer. Who read the one
+        before reads a copy (runtime/module.py), also when that is computed again."""
+        if "out" in kwargs:
+            twin = without_out(node.target)
+            kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+        else:
+            twin = functional(node.target, op)
+            args = completed(node.target, twin, args, kwargs)
+        self._append(node, op.rstrip("_"), twin, args, kwargs, "")
+        self._mutate(current, node.name)
+        self.versions[node.name] = buffer
+        self._keep(buffer, node.name, node.meta["val"])
+
+    def _keep(self, buffer: str, name: str, fake: Any) -> None:
+        """A value goes into a buffer."""
+        target = f"{buffer}_kept"
+        self.values[target] = replace(self.values[buffer], name=target)
+        args = (Ref(target), Ref(name))
+        self._add(Node(f"{name}_kept", WRITE, torch.ops.aten.copy_.default, args, effect=target), fake)
+
     def _mutate(self, changed: str, name: str) -> None:
         """From here on the changed value is the new node; its other views would show the change too."""
+        if not self.grad and changed in carried(self.nodes, self._trained()):
+            raise ModelError(
+                f"the model changes {changed} in place where gradients are off, though {changed} has one; "
+                "write that operator out of place"
+            )
         base = self.alias.get(changed, changed)
         family = {v for v in self.values if self.alias.get(v, v) == base} - {changed}
+        if base != changed and (self.values[base].kind == "buffer" or base in self.versions):
+            raise ModelError(
+                f"the model writes into a part of the buffer {base}; make the whole buffer anew and copy_ it"
+            )
         if self.values[base].kind == "input" or self.values[changed].kind == "parameter":
             raise ModelError(f"the model changes its input or parameter {base} in place; copy it first")
         self.stale |= family
@@ -180,14 +290,16 @@ class _Reader:
     def _append(self, node: Any, op: str, target: Any, args: Any, kwargs: Any, effect: str) -> None:
         random = draws(op, target, args, kwargs)
         made = Node(node.name, op, target, args, kwargs, _module(node), effect, random)
-        if op == "feature_dropout":
-            shape = [*node.meta["val"].shape[:2], *[1] * (node.meta["val"].dim() - 2)]
-            *before, made = channel_dropout(made, shape)
-            for extra in before:
-                self._add(extra, node.meta["val"].new_empty(shape))
-        self._add(made, node.meta["val"])
+        for part, like in apart(made, node.meta["val"]):
+            self._add(part, like)
+
+    def _trained(self) -> list[str]:
+        """Inputs and parameters that may have a gradient."""
+        return [v.name for v in self.values.values() if v.requires_grad or v.kind == "input"]
 
     def _add(self, node: Node, fake: Any) -> None:
+        region = self._region(self.grad and node.target not in DRAWN_IN_SHAPE)
+        node = replace(node, region=region) if region else node
         self.nodes.append(node)
         self.values[node.name] = _value(node.name, fake)
         self.now[node.name] = Ref(node.name)
@@ -225,16 +337,6 @@ class _Reader:
                 raise ModelError(f"the model returns {ref!r}; rowtune handles tensors only")
             names.append(ref.name)
         return tuple(names)
-
-
-def _live(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
-    """Drop nodes that nothing reads (lifted constants' detach, asserts), but not effects."""
-    wanted, kept = set(outputs), []
-    for node in reversed(nodes):
-        if node.name in wanted or node.effect:
-            kept.append(node)
-            wanted |= set(node.inputs)
-    return tuple(reversed(kept))
 
 
 def _value(name: str, fake: Any) -> Value:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rowtune.errors import ModelError
 from rowtune.graph.graph import Node, Ref, Value, numel
@@ -32,11 +34,36 @@ def draws(op: str, target: Any, args: Any, kwargs: Any) -> bool:
 def functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
     """relu_ -> relu, with the same overload name (bernoulli_.float is bernoulli.p)."""
     overload = {"bernoulli_.float": "p"}.get(f"{op}.{target._overloadname}", target._overloadname)
-    packet = getattr(getattr(torch.ops, target.namespace), op.rstrip("_"), None)
+    twin = {"normal_": "normal_functional"}.get(op, op.rstrip("_"))
+    packet = getattr(getattr(torch.ops, target.namespace), twin, None)
     found = getattr(packet, overload, None) if packet is not None else None
     if found is None:
         raise ModelError(f"{op}.{target._overloadname} works in place and has no functional twin")
     return found  # type: ignore[no-any-return]
+
+
+def without_out(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """div.out -> div.Tensor: what is computed, to be kept by whoever wants it."""
+    own = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    packet = target.overloadpacket
+    for name in packet.overloads():
+        found: torch._ops.OpOverload = getattr(packet, name)
+        same = [(a.name, str(a.type)) for a in found._schema.arguments] == own
+        if same and not found._schema.is_mutable:
+            return found
+    raise ModelError(f"{target} writes into a tensor and has no functional twin")
+
+
+def completed(target: torch._ops.OpOverload, twin: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
+    """The arguments for an in-place operator's twin: torch.export leaves out the first one's defaults, which
+    the second need not have (bernoulli_'s p of 0.5)."""
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    args = [*args]
+    for a in twin._schema.arguments[len(args) :]:
+        if a.kwarg_only or a.name in kwargs or a.has_default_value() or a.name not in defaults:
+            break
+        args.append(defaults[a.name])
+    return tuple(args)
 
 
 # What these make depends on a tensor's type only; any input of that type will do.
@@ -46,19 +73,57 @@ _MADE_LIKE = frozenset({"new_empty", "new_full", "new_ones", "new_zeros"})
 _SMALL = 2**16
 
 
-def channel_dropout(node: Node, shape: list[int]) -> list[Node]:
-    """feature_dropout (nn.Dropout2d, Dropout3d) as a mask of `shape`, (B, C, 1, 1), and a product."""
-    keep = 1.0 - float(node.args[1])
-    if not node.args[2]:
-        return [replace(node, op="dropout", target=aten.dropout.default, random=False)]
+DRAWN_IN_SHAPE = (aten.bernoulli.p, aten.randint_like.default, aten.randint_like.low_dtype)
+"""Only the shape of the input matters, but PyTorch has no derivative for these."""
+
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+Made = list[tuple[Node, Tensor]]
+
+
+def apart(node: Node, out: Tensor) -> Made:
+    """What stands for a node, with tensors that are like what each makes; `out` is like what it does."""
+    if node.op in _DROPOUTS and not (node.args[1] and node.args[2]):  # the operator does nothing
+        args = (node.args[0], 0.0, False)
+        return [(replace(node, op="dropout", target=aten.dropout.default, args=args, random=False), out)]
+    return _APART[node.op](node, out) if node.op in _APART else [(node, out)]
+
+
+def _channel_dropout(node: Node, out: Tensor) -> Made:
+    """feature_dropout (nn.Dropout2d, Dropout3d) as a mask of one number a channel, and a product."""
+    keep, mask = 1.0 - float(node.args[1]), out.new_empty([*out.shape[:2], *[1] * (out.dim() - 2)])
     names = [f"{node.name}_{part}" for part in ("like", "mask", "scale")]
     scale = 1.0 / keep if keep > 0.0 else 0.0
+    empty, drawn = (node.args[0], [*mask.shape]), (Ref(names[0]), keep)
     return [
-        Node(names[0], "new_empty", aten.new_empty.default, (node.args[0], shape), {}, node.module),
-        Node(names[1], "bernoulli", aten.bernoulli.p, (Ref(names[0]), keep), {}, node.module, random=True),
-        Node(names[2], "mul", aten.mul.Scalar, (Ref(names[1]), scale), {}, node.module),
-        Node(node.name, "mul", aten.mul.Tensor, (node.args[0], Ref(names[2])), {}, node.module),
+        (Node(names[0], "new_empty", aten.new_empty.default, empty, {}, node.module), mask),
+        (Node(names[1], "bernoulli", aten.bernoulli.p, drawn, {}, node.module, random=True), mask),
+        (Node(names[2], "mul", aten.mul.Scalar, (Ref(names[1]), scale), {}, node.module), mask),
+        (Node(node.name, "mul", aten.mul.Tensor, (node.args[0], Ref(names[2])), {}, node.module), out),
     ]
+
+
+def _random_slope(node: Node, out: Tensor) -> Made:
+    """rrelu as slopes, drawn for the whole tensor, and a choice: its own backward reads slopes that a
+    checkpoint has not drawn again yet."""
+    x, low, high, training = (*node.args, *(0.125, 1 / 3, False)[len(node.args) - 1 :])[:4]
+    if not training:
+        leaky = aten.leaky_relu.default
+        return [(replace(node, op="leaky_relu", target=leaky, args=(x, (low + high) / 2), random=False), out)]
+    names = [f"{node.name}_{part}" for part in ("like", "slope", "positive", "scaled")]
+    slopes = (Ref(names[0]), low, high)
+    return [
+        (Node(names[0], "new_empty", aten.new_empty.default, (x, [*out.shape]), {}, node.module), out),
+        (Node(names[1], "uniform", aten.uniform.default, slopes, {}, node.module, random=True), out),
+        (Node(names[2], "gt", aten.gt.Scalar, (x, 0), {}, node.module), out > 0),
+        (Node(names[3], "mul", aten.mul.Tensor, (x, Ref(names[1])), {}, node.module), out),
+        (Node(node.name, "where", aten.where.self, (Ref(names[2]), x, Ref(names[3])), {}, node.module), out),
+    ]
+
+
+_APART: dict[str, Callable[[Node, Tensor], Made]] = {
+    "feature_dropout": _channel_dropout,
+    "rrelu": _random_slope,
+}
 
 
 def masks_first(nodes: list[Node], values: dict[str, Value], inputs: list[str]) -> list[Node]:

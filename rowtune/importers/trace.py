@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch.utils import _pytree as pytree
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.barriers import CUMULATIVE
 from rowtune.graph.graph import Graph
+from rowtune.importers.attributes import attributes_put_back
 from rowtune.importers.exported import read
+from rowtune.importers.flat import regions_as_they_are
+from rowtune.importers.watched import watched
 
 
 def trace(
@@ -49,11 +53,19 @@ def trace(
     if training != model.training:
         model.train(training)
     try:
-        with _quiet(), _traceable(model):
+        with (
+            _quiet(),
+            attributes_put_back(model),
+            watched(model) as notes,
+            _traceable(model),
+            regions_as_they_are(),
+        ):
             given = _without_data(model, (inputs, named or {}))
             exported = torch.export.export(model, *given, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, SyntaxError):  # torch.export writes the operator's argument `from` into Python
+            reason = ["it calls random_, which no graph can hold; draw with torch.randint"]
         raise ModelError(
             f"torch.export could not trace {type(model).__name__} for inputs "
             f"{_shapes(inputs)}: {reason[0][:300]}"
@@ -61,7 +73,7 @@ def trace(
     finally:
         for module, flag in was_training:
             module.training = flag
-    return read(exported, model, training)
+    return replace(read(exported, model, training), notes=tuple(notes))
 
 
 def _without_data(model: nn.Module, inputs: Any) -> Any:

@@ -37,7 +37,7 @@ def banded(
         PlanError: images are to be split that cannot be.
     """
     axis = bands.axis
-    if axis and decision.images and (why := _not_split(images, part)):
+    if axis and decision.images and (why := _not_split(bands, images, part)):
         raise PlanError(f"segment {decision.first}..{decision.last} cannot be split over images: {why}")
     main, post, sums = _reductions(bands, part)
     # Everything downstream of the bands, or only what the caller reads of them.
@@ -62,7 +62,7 @@ def banded(
     )
 
 
-def _not_split(images: Banding, part: Stretch) -> str:
+def _not_split(bands: Banding, images: Banding, part: Stretch) -> str:
     """Why a part between barriers cannot take some images at a time."""
     sums: set[str] = set()
     for node in part.nodes:
@@ -71,6 +71,8 @@ def _not_split(images: Banding, part: Stretch) -> str:
             return f"{node.name}: {rule.reason}"
         if rule.dim is not None and any(n in sums for n in node.inputs):
             return f"{node.name} needs all images"
+        if reduces(rule) and not reduces(bands.rules[node.name]):
+            return f"{node.name} adds up images, but not rows"
         if reduces(rule):
             sums.add(node.name)
     return ""

@@ -105,6 +105,8 @@ def _segments(
         return [_nested(graph, plan, decision, start, stop, scheduler)]
     if decision.policy != "rows":
         return [_plain(graph, decision, stretch(graph, start, stop), scheduler)]
+    if not stretch(graph, start, stop).nodes:
+        return [_part(graph, decision, start, stop, plan.axis, scheduler)]
     axis = plan.axis if decision.band_rows else 0
     why = why_not(graph, start, stop, axis)
     if why:
@@ -172,13 +174,22 @@ def _part(
 ) -> SegmentProgram:
     """The rows between two barriers: each begins with a node that has some."""
     part = stretch(graph, start, stop)
+    if not part.nodes:
+        return _nothing(decision, part)
     bands, images = banding(graph, axis), banding(graph, 0)
     return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
+
+
+def _nothing(decision: Segment, part: Stretch) -> SegmentProgram:
+    """A segment of which nobody reads anything: a head that the loss leaves out."""
+    return SegmentProgram(Segment(decision.first, decision.last, "keep"), part)
 
 
 def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler) -> SegmentProgram:
     if decision.images and decision.policy == "keep":
         raise PlanError(f"segment {decision.first}..{decision.last}: keep takes no images")
+    if not part.nodes:
+        return _nothing(decision, part)
     if decision.images:
         if not is_local(graph, part.start, part.stop, 0):
             raise PlanError(f"segment {decision.first}..{decision.last} mixes images; checkpoint it whole")

@@ -98,14 +98,22 @@ class Plan:
         segments = tuple(_segment(item) for item in data["segments"])
         rest = {k: v for k, v in data.items() if k != "segments"}
         rest["stores"] = tuple(sorted(dict(rest.get("stores") or {}).items()))
-        plan = Plan(segments, **rest)
-        if plan.stores or plan.dtype != "as given":
-            raise PlanError("the plan uses stores or dtype, which this version of rowtune only reserves")
-        if plan.layout != "contiguous":
-            raise PlanError(f"layout {plan.layout!r} is reserved; this version runs contiguous tensors only")
-        if type(plan.axis) is not int or plan.axis < 2:
-            raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
-        return plan
+        return checked(Plan(segments, **rest))
+
+
+def checked(plan: Any) -> Plan:
+    """The plan, if a file could hold it: PlanError names the first value out of range."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
+    if plan.stores or plan.dtype != "as given":
+        raise PlanError("the plan uses stores or dtype, which this version of rowtune only reserves")
+    if plan.layout != "contiguous":
+        raise PlanError(f"layout {plan.layout!r} is reserved; this version runs contiguous tensors only")
+    if type(plan.axis) is not int or plan.axis < 2:
+        raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
+    for segment in plan.segments:
+        _check(segment)
+    return plan
 
 
 def _leaves(segment: Segment) -> list[Segment]:
@@ -119,7 +127,12 @@ def _segment(data: Any) -> Segment:
     inside = data.get("inside", [])
     if not isinstance(inside, list):
         raise PlanError(f"inside is a list of segments, not {inside!r}")
-    made = Segment(**{**data, "inside": tuple(_segment(item) for item in inside)})
+    return Segment(**{**data, "inside": tuple(_segment(item) for item in inside)})
+
+
+def _check(made: Segment) -> None:
+    for inner in made.inside:
+        _check(inner)
     for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes), ("barriers", Barriers)):
         if getattr(made, key) not in get_args(kind):
             raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
@@ -137,4 +150,3 @@ def _segment(data: Any) -> Segment:
         raise PlanError("band_cols (a second band axis) is reserved; this version bands one axis")
     if not isinstance(made.first, str) or not isinstance(made.last, str):
         raise PlanError("a segment's first and last are node names")
-    return made

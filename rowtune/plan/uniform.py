@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rowtune.graph.cuts import stretches
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Barriers, Halo, Plan, Policy, Segment, Tapes
+from rowtune.plan.plan import Barriers, Halo, Plan, Policy, Segment, Tapes, checked
 
 
 def uniform_plan(
@@ -18,16 +20,23 @@ def uniform_plan(
     barriers: Barriers = "store",
     axis: int = 2,
 ) -> Plan:
-    """`rows` on every stretch that can be banded along `axis`; `checkpoint` and `keep` on all nodes."""
+    """`rows` on every stretch that can be banded along `axis`; `checkpoint` and `keep` on all nodes.
+
+    Raises:
+        PlanError: a value is out of range.
+    """
+    everything = graph.nodes[0].name, graph.nodes[-1].name
+    all_rows = Segment(*everything, policy, band_rows, halo, images, tapes, barriers)
+    checked(Plan((all_rows,), axis))  # also where there is nothing to band
     if policy != "rows":
-        return Plan((Segment(graph.nodes[0].name, graph.nodes[-1].name, policy, images=images),), axis)
+        return Plan((Segment(*everything, policy, images=images),), axis)
     segments: list[Segment] = []
     at = 0
     for start, stop in stretches(graph, axis):
         if start > at:
             segments.append(_keep(graph, at, start))
         first, last = graph.nodes[start].name, graph.nodes[stop - 1].name
-        segments.append(Segment(first, last, "rows", band_rows, halo, images, tapes, barriers))
+        segments.append(replace(all_rows, first=first, last=last))
         at = stop
     if at < len(graph.nodes):
         segments.append(_keep(graph, at, len(graph.nodes)))

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from rowtune.graph.graph import Graph
+from rowtune.graph.graph import Graph, carried
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
-from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
+from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
@@ -165,11 +165,7 @@ class BandedRun:
 
     def _carriers(self) -> frozenset[str]:
         """Values through which a gradient flows in this call."""
-        found = set(self.wanted)
-        for group in self.program.groups:
-            if any(n in found for node in group.nodes for n in node.inputs):
-                found |= set(group.outputs)
-        return frozenset(found)
+        return carried((node for group in self.program.groups for node in group.nodes), self.wanted)
 
     def _steps(self, steps: tuple[Step, ...]) -> None:
         for step in steps:
@@ -227,7 +223,7 @@ class BandedRun:
             self.outputs[name] = tensor
             return
         if name not in self.outputs:
-            self.outputs[name] = tensor.new_empty(self.graph.values[name].shape)
+            self.outputs[name] = empty_in_order(tensor, self.graph.values[name].shape)
         self._part(name, self.outputs[name], rows).copy_(tensor)
 
     def _run_tape(self, number: int, piece: Piece, group: Group) -> dict[str, Tensor]:

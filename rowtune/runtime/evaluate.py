@@ -11,6 +11,7 @@ from torch import Tensor
 from rowtune.graph.bands import Banding
 from rowtune.graph.graph import Graph, Node, replace
 from rowtune.graph.in_place import run_in_place
+from rowtune.graph.regions import inside
 from rowtune.graph.replay import with_value
 from rowtune.graph.rules import Slab
 from rowtune.plan.groups import Group
@@ -25,6 +26,11 @@ def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time
     """One node on whole tensors. Where it has an effect on a buffer, only the first time has it, so that a
     recomputed batch norm updates its statistics once per forward call."""
     args, kwargs = replace(node.args, lookup), replace(node.kwargs, lookup)
+    with inside(node.region):
+        return _called(node, args, kwargs, seed, first_time)
+
+
+def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, first_time: bool) -> Any:
     if node.op == "dropout":
         return _dropout(node, args, seed)
     if node.effect and not first_time:
@@ -86,9 +92,11 @@ class Evaluator:
                 over = group.in_place.get(node.name)
                 if over in unread or node.name in unread or node.name in known:
                     over = None
-                made[node.name] = slabs[node.name] = self._node(
-                    node, rows, ranges, slabs, whole, images, node.name in unread, known.get(node.name), over
-                )
+                with inside(node.region):
+                    made[node.name] = slabs[node.name] = self._node(
+                        node, rows, ranges, slabs, whole, images,
+                        node.name in unread, known.get(node.name), over,
+                    )  # fmt: skip
             for name in drops:
                 slabs.pop(name, None)
                 if name not in group.outputs:
@@ -169,6 +177,14 @@ class Evaluator:
         if at is not None and at != dim and images != ALL_IMAGES:
             shape[at] = images.size
         return tuple(shape)
+
+
+def empty_in_order(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of `shape` whose channels come last in memory if those of `part` do."""
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = part.dim() in orders and part.stride(1) == 1 and part.stride(-1) >= part.shape[1] > 1
+    order = orders[part.dim()] if last else torch.contiguous_format
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
 
 
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:

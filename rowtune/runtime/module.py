@@ -6,6 +6,8 @@ optimizers, state dicts, .to() and DistributedDataParallel see no difference.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,20 +15,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rowtune.errors import PlanError, UsageError
-from rowtune.graph.graph import Graph
+from rowtune.graph.given_losses import as_loss
+from rowtune.graph.graph import WRITE, Graph
 from rowtune.graph.losses import Loss
-from rowtune.graph.losses import parse as parse_loss
 from rowtune.graph.training import NORMS, TARGET, with_loss
 from rowtune.importers.trace import trace
 from rowtune.plan.adapt import eval_plan
 from rowtune.plan.lower import lower
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
 from rowtune.runtime.segments import run_segment
 
+LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
+
 
 def apply(
-    model: nn.Module, plan: Plan, loss: Loss | str | None = None, *, fingerprint: str | None = None
+    model: nn.Module, plan: Plan, loss: LossLike = None, *, fingerprint: str | None = None
 ) -> RowtuneModule:
     """Run `model` by `plan`.
 
@@ -36,10 +40,15 @@ def apply(
     banded too.
 
     Args:
+        loss: a name as on the command line, a torch.nn loss, or a function (output, target) -> scalar. It
+            looks at the model's first output.
         fingerprint: of the graph the plan was made for; a model of another structure is refused.
+
+    Raises:
+        UsageError: the loss is none of these.
+        PlanError: the plan holds values that no plan file may hold.
     """
-    made = parse_loss(loss) if isinstance(loss, str) else loss
-    return RowtuneModule(model, plan, made, fingerprint)
+    return RowtuneModule(model, checked(plan), as_loss(loss), fingerprint)
 
 
 class RowtuneModule(nn.Module):
@@ -67,6 +76,7 @@ class RowtuneModule(nn.Module):
         self.__dict__["_model"].training = mode
         return self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs as it is: it is compiled by nobody
     def forward(
         self, *inputs: Any, targets: Tensor | None = None, outputs: bool = False, **named: Any
     ) -> Any:
@@ -110,6 +120,8 @@ class RowtuneModule(nn.Module):
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
         graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
+        for note in () if self._programs else graph.notes:
+            warnings.warn(note, stacklevel=2)
         if self.training and self._fingerprint not in (None, graph.fingerprint):
             raise PlanError(
                 f"the plan was made for a graph with fingerprint {self._fingerprint}; this model's is "
@@ -143,8 +155,8 @@ class RowtuneModule(nn.Module):
 
     def _check_target(self, graph: Graph, targets: Tensor) -> None:
         value = graph.values[TARGET]
-        if tuple(targets.shape) != value.shape:
-            assert self.loss is not None
+        assert self.loss is not None
+        if self.loss.row_local and tuple(targets.shape) != value.shape:
             raise UsageError(
                 f"the loss {self.loss.name} on an output of shape "
                 f"{tuple(graph.values[graph.loss_output].shape)} needs targets of shape {value.shape}, "
@@ -153,12 +165,16 @@ class RowtuneModule(nn.Module):
 
 
 def _fixed(graph: Graph, module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers as they are now: fetched at each call, for FSDP and parametrizations."""
+    """Parameters and buffers as they are now: fetched at each call, for FSDP and parametrizations. Who reads
+    a buffer that is written to gets a copy: what is recomputed from it comes after the write."""
     found: dict[str, Tensor] = {}
+    written = {graph.values[n.effect].path: n.effect for n in graph.nodes if n.op == WRITE}
     for value in graph.values.values():
         if value.kind in ("parameter", "buffer"):
             owner, _, name = value.path.rpartition(".")
-            found[value.name] = getattr(module.get_submodule(owner) if owner else module, name)
+            now = getattr(module.get_submodule(owner) if owner else module, name)
+            read_before = written.get(value.path, value.name) != value.name
+            found[value.name] = now.clone() if read_before else now
         elif value.kind == "constant":
             found[value.name] = graph.constants[value.name]
     return found

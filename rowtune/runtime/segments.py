@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
+from rowtune.graph.graph import carried
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.evaluate import run_whole
@@ -155,7 +156,7 @@ class _Call:
             run.recall(given)
             outputs = run.again()
         else:
-            wanted = frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
+            wanted = self.wanted(needs)
             kind = PassesRun if self.segment.passes else BandedRun
             run = kind(self.program.graph, self.segment, given, wanted, self.seed)
             if isinstance(run, BandedRun) and banded and banded.single_sweep and any(needs):
@@ -166,6 +167,10 @@ class _Call:
         run.forget()
         # The run keeps its statistics, and autograd writes into what it is handed where that comes from.
         return {n: t.detach() for n, t in outputs.items()}
+
+    def wanted(self, needs: tuple[bool, ...]) -> frozenset[str]:
+        """What needs a gradient, of all that the segment reads."""
+        return frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
 
     def recalled(self) -> tuple[Tensor, ...]:
         """What the segment read; raises if that was changed in place since forward."""
@@ -205,7 +210,10 @@ class _BandedSegment(torch.autograd.Function):
             loss = call.segment.part.nodes[-1].name
             ctx.mark_non_differentiable(*(outputs[n] for n in names if n != loss))
         else:
-            ctx.mark_non_differentiable(*(outputs[n] for n in names if not outputs[n].is_floating_point()))
+            found = carried(call.segment.part.nodes, call.wanted(needs))
+            ctx.mark_non_differentiable(
+                *(outputs[n] for n in names if n not in found or not outputs[n].is_floating_point())
+            )
         return tuple(outputs[n] for n in names)
 
     @staticmethod
@@ -240,7 +248,7 @@ def _reached(call: _Call, given: Iterable[str]) -> set[str]:
     an optimizer leaves them alone."""
     found = set(given)
     for node in reversed(call.segment.part.nodes):
-        if node.name in found:
+        if node.name in found and node.differentiable:
             found |= set(node.inputs)
     return found
 

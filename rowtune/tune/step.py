@@ -116,6 +116,8 @@ class Workload:
     graph: Graph
     loss: Loss
     optimizer: OptimizerSpec
+    outputs: tuple[str, ...] = ()
+    """All that the model returns, by the names that the graph has for it."""
 
     @property
     def module(self) -> nn.Module:
@@ -172,7 +174,14 @@ def prepare(problem: Problem) -> Workload:
 def _workload(problem: Problem, loaded: Loaded, graph: Graph, loss: Loss, spec: OptimizerSpec) -> Workload:
     if not any(p.requires_grad for p in loaded.module.parameters()):
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
-    return Workload(problem, loaded, with_loss(graph, loss), loss, spec)
+    notes = [*loaded.notes, *graph.notes]
+    if more := len(graph.outputs) - 1:
+        sizes = "x".join(map(str, graph.values[graph.outputs[0]].shape))
+        notes.append(
+            f"the model has {more + 1} outputs; the loss is on the first ({sizes}) and leaves out the others"
+        )
+    loaded = replace(loaded, notes=tuple(notes))
+    return Workload(problem, loaded, with_loss(graph, loss), loss, spec, graph.outputs)
 
 
 def default_loss(graph: Graph) -> str:

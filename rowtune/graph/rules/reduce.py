@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,11 +78,13 @@ def mean_or_sum(q: Question) -> RowRule | Opaque:
     dim = q.dims[x]
     if isinstance(found, RowRule) or dim is None:
         return found
-    rows = q.shape(x)[dim]
+    rows, axes = q.shape(x)[dim], q.arg(1, "dim", None)
+    axes = [axes] if isinstance(axes, int) else axes or range(len(q.shape(x)))
+    of_all = math.prod(q.shape(x)[a] for a in axes)
 
     def share(slab: Slab) -> Tensor:
-        made = slab.call()
-        return made * (slab.rows.size / rows) if q.node.op == "mean" else made
+        made, got = slab.call(), slab.tensors[x].shape  # some rows, of some images
+        return made * (math.prod(got[a] for a in axes) / of_all) if q.node.op == "mean" else made
 
     return RowRule(None, {x: Read(dim, same_rows(rows))}, share, reduces=SUM)
 

@@ -1,0 +1,36 @@
+"""torch.export with `with` blocks left in the list of operators, as marks where they begin and end.
+
+By itself it moves what lies in `torch.no_grad()` or `torch.autocast()` into submodules, and then forgets the
+gradient mode inside an autocast region (2.13).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+
+def _unchanged(graph_module: Any, signature: Any) -> tuple[Any, Any]:
+    return graph_module, signature
+
+
+def _gradients_off(self: Any) -> None:
+    """torch.inference_mode as a graph can have it: gradients off, and nothing more."""
+    self._inference_mode_context = torch.set_grad_enabled(not self.mode)
+
+
+@contextlib.contextmanager
+def regions_as_they_are() -> Iterator[None]:
+    """While a model is traced; with gradients on, whatever the caller's mode: that joins when it runs."""
+    with (
+        torch.enable_grad(),
+        patch.object(torch.inference_mode, "__enter__", _gradients_off),
+        patch.object(replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass", _unchanged),
+        patch.object(replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass", _unchanged),
+    ):
+        yield
