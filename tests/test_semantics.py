@@ -684,3 +684,25 @@ def test_means_over_images_that_come_one_at_a_time() -> None:
     only = Drawn(lambda y: y.mean(0, keepdim=True)).double()
     with pytest.raises(PlanError, match="mean adds up images, but not rows"):
         applied(only, "images", image())(image())
+
+
+def test_a_graph_that_is_given_is_not_traced_again(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    x = torch.randn(1, 2, 16, 8)
+    graph = rowtune.trace(model, (x,))
+    plan = rowtune.uniform_plan(graph, "rows", 4)
+    traced = []
+
+    def counted(*args, **more):
+        traced.append(args)
+        return rowtune.trace(*args, **more)
+
+    monkeypatch.setattr("rowtune.runtime.module.trace", counted)
+    module = rowtune.apply(model, plan, graph=graph)
+    assert torch.allclose(module(x), model(x)) and not traced
+    for other in (torch.randn(1, 2, 20, 8), torch.randn(2, 2, 16, 8)):  # other sizes are traced
+        module(other)
+    assert len(traced) == 2
+    module.eval()
+    module(x)
+    assert len(traced) == 3

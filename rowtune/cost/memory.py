@@ -106,7 +106,7 @@ class _Step:
         return kind(self.heap, self.graph, self.profiles, segment)
 
     def _hold(self, segment: SegmentProgram) -> Env:
-        """A checkpoint's inputs; where autograd keeps nothing there is nothing to run again, and it lets go."""
+        """A checkpoint's inputs; none where autograd keeps nothing and there is nothing to run again."""
         if not segment.inner and not any(self._saves(node) for node in segment.part.nodes):
             return {}
         return {n: self.heap.ref(self.env[n]) for n in segment.part.inputs if n in self.env}
@@ -192,8 +192,8 @@ class _Step:
     # -- backward --------------------------------------------------------------------------------------------
 
     def _backward(self, segment: SegmentProgram, kept: object, turn: bool = False) -> None:
-        """`turn`: of a part of a checkpoint. The recomputation around it hands its inputs over, and nobody else
-        holds them when it has been run again itself."""
+        """`turn`: of a part of a checkpoint. The recomputation around it hands its inputs over, and nobody
+        else holds them when it has been run again itself."""
         if isinstance(kept, (BandedSizes, PassesSizes)):
             if not kept.done:
                 kept.backward(self.grads)

@@ -30,7 +30,12 @@ LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 
 
 def apply(
-    model: nn.Module, plan: Plan, loss: LossLike = None, *, fingerprint: str | None = None
+    model: nn.Module,
+    plan: Plan,
+    loss: LossLike = None,
+    *,
+    fingerprint: str | None = None,
+    graph: Graph | None = None,
 ) -> RowtuneModule:
     """Run `model` by `plan`.
 
@@ -43,19 +48,28 @@ def apply(
         loss: a name as on the command line, a torch.nn loss, or a function (output, target) -> scalar. It
             looks at the model's first output.
         fingerprint: of the graph the plan was made for; a model of another structure is refused.
+        graph: what `trace` made of this model, on this device and in this mode: inputs of its sizes need not
+            be traced again.
 
     Raises:
         UsageError: the loss is none of these.
         PlanError: the plan holds values that no plan file may hold.
     """
-    return RowtuneModule(model, checked(plan), as_loss(loss), fingerprint)
+    return RowtuneModule(model, checked(plan), as_loss(loss), fingerprint, graph)
 
 
 class RowtuneModule(nn.Module):
     """See `apply`. `loss_scale` multiplies the gradients that a single sweep computes inside forward; set it
     to the scale that will multiply the loss before backward (fp16 loss scaling), 1 otherwise."""
 
-    def __init__(self, model: nn.Module, plan: Plan, loss: Loss | None, fingerprint: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        loss: Loss | None,
+        fingerprint: str | None,
+        graph: Graph | None = None,
+    ) -> None:
         super().__init__()
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
@@ -64,12 +78,12 @@ class RowtuneModule(nn.Module):
         self.plan = plan
         self.loss = loss
         self.loss_scale: float | Tensor = 1.0
-        self._fingerprint = fingerprint
+        self._fingerprint, self._graph = fingerprint, graph
         self._programs: dict[Any, Program] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their programs anew."""
-        return {**self.__dict__, "_programs": {}}
+        return {**self.__dict__, "_programs": {}, "_graph": None}
 
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)
@@ -119,7 +133,9 @@ class RowtuneModule(nn.Module):
     def _make_program(
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
-        graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
+        graph = self._graph
+        if graph is None or graph.training != self.training or not _is_for(graph, inputs, named):
+            graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
         for note in () if self._programs else graph.notes:
             warnings.warn(note, stacklevel=2)
         if self.training and self._fingerprint not in (None, graph.fingerprint):
@@ -162,6 +178,15 @@ class RowtuneModule(nn.Module):
                 f"{tuple(graph.values[graph.loss_output].shape)} needs targets of shape {value.shape}, "
                 f"not {tuple(targets.shape)}"
             )
+
+
+def _is_for(graph: Graph, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a graph was traced for inputs like these."""
+    leaves, structure = pytree.tree_flatten((inputs, named))
+    if structure != graph.input_spec or not all(isinstance(t, Tensor) for t in leaves):
+        return False
+    traced = [(graph.values[name].shape, graph.values[name].dtype) for name in graph.inputs]
+    return traced == [(tuple(t.shape), t.dtype) for t in leaves]
 
 
 def _fixed(graph: Graph, module: nn.Module) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from rowtune.tune.device import cap_memory, context_bytes, release, synchronize,
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing, failure
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.reference import places
-from rowtune.tune.step import Batch, Plain, Workload, prepare, run_step
+from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, run_step
 from rowtune.tune.verify import Check, Verifier
 
 # Seconds of timed steps, and the most of them.
@@ -42,6 +42,8 @@ class Bench:
         self._budget = budget
         self.module = self.work.module.to(self.device)
         self._state = {name: t.detach().to("cpu", copy=True) for name, t in _tensors(self.module)}
+        # Traced once; a graph holds its device.
+        self._graph = self.work.traced if self.device == "cpu" else plain_graph(self.module, problem.inputs)
         self._verifier: Verifier | None = None
         warm_up(self.device)
 
@@ -68,7 +70,10 @@ class Bench:
     def check(self, plan: Plan, dtype: torch.dtype | None = None) -> Check:
         """Gradients of a plan against the plain network's."""
         self._restore()
-        return self._verify().check(lambda model: apply(model, plan, self.work.loss), dtype)
+        return self._verify().check(self._planned(plan), dtype)
+
+    def _planned(self, plan: Plan) -> Callable[[nn.Module], nn.Module]:
+        return lambda model: apply(model, plan, self.work.loss, graph=self._graph)
 
     def race(self, contenders: Sequence[Contender], rounds: int) -> list[Timing | None]:
         """Steps of all contenders in turns, so that a machine that is busy for a while is so for all. None
@@ -102,8 +107,7 @@ class Bench:
             return None
 
     def _step(self, plan: Plan | None, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
-        loss = self.work.loss
-        runner = Plain(self.module, loss) if plan is None else apply(self.module, plan, loss)
+        runner = Plain(self.module, self.work.loss) if plan is None else self._planned(plan)(self.module)
 
         def step() -> None:
             run_step(runner, optimizer, *batch)
@@ -145,7 +149,7 @@ class Bench:
             plain: Callable[[nn.Module], nn.Module] | None = None
             if any(node.random for node in self.work.graph.nodes):
                 keep = uniform_plan(self.work.graph, "keep")
-                plain = lambda model: apply(model, keep, self.work.loss)  # noqa: E731
+                plain = self._planned(keep)
             self._verifier = Verifier(self.module, self.work.loss, places(self.work), plain, self.device)
         return self._verifier
 

@@ -109,15 +109,14 @@ def _number(value: str, text: str) -> float | bool:
 
 @dataclass(frozen=True)
 class Workload:
-    """A problem made real on the CPU: the module, its training graph with the loss, and what was found."""
+    """A problem made real on the CPU: the module, its graph as traced and as trained, with the loss."""
 
     problem: Problem
     loaded: Loaded
+    traced: Graph
     graph: Graph
     loss: Loss
     optimizer: OptimizerSpec
-    outputs: tuple[str, ...] = ()
-    """All that the model returns, by the names that the graph has for it."""
 
     @property
     def module(self) -> nn.Module:
@@ -181,7 +180,7 @@ def _workload(problem: Problem, loaded: Loaded, graph: Graph, loss: Loss, spec: 
             f"the model has {more + 1} outputs; the loss is on the first ({sizes}) and leaves out the others"
         )
     loaded = replace(loaded, notes=tuple(notes))
-    return Workload(problem, loaded, with_loss(graph, loss), loss, spec, graph.outputs)
+    return Workload(problem, loaded, graph, with_loss(graph, loss), loss, spec)
 
 
 def default_loss(graph: Graph) -> str:

@@ -163,7 +163,8 @@ class _Loop:
         self.limit, self.keep_going = limit, keep_going
         self.device = work.problem.device
         module = work.module.to(self.device)
-        self.runner = apply(module, file.plan, work.loss)
+        graph = work.traced if self.device == "cpu" else None  # a graph holds its device
+        self.runner = apply(module, file.plan, work.loss, graph=graph)
         self.optimizer = spec.make(module.parameters())
         self.done, self.peak, self.loss = 0, None, None  # type: tuple[int, int | None, float | None]
         self.times: list[float] = []
