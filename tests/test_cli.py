@@ -175,7 +175,7 @@ def test_verify(folder: Path, searched: Any) -> None:
 def test_report_shows_what_was_tried(folder: Path, searched: Any) -> None:
     made = call("report", "plan.json")
     assert made["measured"]["peak_bytes"] == searched["peak_bytes"] and made["front"]
-    assert sum(t["status"] == "ok" for t in made["trials"]) >= 4
+    assert sum(t["status"] in ("ok", "slow") for t in made["trials"]) >= 4
     for columns in ("80", "120"):
         shown = CliRunner().invoke(app, ["report"], env={"COLUMNS": columns})
         assert shown.exit_code == 0

@@ -61,20 +61,25 @@ class PassesSizes:
     def backward(self, outer: Mapping[str, int]) -> None:
         given = {**outer, **dict.fromkeys(self.passes.twins.values(), 0)}
         wanted_by_pass = wanted_in(self.graph, self.passes)
+        pending: dict[str, int] = {}  # gradients of what earlier passes finish
         for forward, one, wanted in zip(
             reversed(self.passes.forward), self.passes.backward, wanted_by_pass, strict=True
         ):
             assert forward.banded is not None
             post = PostSizes(self.heap, self.graph, self.profiles, forward.banded.post)
-            post.backward(outer, self.weight_grads)
+            post.backward({**pending, **outer}, self.weight_grads)
             sizes = BandedSizes(self.heap, self.passes.twin_graph, self.profiles, one, wanted)
             sizes.backward({n: b for n, b in given.items() if n in one.part.outputs})
             for name, block in sizes.input_grads.items():
                 if name in self.segment.part.inputs:
                     self.input_grads[name] = block
-                else:
+                elif name in pending:
                     self.heap.drop(block)
+                else:
+                    pending[name] = block
             self.weight_grads |= sizes.weight_grads
+        for block in pending.values():
+            self.heap.drop(block)
         finish(self.heap, self.graph, self.segment, self.input_grads)
 
 
