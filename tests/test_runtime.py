@@ -311,6 +311,27 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error(kind):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_hook_on_what_is_saved_sees_tensors_with_data(kind, norm):
+    """Offloading around the first forward, which traces: it does not see the tracer's tensors."""
+    model, x = net(norm), image()
+    twin, plan = copy.deepcopy(model), planned(model, (x,), kind).plan
+    module, addresses = rowtune.apply(model, plan), []
+
+    def pack(t: Tensor) -> tuple[Tensor, int]:
+        addresses.append(t.untyped_storage().data_ptr())
+        return t.clone(), t.untyped_storage().data_ptr()
+
+    def ours() -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0]):
+            return module(x)
+
+    plain = step(twin, lambda: twin(x), {"x": x})
+    assert error(step(model, ours, {"x": x}), plain) < TOLERANCE
+    assert addresses
+
+
 def test_only_part_of_the_output_has_a_gradient():
     model, x = net(), image()
     for kind in ROWS:

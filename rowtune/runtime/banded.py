@@ -22,6 +22,7 @@ from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
+from rowtune.runtime.storage import storage_of
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
 from rowtune.runtime.weights import WeightSums
@@ -311,7 +312,7 @@ class BandedRun:
             seed = self._seed(number, name, rows) if name in tape.outputs else None
             if seed is not None:
                 seeds[name] = seed
-        given = {s.untyped_storage().data_ptr() for s in seeds.values()}
+        given = {storage_of(s) for s in seeds.values()}
         seed = None
         self._scatter(tape, tape.backward(seeds, self.leaves), given)
 
@@ -326,12 +327,12 @@ class BandedRun:
     def _scatter(self, tape: Tape, found: list[Tensor | None], given: set[int]) -> None:
         """Gradients of slices to the pieces that made them, or to the segment's inputs; each is let go of
         before the next."""
-        where = [g.untyped_storage().data_ptr() for g in found if g is not None]
+        where = [storage_of(g) for g in found if g is not None]
         for name, rows, _ in tape.slabs:
             g = found.pop(0)
             if g is None:
                 continue
-            at = g.untyped_storage().data_ptr()
+            at = storage_of(g)
             owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
             if name in self.tensors:
                 self._add_input(name, rows, g, owned)
