@@ -25,7 +25,7 @@ from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.storage import storage_of
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
-from rowtune.runtime.weights import WeightSums
+from rowtune.runtime.weights import WeightSums, cast_once
 from rowtune.runtime.windows import Windows
 
 
@@ -146,9 +146,10 @@ class BandedRun:
         self.arriving = InputGradients(self.gradients.inputs)
         self.carriers = self._carriers()
         self.evaluator.totals = self.sums.totals
+        nodes = [node for group in self.program.groups for node in group.nodes]
         self.leaves = {
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
-            for n, t in self.whole.items()
+            for n, t in cast_once(self.whole, nodes).items()
         }
         summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
         for name, leaf in self.leaves.items():
@@ -206,7 +207,7 @@ class BandedRun:
             slabs = {n: self._slab(n, piece.ranges[n])[0] for n in group.reads if n in piece.ranges}
             with torch.no_grad():
                 outputs = self.evaluator.run(
-                    group, piece.outputs, piece.ranges, slabs, self.whole, self.images, self.settled
+                    group, piece.outputs, piece.ranges, slabs, self.leaves, self.images, self.settled
                 )
         for name, rows in piece.outputs:
             if name in outputs:
