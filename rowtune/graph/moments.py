@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
-"""Elements whose deviations are in memory at a time. On a CPU they stay in cache; another device has work enough
-for a kernel with them, and less memory to find than for a feature map."""
+"""Elements whose deviations are in memory at a time. On a CPU they stay in cache; another device has work
+enough for a kernel with them, and less memory to find than for a feature map."""
 
 
 def moments(x: Tensor, groups: int = 0, centred: bool = True, shared: bool = False) -> Tensor:
