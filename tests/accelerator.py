@@ -5,9 +5,9 @@ operator. What an accelerator would wait for is reported: values that the host r
 and device, CPU tensors among an operator's arguments. What it would do is counted: launches, and convolutions
 of tensors that are not contiguous, which the library behind them copies first.
 
-The device is PyTorch's own `meta`, which is fast, or one of fake tensors that exists only in name: slower, but
-PyTorch takes it for an accelerator and checks devices itself. That one a process keeps for good, so it has a
-program of its own (`python accelerator.py NETWORK:PLAN ...`), which writes a line of JSON for each.
+The device is PyTorch's own `meta`, which is fast, or one of fake tensors that exists only in name: slower,
+but PyTorch takes it for an accelerator and checks devices itself. That one a process keeps for good, so it
+has a program of its own (`python accelerator.py NETWORK:PLAN ...`), which writes a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ MEMORY = {
     "_reshape_alias",
 }  # fmt: skip
 """Nothing is launched for these, and their schemas do not call them views."""
+
+
+PASSED = 150
+"""Nodes of a network that is streamed once for each barrier: the steps of larger ones take too long."""
 
 
 @dataclass
@@ -192,7 +196,8 @@ def plans(graph: Graph, band: int) -> Iterator[tuple[str, Plan | None]]:
     if any(node.op in ("moments", "mean") or "adaptive" in node.op for node in graph.nodes):
         for barriers, rows in (("recompute", band), ("narrow", band), ("passes", 2 * band)):
             plan = rowtune.uniform_plan(graph, "rows", rows, "sweep", barriers=barriers)
-            yield f"barriers {barriers}", plan
+            if barriers != "passes" or len(graph.nodes) < PASSED:
+                yield f"barriers {barriers}", plan
     yield "turns", in_turns(graph, band)
 
 
