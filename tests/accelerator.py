@@ -285,15 +285,10 @@ def warm(network: str, plan: str, watches: tuple[Watch, Watch], step: Callable[[
     )
 
 
-class _Module(backend_registration._DummyBackendModule):
-    """What torch.utils.checkpoint and autocast ask of a device."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-
 def main(wanted: list[str]) -> None:
-    backend_registration._setup_privateuseone_for_python_backend(NAMED, _Module())
+    module = backend_registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # checkpoint asks
+    backend_registration._setup_privateuseone_for_python_backend(NAMED, module)
     # The host's thread does the device's part of a backward, where exceptions can be caught.
     with torch.autograd.set_multithreading_enabled(False):
         for network, _, plan in (one.partition(":") for one in wanted):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerator import NETS, Numbers, Watch, measured
 from torch import nn
+from torch.utils import backend_registration
 
 import rowtune
 from rowtune.graph.constants import Copies, Tables, zero
@@ -54,6 +55,10 @@ def test_a_warm_step_waits_for_nothing(network):
     assert copies <= most_copies
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch cannot name a device",
+)
 def test_an_accelerator_in_name_agrees():
     """PyTorch's own checks of devices, and its checkpoint, on a device that it takes for an accelerator."""
     wanted = ["unet_bn:cache", "resnet50:checkpoint", "per_pixel:replay", "per_pixel:turns"]
