@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from exactness import TOLERANCE, error, step
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rowtune
 from rowtune.errors import PlanError, RowtuneError, UsageError
@@ -311,6 +312,27 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error(kind):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_hook_on_what_is_saved_sees_tensors_with_data(kind, norm):
+    """Offloading around the first forward, which traces: it does not see the tracer's tensors."""
+    model, x = net(norm), image()
+    twin, plan = copy.deepcopy(model), planned(model, (x,), kind).plan
+    module, addresses = rowtune.apply(model, plan), []
+
+    def pack(t: Tensor) -> tuple[Tensor, int]:
+        addresses.append(t.untyped_storage().data_ptr())
+        return t.clone(), t.untyped_storage().data_ptr()
+
+    def ours() -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0]):
+            return module(x)
+
+    plain = step(twin, lambda: twin(x), {"x": x})
+    assert error(step(model, ours, {"x": x}), plain) < TOLERANCE
+    assert addresses
+
+
 def test_only_part_of_the_output_has_a_gradient():
     model, x = net(), image()
     for kind in ROWS:
@@ -449,6 +471,42 @@ def test_autocast_outside(kind, first):
     assert error(got, exact) > 1e-4  # it did run in bfloat16
     if not first:
         assert error(step(model, ours, {"x": x}), exact) < 1e-5  # and no longer does outside
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts casts of tensors of these shapes to another type."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+            self.count += args[0].shape in self.shapes
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("tapes", ["split", "replay", "late"])
+def test_autocast_casts_a_weight_once_a_call(kind, tapes):
+    """Forward and backward of a segment, however many bands there are; gradients are as near as before."""
+    model, x = net(norm=True, dtype=torch.float32), image().float().detach()
+    module = planned(model, (x,), kind, tapes=tapes if kind == "rows/sweep" else "split")
+    weights = {p.shape for p in model.parameters() if p.dim() > 1}
+
+    def cast(run: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run(x).float().square().mean()
+
+    assert uses_rows(module, x)
+    with WeightCasts(weights) as casts:
+        got = step(model, lambda: cast(module), {})
+    assert len(weights) == 5 and casts.count == 2 * len(weights)
+    assert {g.dtype for g in got.gradients.values()} == {torch.float32}
+    want = step(model, lambda: cast(model), {})
+    exact = step(model, lambda: model(x).square().mean(), {})
+    want.buffers = got.buffers = exact.buffers = {}
+    assert error(got, exact) < 1.5 * error(want, exact)
 
 
 def test_bfloat16_parameters_sum_their_gradients_in_float32():

@@ -12,6 +12,7 @@ from torch import nn
 
 from rowtune.errors import ModelError, UsageError
 from rowtune.importers.source import Source, TensorSpec, inputs, load, parse_shape, parse_source
+from rowtune.tune.step import plain_graph
 
 FACTORY = """
 import torch
@@ -179,3 +180,12 @@ def test_onnx_asks_for_open_sizes_and_counts_norm_layers(tmp_path: Path) -> None
     loaded = load(parse_source(path), ["image:2x3x24x16"])
     assert loaded.inputs == (TensorSpec("image", (2, 3, 24, 16)),) and len(loaded.norm_layers) == 1
     assert loaded.module.training and loaded.module(*inputs(loaded.inputs)).shape == (2, 4, 24, 16)
+
+
+def test_a_module_on_another_device_is_traced_there() -> None:
+    """Blanks have no device of their own: a verification traces the module where it trains."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    specs = (TensorSpec("x", (2, 3, 10**6, 16)),)
+    here = plain_graph(net, specs)
+    assert plain_graph(net.to("meta"), specs).fingerprint == here.fingerprint
+    assert here.values[here.outputs[0]].shape == (2, 4, 10**6, 16)

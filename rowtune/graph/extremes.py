@@ -4,6 +4,8 @@ value, and what is needed to hand its gradient to the rows that attain it, as Py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def extremes_of(x: Tensor, sign: int, dim: int, rows: Rows, height: int) -> Tens
     """The same for rows `rows` of `height`, along `dim`."""
     flat = (x * sign).flatten(2)
     best, at = flat.max(-1, keepdim=True)
-    where = list(torch.unravel_index(at, x.shape[2:]))
+    where = _unflat(at, x.shape[2:])
     where[dim - 2] = where[dim - 2] + rows.lo
     ties = (flat == best).sum(-1, keepdim=True)
     found = torch.stack((best.double(), ties.double(), _flat(where, _full(x, dim, height)).double()))
@@ -77,7 +79,7 @@ def largest_of(x: Tensor, size: tuple[int, ...], dim: int, rows: Rows, height: i
             continue
         part = x.narrow(dim, lo - rows.lo, hi - lo)
         value, at = pool(part, out, return_indices=True)
-        where = list(torch.unravel_index(at, part.shape[2:]))
+        where = _unflat(at, part.shape[2:])
         where[dim - 2] = where[dim - 2] + lo
         cells.append(torch.stack((value.double(), _flat(where, full).double())))
     return torch.cat(cells, dim + 1)
@@ -88,6 +90,15 @@ def _flat(where: list[Tensor], shape: list[int]) -> Tensor:
     for at, size in zip(where[1:], shape[1:], strict=True):
         total = total * size + at
     return total
+
+
+def _unflat(at: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """torch.unravel_index, which makes tensors of the shape."""
+    where = []
+    for size in reversed(shape):
+        where.append(at % size)
+        at = at // size
+    return where[::-1]
 
 
 def merge_largest(a: Tensor, b: Tensor) -> Tensor:
@@ -104,7 +115,7 @@ def largest_again(x: Tensor, total: Tensor, dim: int, rows: Rows, height: int) -
 
 def _read_at(x: Tensor, place: Tensor, dim: int, rows: Rows, height: int) -> Tensor:
     """The elements of x at flat positions in the whole map, zero where they are not among `rows`."""
-    where = list(torch.unravel_index(place.long(), _full(x, dim, height)))
+    where = _unflat(place.long(), _full(x, dim, height))
     here = (where[dim - 2] >= rows.lo) & (where[dim - 2] < rows.hi)
     where[dim - 2] = (where[dim - 2] - rows.lo).clamp(0, max(rows.size - 1, 0))
     flat = _flat(where, [*x.shape[2:]]).flatten(2)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowtune.errors import ModelError, UsageError
+from rowtune.graph.constants import Copies
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 Norms = Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -51,7 +52,7 @@ def _sum_dtype(t: Tensor) -> torch.dtype:
 
 
 def _count(target: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.tensor([float(math.prod(shape))], device=target.device)
+    return torch.full((1,), float(math.prod(shape)), device=target.device)
 
 
 def _one(target: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -108,8 +109,10 @@ def cross_entropy(
     if label_smoothing:
         raise UsageError("cross_entropy in rowtune has no label smoothing; give module:function instead")
 
+    weights = None if weight is None else Copies(weight)
+
     def terms(output: Tensor, target: Tensor) -> Tensor:
-        w = None if weight is None else weight.to(output.device, output.dtype)
+        w = None if weights is None else weights.like(output, output.dtype)
         total = F.cross_entropy(output, target, weight=w, ignore_index=ignore_index, reduction="sum")
         return total.to(_sum_dtype(output)).reshape(1)
 
@@ -117,9 +120,9 @@ def cross_entropy(
         if reduction == "sum":
             return _one(target, shape)
         valid = target != ignore_index
-        if weight is None:
+        if weights is None:
             return valid.sum().double().reshape(1)
-        picked = weight.to(target.device)[target.where(valid, torch.zeros_like(target))]
+        picked = weights.like(target, weights.original.dtype)[target.where(valid, torch.zeros_like(target))]
         return torch.where(valid, picked, torch.zeros_like(picked)).double().sum().reshape(1)
 
     _norms(reduction)
@@ -135,9 +138,9 @@ def dice_ce(ignore_index: int = -100, smooth: float = 1.0) -> Loss:
     def terms(output: Tensor, target: Tensor) -> Tensor:
         valid = target != ignore_index
         classes = output.shape[1]
-        labels = target.where(valid, torch.zeros_like(target))
         mask = valid.unsqueeze(1).to(output.dtype)
-        hot = F.one_hot(labels, classes).movedim(-1, 1).to(output.dtype) * mask
+        numbers = torch.arange(classes, device=output.device).view(1, -1, *[1] * (output.dim() - 2))
+        hot = (target.unsqueeze(1) == numbers).to(output.dtype) * mask
         p = output.softmax(1) * mask
         dims = [d for d in range(output.dim()) if d != 1]
         dtype = _sum_dtype(output)
@@ -184,7 +187,7 @@ def row_local(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
         labels = target.dim() == len(shape) - 1
         hint = torch.zeros((1, *probe[2:]) if labels else probe, dtype=target.dtype, device="meta")
         each = function(lean, hint).numel() / math.prod(probe)
-        return torch.tensor([each * math.prod(shape)], dtype=torch.float64, device=target.device)
+        return torch.full((1,), each * math.prod(shape), dtype=torch.float64, device=target.device)
 
     return Loss(name, terms, norms, _divide)
 

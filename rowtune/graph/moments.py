@@ -8,14 +8,16 @@ does to sums of squares. Statistics are float64 and of shape (3, channels), or (
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 19
-"""Elements whose deviations are in memory at a time: they stay in cache, and cost no memory to speak of."""
+CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
+"""Elements whose deviations are in memory at a time. On a CPU they stay in cache; another device has work
+enough for a kernel with them, and less memory to find than for a feature map."""
 
 
 def moments(x: Tensor, groups: int = 0, centred: bool = True, shared: bool = False) -> Tensor:
@@ -54,21 +56,24 @@ def _shares(
     shape = [total.shape[1 + kept.index(d)] if d in kept else 1 for d in range(spread.dim())]
     n, mean, _ = (t.view(shape) for t in total.unbind())
     _, by_mean, by_m2 = (t.view(shape) for t in grad.unbind())
-    slope, shift = (2 * by_m2).to(target.dtype), (by_mean / n).to(target.dtype)
+    slope, shift = (torch.empty_like(mean, dtype=target.dtype) for _ in range(2))
+    torch.mul(by_m2, 2, out=slope)
+    torch.div(by_mean, n, out=shift)
     mean = mean.to(_wide(x)) if centred else torch.zeros_like(mean, dtype=_wide(x))
-    step = max(1, CHUNK * spread.shape[1] // max(spread.numel(), 1))
     if not centred:
         shift = torch.zeros_like(shift)
     all_of = (spread, mean, slope, shift, target)
-    yield from zip(*(torch.split(t, step, 1) for t in all_of), strict=True)
+    yield from zip(*(torch.split(t, _channels(spread), 1) for t in all_of), strict=True)
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """Statistics of two sets of rows together (Chan's formula)."""
-    (n, mean, m2), (more, other, plus) = a.unbind(), b.unbind()
-    total = n + more
-    delta = other - mean
-    return torch.stack((total, mean + delta * (more / total), m2 + plus + delta * delta * (n * more / total)))
+    made = a + b  # counts and M2
+    delta = b[1] - a[1]
+    shift = delta * (b[0] / made[0])
+    torch.add(a[1], shift, out=made[1])
+    made[2].addcmul_(delta.mul_(a[0]), shift)
+    return made
 
 
 def merge_processes(stats: Tensor) -> Tensor:
@@ -103,10 +108,11 @@ def update_running(
         unbiased = m2 / (n - 1)
         if now.dim() > 1:
             now, unbiased = now.mean(0), unbiased.mean(0)
-        assert momentum is not None or batches is not None
-        factor = momentum if momentum is not None else 1.0 / float(batches)  # type: ignore[arg-type]
-        mean.lerp_(now.to(mean.dtype), factor)
-        var.lerp_(unbiased.to(var.dtype), factor)
+        for running, new in ((mean, now), (var, unbiased)):
+            if momentum is not None:
+                running.lerp_(new.to(running.dtype), momentum)
+            elif batches is not None:  # on the device: to read the counter would be to wait for it
+                running.lerp_(new.to(running.dtype), batches.to(running.dtype).reciprocal())
     return torch.empty(0, dtype=torch.bool, device=mean.device)
 
 
@@ -147,19 +153,37 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _measure(x: Tensor, groups: int, centred: bool) -> Tensor:
     spread, dims = _spread(x, groups)
-    step = max(1, CHUNK * spread.shape[1] // max(spread.numel(), 1))
-    found = [_measure_part(part, dims, centred) for part in torch.split(spread, step, 1)]
-    return torch.cat(found, -1)
+    count = math.prod(spread.shape[d] for d in dims)
+    centred_measure = by_deviations if x.device.type == "cpu" else by_one_kernel
+    measure = centred_measure if centred else _squares
+    parts = torch.split(spread, _channels(spread), 1)
+    found = [measure(part.to(_wide(part)), dims, count) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def _measure_part(part: Tensor, dims: tuple[int, ...], centred: bool) -> Tensor:
-    wide = part.to(_wide(part))
-    count = 1
-    for d in dims:
-        count *= part.shape[d]
-    if not centred:
-        total = wide.square().sum(dims).double()
-        return torch.stack((torch.full_like(total, count), torch.zeros_like(total), total))
+def _channels(spread: Tensor) -> int:
+    """How many channels, or groups of them, make a chunk."""
+    chunk = CHUNK if spread.device.type == "cpu" else DEVICE_CHUNK
+    return max(1, chunk * spread.shape[1] // max(spread.numel(), 1))
+
+
+def _squares(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+    """Not centred: the sum of squares in the place of M2."""
+    total = wide.square().sum(dims).double()
+    return torch.stack((torch.full_like(total, count), torch.zeros_like(total), total))
+
+
+def by_one_kernel(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+    """What takes a device least launches (on a CPU it is slow)."""
+    var, mean = torch.var_mean(wide, dims, correction=0)
+    made = mean.new_full((3, *mean.shape), count, dtype=torch.float64)
+    made[1].copy_(mean)
+    torch.mul(var, count, out=made[2])
+    return made
+
+
+def by_deviations(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+    """What a CPU does fast."""
     near = wide.mean(dims, keepdim=True)
     deviations = wide - near
     rest = deviations.sum(dims).double()  # what rounding left of the mean
@@ -198,7 +222,8 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         dtype = weight.dtype if weight is not None else _wide(x)
-        narrow_mean, narrow_var = stats[1].to(dtype), (stats[2] / stats[0]).to(dtype)
+        narrow_mean, narrow_var = stats[1].to(dtype), torch.empty_like(stats[2], dtype=dtype)
+        torch.div(stats[2], stats[0], out=narrow_var)
         ctx.save_for_backward(x, stats, weight, narrow_mean, narrow_var)
         ctx.eps = eps
         return torch.batch_norm(x, weight, bias, narrow_mean, narrow_var, False, 0.0, eps, False)
@@ -213,10 +238,14 @@ class _Normalise(torch.autograd.Function):
         by_stats = None
         if ctx.needs_input_grad[1]:
             n, _, m2 = stats.unbind()
-            scale = (m2 / n + ctx.eps).rsqrt()
-            slope = scale if weight is None else scale * weight
+            spread = torch.add(m2, n, alpha=ctx.eps)  # n (var + eps)
+            slope = (n / spread).sqrt_()
+            if weight is not None:
+                slope, by_scaled = slope.mul_(weight), by_weight * weight
+            else:
+                by_scaled = by_weight
             by_stats = torch.zeros_like(stats)
-            torch.mul(by_bias, slope, out=by_stats[1]).neg_()
-            torch.mul(by_weight, slope * scale / n, out=by_stats[2]).mul_(-0.5)
+            by_stats[1].addcmul_(by_bias, slope, value=-1)
+            by_stats[2].addcdiv_(by_scaled, spread, value=-0.5)
         _, _, scaled, shifted, _ = ctx.needs_input_grad
         return by_x, by_stats, by_weight if scaled else None, by_bias if shifted else None, None

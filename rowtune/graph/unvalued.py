@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.graph.constants import zero
+
 
 def unvalued(
     x: Tensor,
@@ -55,7 +57,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         ctx.dtypes = x.dtype, y.dtype
-        return x.new_zeros((), dtype=torch.result_type(x, y)).expand(x.shape)
+        return zero(x, torch.result_type(x, y)).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ class _Shuffle(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
         ctx.factor = factor
         *lead, channels, rows, columns = x.shape
-        return x.new_zeros(()).expand(*lead, channels // factor**2, rows * factor, columns * factor)
+        return zero(x).expand(*lead, channels // factor**2, rows * factor, columns * factor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -76,7 +78,7 @@ class _Shuffle(torch.autograd.Function):
 
 def _stand_in(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # as for convolutions
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
     return _Unvalued.apply(x, weight, bias, how)  # type: ignore[no-untyped-call, no-any-return]
@@ -92,7 +94,7 @@ class _Unvalued(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]) -> Tensor:
         ctx.how, ctx.bias_sizes = how, None if bias is None else [*bias.shape]
         ctx.save_for_backward(x, weight)
-        return x.new_zeros(()).expand(_shape(x, weight, *how))
+        return zero(x).expand(_shape(x, weight, *how))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

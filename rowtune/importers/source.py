@@ -275,8 +275,9 @@ def _example(sizes: Sequence[int | str | None]) -> str:
 
 
 def blank(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
-    """Uninitialised inputs on the CPU, for tracing: only sizes and types are read, no page is touched."""
-    return tuple(_allocate(spec, "cpu") for spec in specs)
+    """Inputs without memory, for tracing: only sizes and types are read, and `trace` takes them to stand on
+    the module's own device."""
+    return tuple(_allocate(spec, "meta") for spec in specs)
 
 
 def inputs(specs: Sequence[TensorSpec], device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
@@ -55,6 +56,7 @@ def trace(
     try:
         with (
             _quiet(),
+            _unobserved(),
             attributes_put_back(model),
             watched(model) as notes,
             _traceable(model),
@@ -78,11 +80,12 @@ def trace(
 
 def _without_data(model: nn.Module, inputs: Any) -> Any:
     """Meta tensors as fake tensors on the model's device, where torch.export would find two devices."""
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    own = [*model.parameters(), *model.buffers()]
+    device = own[0].device if own else torch.device("cpu")
     given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     if device.type == "meta" or not any(t.is_meta for t in given):
         return inputs
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with detect_fake_mode(own) or FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(t: Tensor) -> Tensor:
             return torch.empty_like(t, device=device) if t.is_meta else mode.from_tensor(t)
@@ -118,6 +121,12 @@ def _quiet() -> Iterator[None]:
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
+
+
+def _unobserved() -> contextlib.AbstractContextManager[None]:
+    """Hooks of the caller on what autograd saves (offloading, compression) expect tensors with data: those of
+    the tracer are kept from them."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 @contextlib.contextmanager

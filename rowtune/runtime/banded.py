@@ -22,9 +22,10 @@ from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
+from rowtune.runtime.storage import storage_of
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
-from rowtune.runtime.weights import WeightSums
+from rowtune.runtime.weights import WeightSums, cast_once
 from rowtune.runtime.windows import Windows
 
 
@@ -145,9 +146,10 @@ class BandedRun:
         self.arriving = InputGradients(self.gradients.inputs)
         self.carriers = self._carriers()
         self.evaluator.totals = self.sums.totals
+        nodes = [node for group in self.program.groups for node in group.nodes]
         self.leaves = {
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
-            for n, t in self.whole.items()
+            for n, t in cast_once(self.whole, nodes).items()
         }
         summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
         for name, leaf in self.leaves.items():
@@ -201,7 +203,7 @@ class BandedRun:
             slabs = {n: self._slab(n, piece.ranges[n])[0] for n in group.reads if n in piece.ranges}
             with torch.no_grad():
                 outputs = self.evaluator.run(
-                    group, piece.outputs, piece.ranges, slabs, self.whole, self.images, self.settled
+                    group, piece.outputs, piece.ranges, slabs, self.leaves, self.images, self.settled
                 )
         for name, rows in piece.outputs:
             if name in outputs:
@@ -307,7 +309,7 @@ class BandedRun:
             seed = self._seed(number, name, rows) if name in tape.outputs else None
             if seed is not None:
                 seeds[name] = seed
-        given = {s.untyped_storage().data_ptr() for s in seeds.values()}
+        given = {storage_of(s) for s in seeds.values()}
         seed = None
         self._scatter(tape, tape.backward(seeds, self.leaves), given)
 
@@ -322,12 +324,12 @@ class BandedRun:
     def _scatter(self, tape: Tape, found: list[Tensor | None], given: set[int]) -> None:
         """Gradients of slices to the pieces that made them, or to the segment's inputs; each is let go of
         before the next."""
-        where = [g.untyped_storage().data_ptr() for g in found if g is not None]
+        where = [storage_of(g) for g in found if g is not None]
         for name, rows, _ in tape.slabs:
             g = found.pop(0)
             if g is None:
                 continue
-            at = g.untyped_storage().data_ptr()
+            at = storage_of(g)
             owned = at not in given and where.count(at) == 1 and 0 not in g.stride()
             if name in self.tensors:
                 self._add_input(name, rows, g, owned)

@@ -61,6 +61,7 @@ class Evaluator:
     ) -> None:
         self.graph, self.bands, self.image_bands, self.seed, self.device = graph, bands, images, seed, device
         self.totals: Mapping[str, Tensor] = {}
+        self.zeros: dict[torch.dtype, Tensor] = {}
 
     def run(
         self,
@@ -167,7 +168,9 @@ class Evaluator:
             shape[dim] = rows.size
         if at is not None and at != dim and images != ALL_IMAGES:
             shape[at] = images.size
-        return torch.zeros((), dtype=value.dtype, device=self.device).expand(shape)
+        if value.dtype not in self.zeros:
+            self.zeros[value.dtype] = torch.zeros((), dtype=value.dtype, device=self.device)
+        return self.zeros[value.dtype].expand(shape)
 
     def _shape(self, node: Node, dim: int | None, rows: Rows, images: Rows) -> tuple[int, ...]:
         shape = list(self.graph.values[node.name].shape)

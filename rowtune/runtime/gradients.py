@@ -13,6 +13,7 @@ from rowtune.graph.moments import add_processes
 from rowtune.plan.program import SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import grad_dtype
+from rowtune.runtime.storage import storage_of
 
 Part = Callable[[Tensor, Rows], Tensor]
 
@@ -39,10 +40,10 @@ def gather(sums: dict[str, Tensor], name: str, grad: Tensor) -> None:
 
 def apart(grads: Mapping[str, Tensor], others: Iterable[Tensor]) -> dict[str, Tensor]:
     """The gradients, each in memory of its own: an addition hands one gradient to all its inputs."""
-    seen = {g.untyped_storage().data_ptr() for g in others}
+    seen = {storage_of(g) for g in others}
     found = {}
     for name, g in grads.items():
-        at = g.untyped_storage().data_ptr()
+        at = storage_of(g)
         found[name] = g.clone() if at in seen or 0 in g.stride() else g
         seen.add(at)
     return found

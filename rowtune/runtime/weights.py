@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
+from rowtune.graph.constants import zero
 from rowtune.graph.graph import Node
 from rowtune.runtime.evaluate import grad_dtype
 
 PRODUCTS = {"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}
+
+
+def cast_once(tensors: Mapping[str, Tensor], nodes: Iterable[Node]) -> dict[str, Tensor]:
+    """Weights in the type that autocast gives them, where it gives them one: once a call, and not once a
+    piece. Their gradients are summed in float32 all the same. What a region of the model's own reads, with an
+    autocast of its own, is left to it."""
+    kind = next((t.device.type for t in tensors.values()), "cpu")
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return dict(tensors)
+    nodes = tuple(nodes)
+    own = {name for node in nodes if node.region and node.region.autocast for name in node.inputs}
+    dtype, products = torch.get_autocast_dtype(kind), _only_in_products(nodes) - own
+    return {
+        n: t.to(dtype) if n in products and t.is_floating_point() and t.dtype != torch.float64 else t
+        for n, t in tensors.items()
+    }
+
+
+def _only_in_products(nodes: Iterable[Node]) -> set[str]:
+    """What nothing but matrix products and convolutions read."""
+    readers: dict[str, set[str]] = {}
+    for node in nodes:
+        for name in node.inputs:
+            readers.setdefault(name, set()).add(node.op)
+    return {name for name, ops in readers.items() if ops <= PRODUCTS}
 
 
 class WeightSums:
@@ -22,11 +49,7 @@ class WeightSums:
 
     def __init__(self, sums: dict[str, Tensor], nodes: Iterable[Node]) -> None:
         self.sums = sums
-        readers: dict[str, set[str]] = {}
-        for node in nodes:
-            for name in node.inputs:
-                readers.setdefault(name, set()).add(node.op)
-        self.fresh = {name for name, ops in readers.items() if ops <= PRODUCTS}
+        self.fresh = _only_in_products(nodes)
 
     def hook(self, name: str) -> Callable[[Tensor], Tensor]:
         """A tensor hook. Autograd is handed a gradient of the right shape and no memory in exchange."""
@@ -38,6 +61,6 @@ class WeightSums:
                 self.sums[name] = wide if wide is not grad or name in self.fresh else wide.clone()
             else:
                 total.add_(grad)
-            return grad.new_zeros(()).expand(grad.shape)
+            return zero(grad).expand(grad.shape)
 
         return add

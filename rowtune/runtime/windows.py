@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rowtune.rows import Rows
 from rowtune.runtime.lines import Lines
+from rowtune.runtime.storage import storage_of
 
 
 class _Placed(torch.autograd.Function):
@@ -48,14 +49,14 @@ class Windows:
             return _Placed.apply(self.token, box)  # type: ignore[no-untyped-call, no-any-return]
 
     def add(self, name: str, rows: Rows, tensor: Tensor) -> None:
-        self.found[tensor.untyped_storage().data_ptr()] = _Window(name, rows, weakref.ref(tensor))
+        self.found[storage_of(tensor)] = _Window(name, rows, weakref.ref(tensor))
 
     def saved_by_name(self) -> contextlib.AbstractContextManager[Any]:
         return saved_tensors_hooks(self._pack, self._unpack) if self.found else contextlib.nullcontext()
 
     def _pack(self, t: Tensor) -> Any:
-        """Once a window is gone its address may serve another tensor, hence the weak reference."""
-        found = self.found.get(t.untyped_storage().data_ptr()) if t.numel() else None
+        """Once a window is gone its storage may be another tensor's, hence the weak reference."""
+        found = self.found.get(storage_of(t)) if t.numel() else None
         if found is None or found.tensor() is None:
             return t
         return found.name, found.rows, t.size(), t.stride(), t.storage_offset()

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from rowtune.graph.constants import Tables
 from rowtune.graph.extremes import (
     cell,
     extremes_again,
@@ -22,6 +23,7 @@ from rowtune.graph.moments import moments as all_moments
 from rowtune.graph.moments import spread_of as moments_spread
 from rowtune.graph.rules.pointwise import per_image, pooled_axes
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Slab
+from rowtune.rows import Rows
 from rowtune.rows import pointwise as same_rows
 
 SUM = Reduction()
@@ -98,21 +100,28 @@ def adaptive_avg(q: Question) -> RowRule | Opaque:
     rows = q.shape(x)[dim]
     size = q.out[2:]
     cells = [cell(i, size[dim - 2], rows) for i in range(size[dim - 2])]
+    tables = Tables()
 
     def share(slab: Slab) -> Tensor:
         got = slab.tensors[x]
         out = [*size]
         out[dim - 2] = got.shape[dim]
         narrow = slab.node.target(got, out) if [*got.shape[2:]] != out else got
-        weights = torch.zeros(len(cells), got.shape[dim], dtype=got.dtype, device=got.device)
-        for i, want in enumerate(cells):
-            lo, hi = max(want.lo, slab.rows.lo), min(want.hi, slab.rows.hi)
-            if lo < hi:
-                weights[i, lo - slab.rows.lo : hi - slab.rows.lo] = 1 / want.size
+        weights = tables.get((slab.rows, got.dtype), got, lambda: _cell_weights(cells, slab.rows, got.dtype))
         made: Tensor = torch.tensordot(narrow, weights, ([dim], [1])).movedim(-1, dim)
         return made
 
     return RowRule(None, {x: Read(dim, same_rows(rows))}, share, reduces=SUM)
+
+
+def _cell_weights(cells: list[Rows], rows: Rows, dtype: torch.dtype) -> Tensor:
+    """What each of `rows` adds to each cell's mean."""
+    weights = torch.zeros(len(cells), rows.size, dtype=dtype)
+    for i, want in enumerate(cells):
+        lo, hi = max(want.lo, rows.lo), min(want.hi, rows.hi)
+        if lo < hi:
+            weights[i, lo - rows.lo : hi - rows.lo] = 1 / want.size
+    return weights
 
 
 def largest(q: Question) -> RowRule | Opaque:

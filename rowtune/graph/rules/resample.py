@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rowtune.graph.constants import Tables
 from rowtune.graph.rules.pointwise import along
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, cut
 from rowtune.rows import Affine, Window, gather
@@ -208,6 +209,7 @@ def _by_index(q: Question, dim: int, taps: list[Taps], call: Call) -> Run:
     x = q.node.inputs[0]
     # The same size is not the same image where a scale is given: 7 rows times 1.1 are 7 other rows.
     others = [d for d in range(2, len(q.out)) if d != dim]
+    tables = Tables()
     same = all(q.out[d] == q.shape(x)[d] and call.scales[d - 2] in (None, 1.0) for d in others)
 
     def run(slab: Slab) -> Tensor:
@@ -216,11 +218,11 @@ def _by_index(q: Question, dim: int, taps: list[Taps], call: Call) -> Run:
         total: Tensor | None = None
         for k in range(max(len(t.rows) for t in mine)):
             # A row with fewer taps than others reads its first one again, with no weight.
-            picked = _pick(image, dim, [(t.rows[k] if k < len(t.rows) else t.rows[0]) - first for t in mine])
+            rows = tuple((t.rows[k] if k < len(t.rows) else t.rows[0]) - first for t in mine)
+            picked = image.index_select(dim, tables.index(rows, image))
             if any(t.weights != (1.0,) for t in mine):
-                picked = picked * _column(
-                    image, dim, [t.weights[k] if k < len(t.rows) else 0.0 for t in mine]
-                )
+                weights = tuple(t.weights[k] if k < len(t.rows) else 0.0 for t in mine)
+                picked = picked * tables.column(weights, image, dim)
             total = picked if total is None else total + picked
         assert total is not None
         if same:
@@ -231,17 +233,6 @@ def _by_index(q: Question, dim: int, taps: list[Taps], call: Call) -> Run:
         return _call(q, total, dim, slab.rows.size, 1.0, call)
 
     return run
-
-
-def _pick(image: Tensor, dim: int, index: list[int]) -> Tensor:
-    return image.index_select(dim, torch.tensor(index, device=image.device))
-
-
-def _column(image: Tensor, dim: int, weights: list[float]) -> Tensor:
-    """One number per row, to multiply an image with."""
-    view = [1] * image.dim()
-    view[dim] = len(weights)
-    return torch.tensor(weights, dtype=image.dtype, device=image.device).view(view)
 
 
 RESAMPLES: dict[str, Callable[[Question], RowRule | Opaque]] = {

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowtune.graph.constants import Tables
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is, cut
 from rowtune.graph.unvalued import unvalued_shuffle
 from rowtune.rows import Affine, Rows, gather
@@ -246,13 +247,13 @@ def pad(q: Question) -> RowRule | Opaque:
         _reflected(i - top, rows) if mode == "reflect" else min(max(i - top, 0), rows - 1)
         for i in range(out_rows)
     ]
+    tables = Tables()
 
     def run_gather(slab: Slab) -> Tensor:
         image, got = slab.tensors[x], slab.reads[x]
         picked = source[slab.rows.lo : slab.rows.hi]
         if picked != list(range(got.lo, got.hi)):
-            index = torch.tensor([i - got.lo for i in picked], device=image.device)
-            image = image.index_select(dim, index)
+            image = image.index_select(dim, tables.index(tuple(i - got.lo for i in picked), image))
         return others(image)
 
     return RowRule(dim, {x: Read(dim, gather(rows, ((i, i) for i in source)))}, run_gather)

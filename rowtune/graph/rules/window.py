@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowtune.graph.constants import Tables
 from rowtune.graph.graph import replace
 from rowtune.graph.rules.pointwise import along
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab, cut
@@ -251,6 +252,7 @@ def avg_pool(q: Question) -> RowRule | Opaque:
     window, (kernel, stride, padding, _) = _pool_geometry(q, dim, None)
     ceil, counted = bool(q.arg(4, "ceil_mode", False)), bool(q.arg(5, "count_include_pad", True))
     override, i, rows = q.arg(6, "divisor_override", None), dim - 2, q.shape(x)[dim]
+    shares = Tables()
 
     def divisor(row: int) -> int:
         start = row * stride[i] - padding[i]
@@ -264,11 +266,9 @@ def avg_pool(q: Question) -> RowRule | Opaque:
         image = pad_rows(slab.tensors[x], dim, top, bottom)
         extra = (override,) if override is not None else ()
         out = slab.node.target(image, kernel, stride, pad, ceil, counted, *extra)
-        share = [1.0 if override else kernel[i] / divisor(r) for r in range(*slab.rows)]
+        share = tuple(1.0 if override else kernel[i] / divisor(r) for r in range(*slab.rows))
         if any(s != 1.0 for s in share):
-            view = [1] * out.dim()
-            view[dim] = len(share)
-            out = out * torch.tensor(share, dtype=out.dtype, device=out.device).view(view)
+            out = out * shares.column(share, out, dim)
         return out  # type: ignore[no-any-return]
 
     return RowRule(dim, {x: Read(dim, window)}, run)

@@ -1,0 +1,146 @@
+"""Steps on a device without data: nothing that a GPU would have to wait for, and not more launches than there
+were when this was written. No GPU is needed, and nothing is computed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerator import NETS, Numbers, Watch, measured
+from torch import nn
+from torch.utils import backend_registration
+
+import rowtune
+from rowtune.graph.constants import Copies, Tables, zero
+from rowtune.graph.moments import by_deviations, by_one_kernel
+from rowtune.importers.source import TensorSpec
+from rowtune.tune.step import plain_graph
+from rowtune.zoo import build
+
+KNOWN: dict[Any, Any] = {}
+# Launches of a warm step under each plan of accelerator.plans, in order, and implicit copies under all.
+MOST: dict[str, tuple[tuple[int, ...], int]] = {
+    "convnext_tiny": ((290, 290, 332, 356, 356, 356, 356, 356, 354, 550, 356, 356, 356, 377), 37),
+    "deeplabv3plus": ((464, 464, 607, 1455, 1465, 1471, 1446, 1443, 1459, 2548, 1624, 1953, 1658), 56),
+    "densenet121": ((282, 282, 373, 841, 850, 850, 850, 850, 850, 1540, 933, 1042, 4115, 967), 84),
+    "edsr": ((88, 88, 106, 354, 404, 479, 330, 357, 390, 484, 317), 118),
+    "efficientnet_v2_s": ((371, 371, 475, 992, 994, 994, 994, 993, 994, 1765, 1087, 1231, 5541, 1134), 0),
+    "hrnet_w18": ((524, 524, 690, 1632, 1642, 1648, 1623, 1620, 1635, 2909, 1825, 2193, 1854), 1),
+    "mobilenet_v3_large": ((379, 379, 483, 998, 999, 999, 999, 998, 999, 1759, 1090, 1219, 5472, 1133), 0),
+    "per_pixel": ((60, 60, 71, 127, 154, 179, 138, 144, 153, 109, 144), 45),
+    "resnet50": ((348, 348, 454, 1051, 1051, 1051, 1051, 1051, 1051, 1912, 1145, 1242, 5206, 1193), 119),
+    "unet": ((196, 196, 236, 411, 353, 381, 325, 369, 367, 361, 489), 68),
+    "unet3d": ((251, 251, 308, 866, 888, 987, 874, 897, 944, 1029, 1133, 1305, 2415, 1058), 122),
+    "unet_bn": ((208, 208, 269, 809, 833, 928, 828, 839, 882, 1022, 1034, 1171, 2041, 943), 161),
+    "vgg16": ((188, 188, 227, 240, 240, 240, 240, 240, 240, 370, 240, 240, 240, 263), 0),
+    "vgg16_features": ((148, 148, 181, 186, 186, 183, 183, 183, 183, 278, 204), 0),
+}
+
+
+@pytest.mark.parametrize("network", NETS)
+def test_a_warm_step_waits_for_nothing(network):
+    launches, copies = [], 0
+    for found in measured(network, KNOWN):
+        assert not found.faults, (found.plan, found.faults)
+        launches.append(found.launches)
+        copies += found.copies
+    most, most_copies = MOST[network]
+    assert len(launches) == len(most)
+    assert all(now <= then for now, then in zip(launches, most, strict=True)), launches
+    assert copies <= most_copies
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch cannot name a device",
+)
+def test_an_accelerator_in_name_agrees():
+    """PyTorch's own checks of devices, and its checkpoint, on a device that it takes for an accelerator."""
+    wanted = ["unet_bn:cache", "resnet50:checkpoint", "per_pixel:replay", "per_pixel:turns"]
+    script = Path(__file__).with_name("accelerator.py")
+    done = subprocess.run([sys.executable, str(script), *wanted], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f"{f['network']}:{f['plan']}" for f in found] == wanted
+    assert not [f for f in found if f["faults"]]
+
+
+def test_what_an_accelerator_would_wait_for_is_seen():
+    """Guards the tests above."""
+    x = torch.empty(2, 3, device="meta")
+
+    def faults(run: Any) -> list[str]:
+        watch = Watch("meta", {})
+        with Numbers(watch), watch:
+            try:
+                run()
+            except (RuntimeError, NotImplementedError):
+                assert watch.faults
+        return [*watch.faults]
+
+    assert not faults(lambda: (x + 1.0).sum() * x.new_zeros(()) + torch.ones(()))
+    for run in (
+        lambda: x.sum().item(), lambda: bool(x.any()), lambda: torch.ones(3).to("meta"), lambda: x.to("cpu"),
+        lambda: torch.tensor([1.0], device="meta"), lambda: x[[0, 1]], lambda: x.copy_(torch.ones(3)),
+        lambda: x[torch.tensor([0])], lambda: x.nonzero(),
+    ):  # fmt: skip
+        assert faults(run)
+
+
+@pytest.mark.parametrize("network", ["vgg16", "resnet50", "unet_bn", "convnext_tiny"])
+def test_a_network_is_traced_on_its_own_device(network):
+    options, size = NETS[network]
+    specs = [TensorSpec("x", (2, 3, *size))]
+    here, there = build(network, **options), build(network, **options).to("meta")
+    assert plain_graph(there, specs).fingerprint == plain_graph(here, specs).fingerprint
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 6, 7), (3, 2, 4, 3, 2)])
+def test_statistics_by_one_kernel_are_those_by_deviations(shape):
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 100
+    dims = (0, *range(2, len(shape)))
+    count = x.numel() // shape[1]
+    one, other = by_one_kernel(x, dims, count), by_deviations(x, dims, count)
+    assert one.dtype == other.dtype == torch.float64
+    assert torch.allclose(one, other, rtol=1e-12)
+    assert torch.allclose(by_one_kernel(x.float(), dims, count), other, rtol=1e-4)
+
+
+def test_constants_are_made_once_and_never_for_a_tracer():
+    tables, like = Tables(), torch.empty(2, 3)
+    with torch.inference_mode():
+        first = tables.column((1.0, 2.0), like, 0)
+    assert tables.column((1.0, 2.0), like, 0) is first and first.shape == (2, 1) and not first.is_inference()
+    assert tables.column((1.0, 2.0), like.double(), 0).dtype == torch.float64
+    with torch._subclasses.FakeTensorMode() as mode:
+        traced = tables.index((0, 1), mode.from_tensor(like))
+        assert isinstance(traced, torch._subclasses.FakeTensor)
+        assert isinstance(zero(mode.from_tensor(like)), torch._subclasses.FakeTensor)
+    assert tables.index((0, 1), like).tolist() == [0, 1]
+    assert zero(like) is zero(like) and float(zero(like, torch.float64)) == 0.0
+
+
+def test_class_weights_that_change_are_copied_again():
+    weights = torch.ones(3)
+    copies, like = Copies(weights), torch.empty(1)
+    first = copies.like(like, torch.float64)
+    assert copies.like(like, torch.float64) is first
+    weights.mul_(2)
+    assert copies.like(like, torch.float64).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_cumulative_average_reads_no_counter():
+    """momentum=None: the factor is one over the number of batches, which is on the device."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)).to("meta")
+    x = torch.empty(2, 3, 9, 9, device="meta")
+    module = rowtune.apply(net, rowtune.uniform_plan(rowtune.trace(net, (x,)), "rows", 3))
+    module(x).sum().backward()
+    watch = Watch("meta", {})
+    with Numbers(watch), watch:
+        module(x).sum().backward()
+    assert not watch.faults
