@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rowtune
+from rowtune.cost.estimate import estimate
 from rowtune.cost.memory import Cost, predict
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
@@ -134,6 +135,21 @@ def test_random_plans():
     for name in SAMPLED:
         sizes = [bench(name).predict(plan).activation_bytes for n, plan in found if n == name]
         assert min(sizes) < 0.7 * max(sizes)
+
+
+def test_plans_that_run_alike_are_known_for_it():
+    """How tapes are made says nothing where every band is on its own; heights end at the image's."""
+    made = bench("unet_bn")
+
+    def program(band: int, halo: str, tapes: str) -> str:
+        plan = rowtune.uniform_plan(made.training, "rows", band, halo, tapes=tapes)
+        return estimate(made.training, plan).program
+
+    for halo in ("recompute", "cache"):
+        assert len({program(32, halo, tapes) for tapes in ("split", "whole", "late")}) == 1
+    assert len({program(32, "sweep", tapes) for tapes in ("split", "whole", "late")}) == 3
+    assert program(512, "recompute", "split") == program(256, "recompute", "split")
+    assert program(16, "recompute", "split") != program(32, "recompute", "split")
 
 
 @pytest.mark.parametrize("name", [*NETS, *MORE])

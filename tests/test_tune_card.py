@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from simulated_card import Card, insert
+from torch import nn
 
 from rowtune.cost.estimate import estimate
 from rowtune.importers.source import parse_source
@@ -13,10 +17,12 @@ from rowtune.plan.space import space
 from rowtune.plan.uniform import uniform_plan
 from rowtune.tune.find import state_bytes
 from rowtune.tune.measure import Bench
+from rowtune.tune.meter import measure_memory
 from rowtune.tune.records import RecordFile
 from rowtune.tune.reference import plain_peak
 from rowtune.tune.step import Workload, define
-from rowtune.tune.study import Task, search
+from rowtune.tune.study import search
+from rowtune.tune.task import Task
 from rowtune.tune.train import Options, train
 
 
@@ -81,3 +87,52 @@ def test_a_plan_that_cannot_win_is_left_after_one_step() -> None:
     assert slow.status == "slow" and slow.peak_bytes is None and (slow.step_seconds or 0) > 0
     assert (slow.max_relative_error or 0) < 1e-3
     assert bench.measure(plan).status == "ok"
+
+
+def test_the_context_is_warm_before_it_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are part of the context once they are loaded: by a warm-up, by the plan's check, and
+    by its first step in training, after which the cap is set again."""
+    said: list[Any] = []
+    for place in ("measure", "train"):
+        monkeypatch.setattr(f"rowtune.tune.{place}.warm_up", lambda device: said.append("warm"))
+        monkeypatch.setattr(f"rowtune.tune.{place}.cap_memory", lambda device, limit: said.append(limit))
+    work = workload()
+    plan = uniform_plan(work.graph, "rows", 8)
+    bench = Bench(work.problem, 10**9, work)
+    checked = bench.check
+
+    def check(plan: Plan, dtype: Any = None) -> Any:
+        said.append("check")
+        return checked(plan, dtype)
+
+    monkeypatch.setattr(bench, "check", check)
+    assert bench.measure(plan).status == "ok"
+    assert said == ["warm", "check", 10**9, None]
+    said.clear()
+    file = PlanFile(work.problem, work.graph.fingerprint, 10**9, plan, {}, {})
+    train(file, work, Options(steps=3), lambda report: said.append(report.step))
+    assert said == ["warm", 10**9, 1, 10**9, 2, 3]
+
+
+def test_a_card_is_metered_over_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the allocator holds in reserve may still grow after the first; the context counts as well."""
+    steps: list[int] = []
+    reserved = [100, 300, 200]
+    cuda = {
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda *_: steps.clear(),
+        "memory_allocated": lambda *_: 10,
+        "max_memory_allocated": lambda *_: 90,
+        "max_memory_reserved": lambda *_: max(reserved[: len(steps)]),
+        "memory_reserved": lambda *_: 50,
+        "mem_get_info": lambda *_: (1000, 2000),
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", function)
+    monkeypatch.setattr("rowtune.tune.device.torch.zeros", lambda *_, **__: None)
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    memory = measure_memory(lambda: steps.append(1), module, optimizer, [], "cuda:0")
+    assert len(steps) == 3 and memory.allocator_peak_bytes == 90
+    assert memory.peak_bytes == 300 + (2000 - 1000 - 50)

@@ -16,7 +16,8 @@ from rowtune.tune.infeasible import round_up
 from rowtune.tune.measurement import Contender, Measurement, Timing
 from rowtune.tune.records import RecordFile, digest
 from rowtune.tune.sizes import parse_size
-from rowtune.tune.study import Interrupted, Progress, SearchResult, Task, search
+from rowtune.tune.study import Interrupted, search
+from rowtune.tune.task import Progress, SearchResult, Task
 
 BANDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -59,6 +60,7 @@ class Cost:
     peak_bytes: int
     seconds: float
     peak_at: str = "conv7"
+    program: str = ""
 
 
 class Bench:
@@ -119,6 +121,20 @@ def test_no_plan_is_measured_twice_and_the_winner_once_more() -> None:
     assert len(quick) == len(set(quick)) == result.measured == 25
     assert bench.runs("full") == [result.best.digest] and result.best.effort == "full"
     assert bench.asked[0] == ("plain", "quick") and bench.asked.count(("plain", "quick")) == 1
+
+
+def test_plans_that_run_alike_are_measured_once() -> None:
+    """Nothing but the larger band decides what runs."""
+
+    def predict(plan: Plan) -> Cost:
+        bands = sorted(s.band_rows for s in plan.segments)
+        return Cost(true_peak(plan), true_seconds(plan), program=str(bands))
+
+    bench = Bench()
+    result = search(task(bench, predict=predict, trials=60, limit=500_000))
+    measured = [Plan.from_dict(dict(r.decisions or {})) for r in result.records if r.ok]
+    programs = [tuple(sorted(s.band_rows for s in plan.segments)) for plan in measured]
+    assert len(programs) == len(set(programs)) > 8
 
 
 def test_what_is_predicted_far_over_the_budget_is_recorded_and_not_run() -> None:

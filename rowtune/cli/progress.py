@@ -16,7 +16,7 @@ from rowtune.cli.screen import BAD, GOOD, SOFT, Screen, plain_table
 
 if TYPE_CHECKING:
     from rowtune.tune.records import Record
-    from rowtune.tune.study import Progress
+    from rowtune.tune.task import Progress
     from rowtune.tune.train import StepReport
 
 STATUS_STYLE = {"ok": GOOD, "over": "yellow", "slow": SOFT, "rejected": SOFT}

@@ -17,7 +17,7 @@ from rowtune.cost.profile import key_of, profiles
 from rowtune.cost.tape import Bytes, TapeSizes, backward, forward
 from rowtune.cost.time import seconds
 from rowtune.graph.graph import Node
-from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.program import Program, SegmentProgram, identity
 
 Env = dict[str, int]
 """Blocks by name."""
@@ -26,12 +26,13 @@ Env = dict[str, int]
 @dataclass(frozen=True)
 class Cost:
     """`activation_bytes` leaves out parameters, gradients and optimizer state; `peak_at` names the segment
-    whose forward or backward sets the peak."""
+    whose forward or backward sets the peak. Plans of one graph that run alike have the same `program`."""
 
     peak_bytes: int
     activation_bytes: int
     seconds: float
     peak_at: str
+    program: str = ""
 
 
 def predict(program: Program, optimizer_slots: int = 1) -> Cost:
@@ -44,7 +45,7 @@ def predict(program: Program, optimizer_slots: int = 1) -> Cost:
     step = _Step(program, optimizer_slots)
     step.run()
     heap = step.heap
-    return Cost(heap.peak, heap.peak_activations, seconds(program), heap.peak_at)
+    return Cost(heap.peak, heap.peak_activations, seconds(program), heap.peak_at, identity(program))
 
 
 class _Step:

@@ -5,8 +5,9 @@ The runtime executes it and the predictor adds up its sizes, so both speak of th
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch
@@ -161,3 +162,27 @@ class Program:
     segments: tuple[SegmentProgram, ...]
     drops: tuple[tuple[str, ...], ...]
     """Per segment: the activations that no later segment reads."""
+
+
+def identity(program: Program) -> str:
+    """Plans of one graph whose programs run alike, whatever the plans say, have this in common."""
+    return hashlib.sha256(repr([_steps(s) for s in program.segments]).encode()).hexdigest()[:16]
+
+
+def _steps(segment: SegmentProgram) -> Any:
+    """All that decides what a segment runs and keeps."""
+    nodes = (segment.part.start, segment.part.stop, [node.name for node in segment.part.nodes])
+    finishes = [finish[:2] for finish in segment.finishes]
+    if segment.inner:
+        return "checkpoint", nodes, finishes, [_steps(inner) for inner in segment.inner]
+    if segment.passes is not None:
+        streamed = segment.passes.forward, segment.passes.backward
+        return "passes", nodes, finishes, [[_steps(one) for one in way] for way in streamed]
+    if segment.banded is None:
+        return segment.decision.policy, nodes, finishes
+    run = segment.banded
+    groups = [([node.name for node in g.nodes], g.replay) for g in run.groups]
+    pieces = [(p.group, p.outputs, sorted(p.ranges.items())) for p in run.pieces]
+    repeat = run.repeat and (run.repeat.more, sorted(run.repeat.pieces), run.repeat.stashes)
+    order = (run.forward, run.backward, run.image_ranges, run.single_sweep)
+    return nodes, finishes, groups, pieces, order, repeat, sorted(run.spared), sorted(run.unread)

@@ -9,6 +9,7 @@ verify    gradients of a plan against the plain network
 measure   verify, time and meter one plan
 worker    the process that measures; supervisor: its parent's side
 records   what was measured, appended to a file
+task      what a search is given, says and returns
 study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits
 find      workload + budget -> plan file
 output    may it be written, and where else when the disk is full

@@ -20,8 +20,9 @@ from rowtune.tune.records import Record, RecordFile
 from rowtune.tune.reference import plain_peak
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.step import Workload
-from rowtune.tune.study import Progress, SearchResult, Task, search
+from rowtune.tune.study import search
 from rowtune.tune.supervisor import Worker
+from rowtune.tune.task import Progress, SearchResult, Task
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rowtune.tune.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rowtune.tune.records import Record
-    from rowtune.tune.study import Task
+    from rowtune.tune.task import Task
 
 
 def infeasible(task: Task, overhead: int, out_of_time: bool) -> RowtuneError:

@@ -49,6 +49,7 @@ class Record:
     cpu_seconds: float | None = None
     alloc_retries: int | None = None
     threads: int = 0
+    program: str = ""
 
     @property
     def ok(self) -> bool:

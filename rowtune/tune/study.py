@@ -11,10 +11,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import optuna
 
@@ -22,9 +22,10 @@ from rowtune.errors import RowtuneError
 from rowtune.plan.plan import Plan
 from rowtune.tune.finals import finals
 from rowtune.tune.infeasible import infeasible
-from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
-from rowtune.tune.records import PLAIN, Record, RecordFile, digest, front
+from rowtune.tune.measurement import Effort
+from rowtune.tune.records import PLAIN, Record, digest, front
 from rowtune.tune.sizes import format_bytes
+from rowtune.tune.task import Progress, SearchResult, Task
 
 # A plan whose first warm step takes this much longer than the best one's cannot win.
 HOPELESS = 1.5
@@ -32,73 +33,6 @@ HOPELESS = 1.5
 PATIENCE = 60
 # Plans drawn and predicted before the first trial, and how many of them are tried first.
 WARM_DRAWS, WARM_TRIALS = 200, 6
-
-
-class Space(Protocol):
-    """A fixed tuple of categorical knobs, and the plan that their values stand for."""
-
-    @property
-    def knobs(self) -> Sequence[Any]: ...
-
-    def plan(self, values: dict[str, Any]) -> Plan: ...
-
-    def guesses(self) -> Sequence[dict[str, Any]]: ...
-
-
-class Costs(Protocol):
-    @property
-    def peak_bytes(self) -> int: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    @property
-    def peak_at(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Shown while searching: after each trial, and (record None) when one begins to run."""
-
-    measured: int
-    trials: int
-    seconds: float
-    record: Record | None
-    best: Record | None
-    running: str = ""
-
-
-@dataclass(frozen=True)
-class Task:
-    """All that a search needs. `limit` is the budget in bytes less what is reserved; `trials` counts plans
-    measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
-    than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try."""
-
-    space: Space
-    predict: Callable[[Plan], Costs]
-    measure: Callable[[Plan | None, Effort, float, float], Measurement]
-    records: RecordFile
-    limit: int
-    overhead: Callable[[], int] = lambda: 0
-    race: Callable[[Sequence[Contender], int, float], list[Timing | None]] | None = None
-    threads: tuple[int, ...] = ()
-    trials: int = 40
-    timeout: float = math.inf
-    trial_timeout: float = 1800.0
-    seed: int = 0
-    progress: Callable[[Progress], None] = field(default=lambda _: None)
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The winner and the evidence. `plain` is None where plain PyTorch could not be measured."""
-
-    best: Record
-    front: tuple[Record, ...]
-    plain: Record | None
-    records: tuple[Record, ...]
-    measured: int
-    interrupted: bool = False
 
 
 class Interrupted(Exception):
@@ -256,6 +190,11 @@ class Search:
             record = self._try(plan, dict(trial.params))
             if record is None:
                 return
+            if record.digest != digest(plan):  # another plan that runs alike
+                idle += 1
+                self._tell(trial, record)
+                self._shake(idle)
+                continue
             idle = idle + 1 if record.status == "rejected" else 0
             self.task.records.append(record)
             self._tell(trial, record)
@@ -270,7 +209,7 @@ class Search:
         seen = self.task.records.latest().get(digest(plan))
         if seen is None or not self._current(seen):
             record = self._try(plan, candidate.values)
-            if record is not None:
+            if record is not None and record.digest == digest(plan):
                 self.task.records.append(record)
                 self.say(record)
 
@@ -280,7 +219,8 @@ class Search:
             self.study.enqueue_trial(self._random_setting())
 
     def _try(self, plan: Plan, values: dict[str, Any]) -> Record | None:
-        """The record of a plan not seen before; None where time ran out in the middle of it."""
+        """The record of a plan not seen before, or of one whose program runs alike; None where time ran out
+        in the middle of it."""
         record = Record(digest(plan), "rejected", values=values, decisions=plan.to_dict())
         try:
             cost = self.task.predict(plan)
@@ -289,12 +229,24 @@ class Search:
         except Exception as error:  # one plan that cannot be predicted must not cost the search
             return replace(record, status="crash", reason=f"prediction: {type(error).__name__}: {error}")
         record = replace(
-            record, predicted_bytes=cost.peak_bytes, predicted_seconds=cost.seconds, peak_at=cost.peak_at
+            record,
+            predicted_bytes=cost.peak_bytes,
+            predicted_seconds=cost.seconds,
+            peak_at=cost.peak_at,
+            program=cost.program,
         )
+        twin = self._twin(cost.program)
+        if twin is not None:
+            return twin
         if cost.peak_bytes > self._most():
             return replace(record, reason=f"predicted {format_bytes(cost.peak_bytes)}, over the budget")
         self.say(None, f"predicted {format_bytes(cost.peak_bytes)}")
         return self._measure(plan, record, "quick")
+
+    def _twin(self, program: str) -> Record | None:
+        """What was measured of the same program under another plan."""
+        seen = self.task.records.latest().values()
+        return next((r for r in seen if r.program == program != "" and self._current(r)), None)
 
     def _measure(self, plan: Plan | None, record: Record, effort: Effort) -> Record | None:
         start = time.monotonic()

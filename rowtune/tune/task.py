@@ -1,0 +1,82 @@
+"""What a search is given, what it says while it runs, and what it returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rowtune.plan.plan import Plan
+from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
+from rowtune.tune.records import Record, RecordFile
+
+
+class Space(Protocol):
+    """A fixed tuple of categorical knobs, and the plan that their values stand for."""
+
+    @property
+    def knobs(self) -> Sequence[Any]: ...
+
+    def plan(self, values: dict[str, Any]) -> Plan: ...
+
+    def guesses(self) -> Sequence[dict[str, Any]]: ...
+
+
+class Costs(Protocol):
+    @property
+    def peak_bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def peak_at(self) -> str: ...
+
+    @property
+    def program(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Shown while searching: after each trial, and (record None) when one begins to run."""
+
+    measured: int
+    trials: int
+    seconds: float
+    record: Record | None
+    best: Record | None
+    running: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a search needs. `limit` is the budget in bytes less what is reserved; `trials` counts plans
+    measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
+    than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try."""
+
+    space: Space
+    predict: Callable[[Plan], Costs]
+    measure: Callable[[Plan | None, Effort, float, float], Measurement]
+    records: RecordFile
+    limit: int
+    overhead: Callable[[], int] = lambda: 0
+    race: Callable[[Sequence[Contender], int, float], list[Timing | None]] | None = None
+    threads: tuple[int, ...] = ()
+    trials: int = 40
+    timeout: float = math.inf
+    trial_timeout: float = 1800.0
+    seed: int = 0
+    progress: Callable[[Progress], None] = field(default=lambda _: None)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The winner and the evidence. `plain` is None where plain PyTorch could not be measured."""
+
+    best: Record
+    front: tuple[Record, ...]
+    plain: Record | None
+    records: tuple[Record, ...]
+    measured: int
+    interrupted: bool = False
