@@ -129,10 +129,14 @@ def test_report_survives_damaged_records(folder: Path) -> None:
 def test_a_record_that_cannot_be_written_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = RecordFile(tmp_path / "r.jsonl", {"study": 1})
-    monkeypatch.setattr("builtins.open", full)
-    file.append(Record("a", "ok", peak_bytes=1, step_seconds=1.0))
+    path = tmp_path / "r.jsonl"
+    file = RecordFile(path, {"study": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)  # the line may be there in part
+        file.append(Record("a", "ok", peak_bytes=1, step_seconds=1.0))
     assert [r.digest for r in file.records] == ["a"] and "No space left" in file.unwritten
+    file.append(Record("b", "ok", peak_bytes=1, step_seconds=1.0))
+    assert [r.digest for r in RecordFile(path, {"study": 1}).records] == ["b"]
 
 
 def test_a_budget_below_the_state_is_refused_before_any_trial(folder: Path) -> None:

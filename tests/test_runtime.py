@@ -949,3 +949,71 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     for found in torch.load(tmp_path / "gradients.pt"):
         for name, parameter in model.named_parameters():
             assert close(found[name], parameter.grad), name
+
+
+class Masked(nn.Module):
+    """A constant written through a view, beside ones of the same kind: names must not meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+
+    def forward(self, x):
+        a = torch.zeros(1, 1, 12, 6, dtype=x.dtype)
+        a[:, :, :8] = 1
+        b = torch.zeros(1, 1, 12, 6, dtype=x.dtype)
+        c = torch.zeros(1, 1, 12, 6, dtype=x.dtype)
+        return self.conv(x) * (a + 1) + b + c
+
+
+class Averaged(nn.Module):
+    """A buffer that is copied into, and read after that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.register_buffer("ema", torch.zeros(1, 2, 1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        self.ema.copy_(x.detach().mean((0, 2, 3), keepdim=True) * 0.1 + self.ema * 0.9)
+        return self.conv(x * 2 - self.ema).relu()
+
+
+@pytest.mark.parametrize("kind", [Masked, Averaged])
+@pytest.mark.parametrize("barriers", ["store", "recompute", "narrow", "passes"])
+def test_constants_and_copied_buffers(kind, barriers):
+    torch.manual_seed(0)
+    plain, model = kind().double(), kind().double()
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 2, 12, 6, dtype=torch.float64)
+    graph = rowtune.trace(model, (x,))
+    module = rowtune.apply(model, rowtune.uniform_plan(graph, "rows", 4, barriers=barriers))
+    for _ in range(2):
+        expected, got = plain(x), module(x)
+        assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+        expected.square().sum().backward()
+        got.square().sum().backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+    assert all(torch.allclose(a, b) for a, b in zip(plain.buffers(), model.buffers(), strict=True))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.c(y), self.b(y).mean((2, 3))
+
+
+def test_a_single_sweep_hands_out_reductions_as_well():
+    model = TwoHeads()
+    x, target = torch.randn(1, 2, 12, 6), torch.zeros(1, 12, 6, dtype=torch.long)
+    graph = with_loss(rowtune.trace(model, (x,)), parse("cross_entropy"))
+    module = rowtune.apply(model, rowtune.uniform_plan(graph, "rows", 4), "cross_entropy")
+    loss, (_, pooled) = module(x, targets=target, outputs=True)
+    assert torch.allclose(pooled, model(x)[1], atol=1e-6)
+    loss.backward()
+    assert model.c.weight.grad is not None

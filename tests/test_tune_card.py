@@ -133,6 +133,8 @@ def test_a_card_is_metered_over_several_steps(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("rowtune.tune.device.torch.zeros", lambda *_, **__: None)
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    memory = measure_memory(lambda: steps.append(1), module, optimizer, [], "cuda:0")
+    memory = measure_memory(lambda: steps.append(1), module, optimizer, [], "cuda:0", steps=3)
     assert len(steps) == 3 and memory.allocator_peak_bytes == 90
     assert memory.peak_bytes == 300 + (2000 - 1000 - 50)
+    assert measure_memory(lambda: steps.append(1), module, optimizer, [], "cuda:0").peak_bytes == 100 + 950
+    assert len(steps) == 1  # a training step is taken once

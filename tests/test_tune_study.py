@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -247,6 +248,47 @@ def test_the_budget_advised_works_with_the_same_records(
     advised = parse_size(str(refused.value).partition("--budget ")[2].partition(" ")[0])
     result = search(task(Bench(), limit=advised, path=path, trials=2, space=Blind(), seed=4))
     assert (result.best.peak_bytes or 0) <= advised
+
+
+def test_the_advice_is_corrected_and_keeps_the_reserve() -> None:
+    """Measured is a fifth more than predicted: a budget by the bare prediction would fail again."""
+    low = lambda plan: Cost(int(true_peak(plan) / 1.2), true_seconds(plan))  # noqa: E731
+    with pytest.raises(InfeasibleError) as refused:
+        search(task(Bench(), limit=11_000, reserve=5_000, predict=low, trials=3))
+    advised = parse_size(str(refused.value).partition("--budget ")[2].partition(" ")[0])
+    assert 12_000 + 5_000 <= advised < 12_500 + 5_000
+
+
+def test_out_of_memory_under_one_budget_is_open_under_a_larger(tmp_path: Path) -> None:
+    def cramped(plan: Plan, n: int) -> Measurement | None:
+        return Measurement("oom", "CUDA out of memory")
+
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(InfeasibleError):
+        search(task(Bench(cramped), limit=20_000, path=path, trials=3))
+    again = Bench()
+    result = search(task(again, limit=40_000, path=path, trials=8))
+    before = [json.loads(line)["digest"] for line in path.read_text().splitlines()[1:] if '"oom"' in line]
+    assert result.best.ok and set(before) & set(again.runs("quick"))
+
+
+def test_what_the_allocator_reserved_under_a_wide_cap_is_no_verdict_under_a_tight_one(tmp_path: Path) -> None:
+    class Greedy(Bench):
+        reserve = 100_000
+
+        def __call__(self, plan: Plan | None, effort: str, timeout: float, worth: float) -> Measurement:
+            made = super().__call__(plan, effort, timeout, worth)
+            peak = made.peak_bytes or 0
+            return replace(made, peak_bytes=peak + self.reserve, allocator_peak_bytes=peak, alloc_retries=0)
+
+    path = tmp_path / "r.jsonl"
+    wide = search(task(Greedy(), limit=500_000, path=path, trials=10))
+    assert (wide.best.peak_bytes or 0) > 50_000
+    tight = Greedy()
+    tight.reserve = 0
+    result = search(task(tight, limit=50_000, path=path, trials=20))
+    known = {r.digest for r in wide.records if r.ok and (r.allocator_peak_bytes or 0) <= 50_000}
+    assert (result.best.peak_bytes or 0) <= 50_000 and known & set(tight.runs("quick"))
 
 
 def test_no_trial_goes_to_a_plan_predicted_over_the_budget() -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,27 @@ def test_the_first_step_is_never_the_step_time(work: tuple[Workload, Path], work
     finally:
         work[1].unlink()
     assert made.status == "ok" and (made.step_seconds or 9) < 2.0
+
+
+def test_a_timeout_that_is_over_is_one(work: tuple[Workload, Path], worker: Worker) -> None:
+    assert worker.measure(None, timeout=-1.0).status == "timeout"
+    assert worker.measure(None).status == "ok"
+
+
+def test_after_a_crash_on_a_card_the_next_trial_gets_a_process_of_its_own(
+    work: tuple[Workload, Path], worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.open()
+    starts = worker.starts
+    work[1].write_text("raise")
+    try:
+        assert worker.measure(None).status == "crash" and worker._process is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_problem", replace(work[0].problem, device="cuda:0"))
+            assert worker.measure(None).status == "crash" and worker._process is None
+    finally:
+        work[1].unlink()
+    assert worker.measure(None).status == "ok" and worker.starts == starts + 1
 
 
 def test_measuring_does_not_change_what_is_measured(work: tuple[Workload, Path], worker: Worker) -> None:

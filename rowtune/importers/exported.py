@@ -158,7 +158,7 @@ class _Reader:
     def _as_it_is_now(self, name: str) -> Ref:
         """A tensor that ran at import, as a constant: it may be written to later."""
         made: Tensor = self.real[name]
-        constant = f"{name}_{made._version}" if made._version else name
+        constant = f"{name}@{made._version}" if made._version else name  # no exported name holds an @
         if constant not in self.values:
             self.constants[constant] = made.clone()
             self.values[constant] = Value(constant, "constant", tuple(made.shape), made.dtype, "@")
@@ -255,10 +255,18 @@ class _Reader:
         else:
             twin = functional(node.target, op)
             args = completed(node.target, twin, args, kwargs)
+        if op == "copy_" and self._alike(node.args[1], node):  # aten.copy has no derivative
+            op, twin, args, kwargs = "clone", torch.ops.aten.clone.default, (args[1],), {}
         self._append(node, op.rstrip("_"), twin, args, kwargs, "")
         self._mutate(current, node.name)
         self.versions[node.name] = buffer
         self._keep(buffer, node.name, node.meta["val"])
+
+    @staticmethod
+    def _alike(source: Any, node: Any) -> bool:
+        """Whether a copy is of the same sizes and type as what it is copied into."""
+        fake, made = getattr(source, "meta", {}).get("val"), node.meta["val"]
+        return isinstance(fake, Tensor) and fake.shape == made.shape and fake.dtype == made.dtype
 
     def _keep(self, buffer: str, name: str, fake: Any) -> None:
         """A value goes into a buffer."""

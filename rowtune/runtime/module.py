@@ -176,7 +176,7 @@ class RowtuneModule(nn.Module):
             raise UsageError(
                 f"the loss {self.loss.name} on an output of shape "
                 f"{tuple(graph.values[graph.loss_output].shape)} needs targets of shape {value.shape}, "
-                f"not {tuple(targets.shape)}"
+                f"not {tuple(targets.shape)}; a function (output, target) as the loss takes any targets"
             )
 
 

@@ -80,8 +80,8 @@ class Sums:
         """Gradients for `scale` times a loss that is linear in its sums, before they are known."""
         leaves = self._leaves({n: self._zeros(n) for n in self.program.sums})
         made = self._run(leaves, self._pure())
-        found = torch.autograd.grad(made[loss], list(leaves.values()))
-        self.gradients = {n: g * scale for n, g in zip(leaves, found, strict=True)}
+        found = torch.autograd.grad(made[loss], list(leaves.values()), allow_unused=True)
+        self.gradients = {n: g * scale for n, g in zip(leaves, found, strict=True) if g is not None}
 
     def backward(self, grads: Mapping[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
         """Gradients of the reductions for these of the segment's outputs; returns those of weights and inputs

@@ -122,6 +122,7 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
                 measure=worker.measure,
                 records=records,
                 limit=limit,
+                reserve=request.reserve,
                 overhead=lambda: 0 if cpu else worker.overhead_bytes,
                 race=worker.race,
                 threads=(1,) if cpu and torch.get_num_threads() > 1 else (),

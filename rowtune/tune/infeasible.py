@@ -10,14 +10,15 @@ from rowtune.tune.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rowtune.tune.records import Record
-    from rowtune.tune.task import Task
+    from rowtune.tune.study import Search
 
 
-def infeasible(task: Task, overhead: int, out_of_time: bool) -> RowtuneError:
+def infeasible(search: Search) -> RowtuneError:
     """Why nothing fits: the least budget that any plan looked at would need."""
+    task = search.task
     seen = task.records.latest().values()
-    known = [(size, r) for r in seen if (size := _needs(r, overhead))]
-    if not known and out_of_time:
+    known = [(size, r) for r in seen if (size := _needs(r, search))]
+    if not known and search.left() <= 0:
         return UsageError(f"--timeout {task.timeout:.0f} ended before one plan was measured; give more time")
     failed = [r for r in seen if r.status not in ("ok", "slow", "rejected")]
     if not known or (failed and not any(r.ok for r in seen)):
@@ -29,18 +30,19 @@ def infeasible(task: Task, overhead: int, out_of_time: bool) -> RowtuneError:
     size, record = min(known, key=lambda item: item[0])
     how = "measured" if record.ok else "predicted"
     where = f", set by {record.peak_at}" if record.peak_at else ""
+    advised = round_up(max(size, task.limit) + task.reserve)
     return InfeasibleError(
         f"no plan fits {format_bytes(task.limit)}: of {len(known)} plans the smallest needs "
-        f"{format_bytes(size)} ({how}{where}); give --budget {round_up(size)} or a smaller --shape"
+        f"{format_bytes(size)} ({how}{where}); give --budget {advised} or a smaller --shape"
     )
 
 
-def _needs(record: Record, overhead: int) -> int | None:
-    """Bytes, where they are known; `overhead` is what the device takes beside tensors."""
+def _needs(record: Record, search: Search) -> int | None:
+    """Bytes, where they are known: measured, or predicted and corrected as the search itself does."""
     if record.ok:
         return record.peak_bytes
     predicted = record.predicted_bytes if record.status in ("rejected", "slow") else None
-    return predicted + overhead if predicted else None
+    return math.ceil(predicted * search.correction()) + search.overhead if predicted else None
 
 
 def round_up(size: int) -> str:

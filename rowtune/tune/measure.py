@@ -29,7 +29,8 @@ from rowtune.tune.reference import places
 from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, run_step
 from rowtune.tune.verify import Check, Verifier
 
-# Seconds of timed steps, and the most of them.
+# Steps that a card is metered over; seconds of timed steps, and the most of them.
+METERED = 3
 TIME_BOX: dict[str, tuple[float, int]] = {"quick": (3.0, 5), "full": (10.0, 15)}
 
 
@@ -133,7 +134,10 @@ class Bench:
             return Measurement("slow", reason, step_seconds=first.seconds, max_relative_error=error)
         timing = _median([first, *time_steps(step, self.device, *TIME_BOX[effort], first.seconds)])
         full = effort == "full"
-        memory = measure_memory(step, self.module, optimizer, (*inputs, target), self.device, allocator=full)
+        batch = (*inputs, target)
+        memory = measure_memory(
+            step, self.module, optimizer, batch, self.device, allocator=full, steps=METERED
+        )
         found = None if retries is None else (_retries(self.device) or 0) - retries
         return Measurement("ok", "", *memory, timing.seconds, error, timing.cpu_seconds, found)
 

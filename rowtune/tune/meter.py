@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDA_STEPS = 3
-
 
 class Memory(NamedTuple):
     """Peaks of one training step. `allocator_peak_bytes` includes kernel temporaries, None where unknown."""
@@ -118,16 +116,17 @@ def measure_memory(
     device: str,
     *,
     allocator: bool = False,
+    steps: int = 1,
 ) -> Memory:
-    """Peaks of one call of `step`, which must have been called before (optimizer state exists).
+    """Peaks of a call of `step`, which must have been called before (optimizer state exists).
 
-    On CUDA all three come from the allocator and the context, over a few steps, since what the allocator has
-    in reserve may still grow; on the CPU the allocator's peak costs a second step and is measured only where
-    asked for.
+    On CUDA all three come from the allocator and the context, over as many `steps` as asked for, since what
+    the allocator has in reserve may still grow; on the CPU the allocator's peak costs a second step and is
+    measured only where asked for.
     """
     batch = list(batch)
     if device.startswith("cuda"):
-        return _cuda(step, module, optimizer, device)
+        return _cuda(step, module, optimizer, device, steps)
     optimizer.zero_grad(set_to_none=True)
     meter = LiveMeter(device)
     meter.start([*batch, *state_tensors(module, optimizer)], state_tensors(module, optimizer))
@@ -158,7 +157,7 @@ def allocator_peak(step: Callable[[], object]) -> int:
 
 
 def _cuda(
-    step: Callable[[], object], module: nn.Module, optimizer: torch.optim.Optimizer, device: str
+    step: Callable[[], object], module: nn.Module, optimizer: torch.optim.Optimizer, device: str, steps: int
 ) -> Memory:
     from rowtune.tune.device import context_bytes, release, synchronize
 
@@ -167,7 +166,7 @@ def _cuda(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fixed = sum(t.untyped_storage().nbytes() for t in state_tensors(module, optimizer) if t.is_cuda)
-    for _ in range(CUDA_STEPS):
+    for _ in range(steps):
         step()
     synchronize(device)
     allocated = int(torch.cuda.max_memory_allocated(device))

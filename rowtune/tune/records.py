@@ -6,6 +6,7 @@ later search needs: it is replayed into the study without running anything.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from rowtune.errors import PlanError, UsageError
 from rowtune.plan.file import write_text
 from rowtune.plan.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 PLAIN = "plain"
 
 
@@ -50,6 +51,7 @@ class Record:
     alloc_retries: int | None = None
     threads: int = 0
     program: str = ""
+    limit: int = 0
 
     @property
     def ok(self) -> bool:
@@ -92,6 +94,7 @@ class RecordFile:
         self.records.append(record)
         if self.path is None:
             return
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(asdict(record)) + "\n")
@@ -99,6 +102,8 @@ class RecordFile:
                 os.fsync(out.fileno())
         except OSError as error:
             self.unwritten = f"{self.path}: {error.strerror or error}"
+            with contextlib.suppress(OSError):  # half a line would make the next one unreadable
+                os.truncate(self.path, size)
 
     def latest(self) -> dict[str, Record]:
         """The last record of each plan, plain excepted."""

@@ -45,7 +45,9 @@ def places(work: Workload) -> Iterator[Place]:
         if batch is not None:
             yield Place(batch, device)
         smaller, need = _smaller(smaller), need / 2
-    if device != "cpu" and most <= free_bytes("cpu"):
+    # Whole tensors are drawn by the device's own generator, and another device draws others.
+    drawn = any(node.random and node.op != "dropout" for node in work.graph.nodes)
+    if device != "cpu" and not drawn and most <= free_bytes("cpu"):
         yield Place(work.batch(), "cpu")
 
 

@@ -59,7 +59,7 @@ def search(task: Task) -> SearchResult:
     if best is None and interrupted:
         raise Interrupted
     if best is None:
-        raise infeasible(task, run.overhead, run.left() <= 0)
+        raise infeasible(run)
     seen = list(task.records.latest().values())
     plain = task.records.plain()
     return SearchResult(
@@ -146,6 +146,11 @@ class Search:
         if record.status == "slow":
             best = self.best()
             return best is not None and (best.step_seconds or 0.0) < (record.step_seconds or 0.0)
+        if record.status == "oom":
+            return record.limit >= self.task.limit
+        if record.ok and record.alloc_retries is not None and (record.peak_bytes or 0) > self.task.limit:
+            # What CUDA's allocator reserves depends on what it may; what it gave out does not.
+            return (record.allocator_peak_bytes or 0) + self.overhead > self.task.limit
         too_big = record.predicted_bytes is None or record.predicted_bytes > self._most()
         return record.status != "rejected" or too_big
 
@@ -221,7 +226,9 @@ class Search:
     def _try(self, plan: Plan, values: dict[str, Any]) -> Record | None:
         """The record of a plan not seen before, or of one whose program runs alike; None where time ran out
         in the middle of it."""
-        record = Record(digest(plan), "rejected", values=values, decisions=plan.to_dict())
+        record = Record(
+            digest(plan), "rejected", values=values, decisions=plan.to_dict(), limit=self.task.limit
+        )
         try:
             cost = self.task.predict(plan)
         except RowtuneError as error:
@@ -251,6 +258,8 @@ class Search:
     def _measure(self, plan: Plan | None, record: Record, effort: Effort) -> Record | None:
         start = time.monotonic()
         allowed = min(self.trial_timeout(), self.left())
+        if allowed <= 0:  # predicting took the rest of the time
+            return None
         best = self.best()
         worth = HOPELESS * (best.step_seconds or math.inf) if best and plan else math.inf
         result = self.task.measure(plan, effort, allowed, worth)
@@ -265,7 +274,7 @@ class Search:
             return self.task.trial_timeout
         return min(self.task.trial_timeout, max(60.0, 400 * plain.step_seconds))
 
-    def _correction(self) -> float:
+    def correction(self) -> float:
         """Measured over predicted peak, as seen so far."""
         ratios = [
             ((r.peak_bytes or 0) - self.overhead) / r.predicted_bytes
@@ -280,7 +289,7 @@ class Search:
 
     def _most(self) -> float:
         """The largest predicted peak that is expected to fit."""
-        return (self.task.limit - self.overhead) / self._correction()
+        return (self.task.limit - self.overhead) / self.correction()
 
     def _tell(self, trial: optuna.Trial, record: Record) -> None:
         trial.set_constraint("budget", self._violation(record))

@@ -62,7 +62,10 @@ class Worker:
         worth = worth_seconds if math.isfinite(worth_seconds) else None
         request = {"do": "measure", "plan": _decisions(plan), "effort": effort, "worth": worth}
         self.open()
-        return self._ask(request, timeout)[0]
+        result = self._ask(request, timeout)[0]
+        if result.status == "crash" and self._problem.device != "cpu":
+            self.close()  # an error of a card's context stays: the next trial gets a process of its own
+        return result
 
     def race(
         self, contenders: Sequence[Contender], rounds: int, timeout: float = 600.0
@@ -126,7 +129,7 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            line = self._replies.get(timeout=timeout)
+            line = self._replies.get(timeout=max(timeout, 0.0))
         except queue.Empty:
             self.close()
             return Measurement("timeout", f"stopped after {timeout:.0f} s"), None

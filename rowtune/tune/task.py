@@ -51,7 +51,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Task:
-    """All that a search needs. `limit` is the budget in bytes less what is reserved; `trials` counts plans
+    """All that a search needs. `limit` is the budget in bytes less the `reserve`; `trials` counts plans
     measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
     than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try."""
 
@@ -60,6 +60,7 @@ class Task:
     measure: Callable[[Plan | None, Effort, float, float], Measurement]
     records: RecordFile
     limit: int
+    reserve: int = 0
     overhead: Callable[[], int] = lambda: 0
     race: Callable[[Sequence[Contender], int, float], list[Timing | None]] | None = None
     threads: tuple[int, ...] = ()
