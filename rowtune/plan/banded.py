@@ -65,16 +65,20 @@ def banded(
 def _not_split(bands: Banding, images: Banding, part: Stretch) -> str:
     """Why a part between barriers cannot take some images at a time."""
     sums: set[str] = set()
+    late: set[str] = set()  # behind reductions over rows: run once, for all images
     for node in part.nodes:
-        rule = images.rules[node.name]
+        rule, own = images.rules[node.name], bands.rules[node.name]
+        behind = any(n in late for n in node.inputs)
         if isinstance(rule, Opaque) and not node.effect:
             return f"{node.name}: {rule.reason}"
         if rule.dim is not None and any(n in sums for n in node.inputs):
             return f"{node.name} needs all images"
-        if reduces(rule) and not reduces(bands.rules[node.name]):
+        if reduces(rule) and not reduces(own) and not behind:
             return f"{node.name} adds up images, but not rows"
         if reduces(rule):
             sums.add(node.name)
+        if behind or node.effect or reduces(own):
+            late.add(node.name)
     return ""
 
 
