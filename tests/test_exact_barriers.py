@@ -154,9 +154,10 @@ def test_random_networks(names, stride, batch, height, width, seed, data):
 
 def rounding(net: nn.Module, x: Tensor, plain: Step) -> float:
     """How far plain PyTorch moves when its input does by a few units in the last place: a bias before a batch
-    norm has a true gradient of zero, and behind a deviation of few pixels what is left of it is large."""
-    moved = x.detach() * (1 + 1e-15 * torch.randn_like(x))
-    return error(plain_and_graph(net, moved.requires_grad_())[0], plain)
+    norm has a true gradient of zero, and behind a deviation of few pixels what is left of it is large. One
+    move may happen to do little: the largest of a few counts."""
+    moved = (x.detach() * (1 + 1e-15 * torch.randn_like(x)) for _ in range(6))
+    return max(error(plain_and_graph(net, x.requires_grad_())[0], plain) for x in moved)
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS))
