@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from rowtune.errors import ModelError, PlanError, UsageError
 from rowtune.graph.cuts import stretches
 from rowtune.graph.losses import parse
 from rowtune.graph.training import with_loss
+from rowtune.plan.lower import lower
+from rowtune.plan.plan import Plan, Segment
 
 PLANS: dict[str, dict[str, Any]] = {
     "keep": {"policy": "keep"},
@@ -459,6 +462,34 @@ def test_a_loss_leaves_out_the_other_outputs(plan: str) -> None:
     graph = with_loss(rowtune.trace(model, (x,)), parse("mse"))
     options = {"band_rows": 3, **PLANS[plan]}
     assert estimate(graph, rowtune.uniform_plan(rowtune.trace(model, (x,)), **options)).peak_bytes > 0
+
+
+class Side(Region):
+    """A second output, made in several steps."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.tanh(self.first(x))
+        return self.last(y), self.own(torch.tanh(self.own(y))).mean((2, 3))
+
+
+@pytest.mark.parametrize("policy", ["checkpoint", "keep", "rows"])
+def test_checkpoints_of_segments_leave_out_the_other_outputs(policy: str) -> None:
+    """The heads' nodes lie in other segments than those that read them."""
+    torch.manual_seed(3)
+    model, x = Side().double(), image()
+    plain, target = copy.deepcopy(model), torch.zeros(2, 2, 11, 6, dtype=torch.float64)
+    graph = with_loss(rowtune.trace(model, (x,)), parse("mse"))
+    names = [node.name for node in graph.nodes]
+    want = step(plain, lambda: F.mse_loss(plain(x)[0], target), {"x": x})
+    for cut in range(2, len(names) - 4):
+        parts = (Segment(names[0], names[cut - 1], policy), Segment(names[cut], names[-1], policy))
+        inside = tuple(replace(p, band_rows=3) if policy == "rows" else p for p in parts)
+        plan = Plan((Segment(names[0], names[-1], "checkpoint", inside=inside),), 2)
+        module = rowtune.apply(model, plan, "mse")
+        got = step(model, lambda: module(x, targets=target), {"x": x})  # noqa: B023
+        assert error(got, want) < TOLERANCE
+        run = {node.name for leaf in lower(graph, plan).segments[0].inner for node in leaf.part.nodes}
+        assert run == graph.live < set(names)
 
 
 def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
