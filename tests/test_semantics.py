@@ -274,7 +274,7 @@ def test_a_norm_called_again_counts_every_call(momentum: float | None, plan: str
     same(lambda: Shared(momentum).double(), plan)
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4, 5])
+@pytest.mark.parametrize("cut", [4, 10, 12])
 def test_a_norm_called_in_two_segments(cut: int) -> None:
     """PyTorch's own norm in the first, one that is taken apart in the second."""
     torch.manual_seed(3)
@@ -282,7 +282,7 @@ def test_a_norm_called_in_two_segments(cut: int) -> None:
     plain, names = copy.deepcopy(model), [node.name for node in rowtune.trace(model, (x,)).nodes]
     want = step(plain, lambda: plain(x), {"x": x})
     for policy in ("keep", "rows"):
-        parts = Segment(names[0], names[2 * cut - 1], "keep"), Segment(names[2 * cut], names[-1], policy)
+        parts = Segment(names[0], names[cut - 1], "keep"), Segment(names[cut], names[-1], policy)
         ours = copy.deepcopy(model)
         module = rowtune.apply(ours, Plan((parts[0], replace(parts[1], band_rows=3)), 2))
         assert error(step(ours, lambda: module(x), {"x": x}), want) < TOLERANCE  # noqa: B023
