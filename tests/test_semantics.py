@@ -703,6 +703,31 @@ def test_spectral_norm(plan: str) -> None:
     same(spectral, plan)
 
 
+class Weighted(Region):
+    """A weight made of another, that is read in bands and behind them."""
+
+    def inside(self, y: Tensor) -> Tensor:
+        twice = 2 * self.own.weight
+        y = torch.tanh(F.conv2d(y, twice, padding=1))
+        return F.conv2d(y, twice * twice, padding=1)
+
+
+@pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
+@pytest.mark.parametrize("make", [spectral, lambda: Weighted().double()], ids=["spectral", "weighted"])
+def test_rows_that_end_inside_a_weights_own_nodes(make: Callable[[], nn.Module], halo: Any) -> None:
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh(), make()).double(), image()
+    plain, graph = copy.deepcopy(model), rowtune.trace(model, (x,))
+    names = [node.name for node in graph.nodes]
+    want = step(plain, lambda: plain(x), {"x": x})
+    for last in range(3, min(len(names) - 1, 12)):
+        for images in (0, 1):
+            rows = Segment(names[0], names[last], "rows", 3, halo, images=images)
+            ours = copy.deepcopy(model)
+            module = rowtune.apply(ours, Plan((rows, Segment(names[last + 1], names[-1], "keep")), 2))
+            assert error(step(ours, lambda: module(x), {"x": x}), want) < TOLERANCE  # noqa: B023
+
+
 def test_a_part_of_a_buffer_is_not_written() -> None:
     class Bank(Centred):
         def inside(self, y: Tensor) -> Tensor:
