@@ -728,6 +728,23 @@ def test_rows_that_end_inside_a_weights_own_nodes(make: Callable[[], nn.Module],
             assert error(step(ours, lambda: module(x), {"x": x}), want) < TOLERANCE  # noqa: B023
 
 
+def test_rows_of_which_only_a_weight_is_read() -> None:
+    class Made(Region):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            head, weight = self.own(y), 2 * self.last.weight
+            return F.conv2d(y, weight * weight), head
+
+    torch.manual_seed(3)
+    model, x = Made().double(), image()
+    plain, target = copy.deepcopy(model), torch.zeros(2, 2, 9, 4, dtype=torch.float64)
+    rows = Segment("conv2d_1", "mul", "rows", 3)
+    plan = Plan((Segment("conv2d", "conv2d", "keep"), rows, Segment("mul_1", "loss", "keep")), 2)
+    module = rowtune.apply(model, plan, "mse")
+    want = step(plain, lambda: F.mse_loss(plain(x)[0], target), {"x": x})
+    assert error(step(model, lambda: module(x, targets=target), {"x": x}), want) < TOLERANCE
+
+
 def test_a_part_of_a_buffer_is_not_written() -> None:
     class Bank(Centred):
         def inside(self, y: Tensor) -> Tensor:
