@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from rowtune.errors import ModelError, PlanError, UsageError
 from rowtune.graph.cuts import stretches
 from rowtune.graph.losses import parse
 from rowtune.graph.training import with_loss
+from rowtune.plan.lower import lower
+from rowtune.plan.plan import Plan, Segment
 
 PLANS: dict[str, dict[str, Any]] = {
     "keep": {"policy": "keep"},
@@ -271,6 +274,20 @@ def test_a_norm_called_again_counts_every_call(momentum: float | None, plan: str
     same(lambda: Shared(momentum).double(), plan)
 
 
+@pytest.mark.parametrize("cut", [4, 10, 12])
+def test_a_norm_called_in_two_segments(cut: int) -> None:
+    """PyTorch's own norm in the first, one that is taken apart in the second."""
+    torch.manual_seed(3)
+    model, x = Shared().double(), image()
+    plain, names = copy.deepcopy(model), [node.name for node in rowtune.trace(model, (x,)).nodes]
+    want = step(plain, lambda: plain(x), {"x": x})
+    for policy in ("keep", "rows"):
+        parts = Segment(names[0], names[cut - 1], "keep"), Segment(names[cut], names[-1], policy)
+        ours = copy.deepcopy(model)
+        module = rowtune.apply(ours, Plan((parts[0], replace(parts[1], band_rows=3)), 2))
+        assert error(step(ours, lambda: module(x), {"x": x}), want) < TOLERANCE  # noqa: B023
+
+
 class Auxiliary(Region):
     """A head whose output nobody reads; its norm still counts."""
 
@@ -459,6 +476,34 @@ def test_a_loss_leaves_out_the_other_outputs(plan: str) -> None:
     graph = with_loss(rowtune.trace(model, (x,)), parse("mse"))
     options = {"band_rows": 3, **PLANS[plan]}
     assert estimate(graph, rowtune.uniform_plan(rowtune.trace(model, (x,)), **options)).peak_bytes > 0
+
+
+class Side(Region):
+    """A second output, made in several steps."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.tanh(self.first(x))
+        return self.last(y), self.own(torch.tanh(self.own(y))).mean((2, 3))
+
+
+@pytest.mark.parametrize("policy", ["checkpoint", "keep", "rows"])
+def test_checkpoints_of_segments_leave_out_the_other_outputs(policy: str) -> None:
+    """The heads' nodes lie in other segments than those that read them."""
+    torch.manual_seed(3)
+    model, x = Side().double(), image()
+    plain, target = copy.deepcopy(model), torch.zeros(2, 2, 11, 6, dtype=torch.float64)
+    graph = with_loss(rowtune.trace(model, (x,)), parse("mse"))
+    names = [node.name for node in graph.nodes]
+    want = step(plain, lambda: F.mse_loss(plain(x)[0], target), {"x": x})
+    for cut in range(2, len(names) - 4):
+        parts = (Segment(names[0], names[cut - 1], policy), Segment(names[cut], names[-1], policy))
+        inside = tuple(replace(p, band_rows=3) if policy == "rows" else p for p in parts)
+        plan = Plan((Segment(names[0], names[-1], "checkpoint", inside=inside),), 2)
+        module = rowtune.apply(model, plan, "mse")
+        got = step(model, lambda: module(x, targets=target), {"x": x})  # noqa: B023
+        assert error(got, want) < TOLERANCE
+        run = {node.name for leaf in lower(graph, plan).segments[0].inner for node in leaf.part.nodes}
+        assert run == graph.live < set(names)
 
 
 def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -656,6 +701,48 @@ def test_buffers_that_the_forward_reads_and_writes(region: type[Region], plan: s
 @pytest.mark.parametrize("plan", PLANS)
 def test_spectral_norm(plan: str) -> None:
     same(spectral, plan)
+
+
+class Weighted(Region):
+    """A weight made of another, that is read in bands and behind them."""
+
+    def inside(self, y: Tensor) -> Tensor:
+        twice = 2 * self.own.weight
+        y = torch.tanh(F.conv2d(y, twice, padding=1))
+        return F.conv2d(y, twice * twice, padding=1)
+
+
+@pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
+@pytest.mark.parametrize("make", [spectral, lambda: Weighted().double()], ids=["spectral", "weighted"])
+def test_rows_that_end_inside_a_weights_own_nodes(make: Callable[[], nn.Module], halo: Any) -> None:
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh(), make()).double(), image()
+    plain, graph = copy.deepcopy(model), rowtune.trace(model, (x,))
+    names = [node.name for node in graph.nodes]
+    want = step(plain, lambda: plain(x), {"x": x})
+    for last in range(3, min(len(names) - 1, 12)):
+        for images in (0, 1):
+            rows = Segment(names[0], names[last], "rows", 3, halo, images=images)
+            ours = copy.deepcopy(model)
+            module = rowtune.apply(ours, Plan((rows, Segment(names[last + 1], names[-1], "keep")), 2))
+            assert error(step(ours, lambda: module(x), {"x": x}), want) < TOLERANCE  # noqa: B023
+
+
+def test_rows_of_which_only_a_weight_is_read() -> None:
+    class Made(Region):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            head, weight = self.own(y), 2 * self.last.weight
+            return F.conv2d(y, weight * weight), head
+
+    torch.manual_seed(3)
+    model, x = Made().double(), image()
+    plain, target = copy.deepcopy(model), torch.zeros(2, 2, 9, 4, dtype=torch.float64)
+    rows = Segment("conv2d_1", "mul", "rows", 3)
+    plan = Plan((Segment("conv2d", "conv2d", "keep"), rows, Segment("mul_1", "loss", "keep")), 2)
+    module = rowtune.apply(model, plan, "mse")
+    want = step(plain, lambda: F.mse_loss(plain(x)[0], target), {"x": x})
+    assert error(step(model, lambda: module(x, targets=target), {"x": x}), want) < TOLERANCE
 
 
 def test_a_part_of_a_buffer_is_not_written() -> None:

@@ -50,6 +50,7 @@ class BandedSizes:
         self.fraction = 1.0
         self.stash: dict[int, list[tuple[str, Rows, int]]] = {}
         self.outer: dict[str, int] = {}
+        self.late = {node.name for node in self.program.post}
 
     # -- the two passes --------------------------------------------------------------------------------------
 
@@ -309,7 +310,8 @@ class BandedSizes:
             return self.heap.new(0)
         shares = self.shares.pop((number, name), [])
         if not shares:
-            return self.heap.ref(self.outer[name]) if name in self.outer else None
+            given = name in self.outer and name not in self.late
+            return self.heap.ref(self.outer[name]) if given else None
         full = [b for r, b in shares if r == rows]
         base = self.heap.ref(full[0]) if full else self.heap.new(self._bytes(name, rows))
         for _, block in shares:

@@ -282,18 +282,34 @@ def _late(graph: Graph) -> Graph:
 
 
 def restored(graph: Graph, part: Stretch) -> Stretch:
-    """The stretch with PyTorch's own operators put back, where all the parts of one lie in it and nothing
-    else reads them."""
+    """The stretch with PyTorch's own operators put back, where all the parts of one lie in it, nothing else
+    reads them, and buffers change in the same order."""
     here = {node.name for node in part.nodes}
-    nodes = list(part.nodes)
+    found = {}
     for name, fused in graph.fused.items():
         own = {*fused.parts, name}
-        if not own <= here or any(_read_elsewhere(graph, n, own) for n in fused.parts):
-            continue
+        if own <= here and not any(_read_elsewhere(graph, n, own) for n in fused.parts):
+            found[name] = fused
+    nodes = list(part.nodes)
+    for name, fused in _in_order(part, found).items():
         at = next(i for i, node in enumerate(nodes) if node.name == name)
         nodes[at : at + 1] = fused.nodes
         nodes = [node for node in nodes if node.name not in fused.parts]
     return replace(part, nodes=tuple(nodes))
+
+
+def _in_order(part: Stretch, found: dict[str, Fused]) -> dict[str, Fused]:
+    """Those of the operators `found` that can change their buffers where they stand: not one that would do
+    so behind a later call of the same norm."""
+    home = {name: own for own, fused in found.items() for name in fused.parts}
+    place = {node.name: i for i, node in enumerate(part.nodes)}
+    writers = [node for node in part.nodes if node.effect]
+    for i, early in enumerate(writers):
+        later = [w for w in writers[i + 1 :] if w.effect == early.effect]
+        own = home.get(early.name, early.name)
+        if any(place[home.get(w.name, w.name)] < place[own] for w in later):
+            return _in_order(part, {name: fused for name, fused in found.items() if name != own})
+    return found
 
 
 def _read_elsewhere(graph: Graph, name: str, own: set[str]) -> bool:

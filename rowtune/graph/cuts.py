@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rowtune.graph.bands import banding
-from rowtune.graph.graph import Graph, Node, live
+from rowtune.graph.graph import Graph, Node
 from rowtune.graph.rules import Opaque, RowRule
 
 
@@ -26,7 +26,7 @@ class Stretch:
 def stretch(graph: Graph, start: int, stop: int) -> Stretch:
     span = graph.nodes[start:stop]
     outputs = tuple(node.name for node in span if any(c >= stop for c in graph.consumers[node.name]))
-    nodes = live(span, outputs)  # a loss leaves out what comes of the model's other outputs
+    nodes = tuple(node for node in span if node.name in graph.live)
     made = {node.name for node in nodes}
     read = dict.fromkeys(name for node in nodes for name in node.inputs if name not in made)
     fixed = ("parameter", "buffer", "constant")

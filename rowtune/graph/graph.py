@@ -168,11 +168,16 @@ class Graph:
         return {node.name: i for i, node in enumerate(self.nodes)}
 
     @cached_property
+    def live(self) -> frozenset[str]:
+        """Nodes that somebody reads: a loss leaves out what comes of the model's other outputs."""
+        return frozenset(node.name for node in live(self.nodes, self.outputs))
+
+    @cached_property
     def consumers(self) -> dict[str, tuple[int, ...]]:
-        """Positions of the nodes that read each value; a graph output is read at position len(nodes)."""
+        """Positions of the live nodes that read each value; a graph output is read at position len(nodes)."""
         readers: dict[str, list[int]] = {name: [] for name in self.values}
         for i, node in enumerate(self.nodes):
-            for name in node.inputs:
+            for name in node.inputs if node.name in self.live else ():
                 readers[name].append(i)
         for name in self.outputs:
             readers[name].append(len(self.nodes))

@@ -102,13 +102,14 @@ def update_running(
     mean: Tensor, var: Tensor, stats: Tensor, momentum: float | None, batches: Tensor | None = None
 ) -> Tensor:
     """Running statistics after one more batch, in place; with momentum None their cumulative average over
-    `batches` batches. An instance norm's statistics are averaged over the images."""
+    `batches` batches. An instance norm's statistics are averaged over the images. As in PyTorch's own norms
+    autograd does not see the change: such a norm saves the running statistics, but does not read them."""
     with torch.no_grad():
         n, now, m2 = stats.unbind()
         unbiased = m2 / (n - 1)
         if now.dim() > 1:
             now, unbiased = now.mean(0), unbiased.mean(0)
-        for running, new in ((mean, now), (var, unbiased)):
+        for running, new in ((mean.data, now), (var.data, unbiased)):
             if momentum is not None:
                 running.lerp_(new.to(running.dtype), momentum)
             elif batches is not None:  # on the device: to read the counter would be to wait for it

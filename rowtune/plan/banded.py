@@ -95,17 +95,17 @@ def _reductions(bands: Banding, part: Stretch) -> tuple[tuple[Node, ...], tuple[
         if reduces(bands.rules[node.name]):
             sums.append(node.name)
             late.add(node.name)
-    main, early = _moved(bands, main, post, set(part.outputs))
+    main, early = _moved(bands, main, post, part.outputs)
     return tuple(main), (*early, *post), tuple(sums)
 
 
 def _moved(
-    bands: Banding, main: list[Node], post: list[Node], outputs: set[str]
+    bands: Banding, main: list[Node], post: list[Node], outputs: tuple[str, ...]
 ) -> tuple[list[Node], list[Node]]:
-    """(main without the nodes that only `post` reads, the nodes to run before `post`): what is computed from
+    """(main without the nodes that no band reads, the nodes to run before `post`): what is computed from
     weights alone, and is read by both, is computed by both."""
-    late = {n for node in post for n in node.inputs}
-    banded = set(outputs)
+    late = {n for node in post for n in node.inputs} | set(outputs)
+    banded: set[str] = set()
     kept: list[Node] = []
     early: list[Node] = []
     for node in reversed(main):
@@ -114,7 +114,7 @@ def _moved(
         if whole and node.name in late:
             early.insert(0, node)
             late |= set(node.inputs)
-            if node.name not in banded - outputs:
+            if node.name not in banded:
                 continue
         kept.insert(0, node)
         banded |= set(node.inputs)

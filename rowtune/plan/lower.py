@@ -10,7 +10,7 @@ from dataclasses import replace
 from rowtune.errors import PlanError
 from rowtune.graph.bands import banding
 from rowtune.graph.barriers import restored
-from rowtune.graph.cuts import Stretch, barrier_parts, is_local, legal_cut, stretch, why_not
+from rowtune.graph.cuts import Stretch, barrier_parts, is_local, legal_cut, reduces, stretch, why_not
 from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.banded import Scheduler, banded, by_policy
@@ -177,6 +177,9 @@ def _part(
     if not part.nodes:
         return _nothing(decision, part)
     bands, images = banding(graph, axis), banding(graph, 0)
+    rules = [bands.rule(node.name) for node in part.nodes]
+    if all(rule.dim is None and not reduces(rule) for rule in rules):  # nobody reads what has rows
+        return _plain(graph, Segment(decision.first, decision.last, "keep"), part, scheduler)
     return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
 
 

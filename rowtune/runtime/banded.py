@@ -142,6 +142,7 @@ class BandedRun:
 
     def _begin(self, grads: Mapping[str, Tensor], collect: bool) -> None:
         self.outer, self.collect = grads, collect
+        self.late = {node.name for node in self.program.post}  # bands may make them as well, for themselves
         self.gradients = Gradients({}, {})
         self.arriving = InputGradients(self.gradients.inputs)
         self.carriers = self._carriers()
@@ -316,7 +317,7 @@ class BandedRun:
     def _seed(self, number: int, name: str, rows: Rows) -> Tensor | None:
         if name in self.sums.names:
             return self.sums.gradient(name, self.images)
-        outer = self.outer.get(name)
+        outer = self.outer.get(name) if name not in self.late else None
         if outer is not None:
             outer = self._part(name, outer, rows)
         return self.shares.take(number, name, rows, outer)
