@@ -204,6 +204,17 @@ def test_inspect(folder: Path) -> None:
     assert found["operator"] == "flip" and found["reason"] and 0.2 < found["share"] < 0.5
 
 
+def test_inspect_lists_the_calls_of_a_step(folder: Path, searched: Any) -> None:
+    made = call("inspect", "plan.json", "--calls")
+    state = searched["peak_bytes"] - searched["activation_bytes"]
+    assert made["activation_bytes"] == pytest.approx(searched["activation_bytes"], rel=0.01)
+    assert made["peak_bytes"] <= searched["activation_bytes"] + state
+    assert any(c["op"] == "aten::convolution_backward" for c in made["calls"])
+    shown = CliRunner().invoke(app, ["inspect", "plan.json", "--calls"])
+    assert shown.exit_code == 0 and "aten::convolution" in shown.stdout and "alive then" in shown.stdout
+    assert call("inspect", "missing.json", "--calls", code=2)["status"] == "error"
+
+
 def test_nothing_fits(folder: Path) -> None:
     made = call("search", *MODEL, "--budget", "2kB", "--trials", "3", "-o", "no.json", code=4)
     assert made["status"] == "infeasible" and "--budget" in made["error"]

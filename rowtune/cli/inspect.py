@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from rowtune.cli import options
+from rowtune.cli.calls import show_calls
 from rowtune.cli.screen import Screen, facts, plain_table
 
 if TYPE_CHECKING:
@@ -22,6 +26,9 @@ def command(
     loss: options.LossName = "",
     optimizer: options.OptimizerName = "",
     seed: options.Seed = 0,
+    calls: Annotated[
+        bool, typer.Option("--calls", help="MODEL is a plan.json: list the calls of one step of it.")
+    ] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -31,6 +38,9 @@ def command(
     from rowtune.tune.step import define
 
     screen = Screen(as_json, quiet, verbose)
+    if calls:
+        show_calls(screen, Path(model))
+        return
     source = parse_source(model, model_arg or ())
     screen.opening(source)
     work = define(source, shape or (), dtype=dtype, loss=loss, optimizer=optimizer, seed=seed)
