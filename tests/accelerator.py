@@ -49,7 +49,6 @@ MEMORY = {
 """Nothing is launched for these, and their schemas do not call them views."""
 
 
-PASSED = 150
 """Nodes of a network that is streamed once for each barrier: the steps of larger ones take too long."""
 
 
@@ -196,8 +195,7 @@ def plans(graph: Graph, band: int) -> Iterator[tuple[str, Plan | None]]:
     if any(node.op in ("moments", "mean") or "adaptive" in node.op for node in graph.nodes):
         for barriers, rows in (("recompute", band), ("narrow", band), ("passes", 2 * band)):
             plan = rowtune.uniform_plan(graph, "rows", rows, "sweep", barriers=barriers)
-            if barriers != "passes" or len(graph.nodes) < PASSED:
-                yield f"barriers {barriers}", plan
+            yield f"barriers {barriers}", plan
     yield "turns", in_turns(graph, band)
 
 
