@@ -33,15 +33,16 @@ def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program
             be banded (named, with the reason).
     """
     spans = _spans(graph, plan)
-    with _uncollected():
+    with uncollected():
         segments = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
     segments = finished(graph, segments)
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pieces are many and hold no cycles; looking for some among them takes as long as making them."""
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector: pieces are many and hold no cycles; looking for some among them takes
+    as long as making them."""
     on = gc.isenabled()
     gc.disable()
     try:

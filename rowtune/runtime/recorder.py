@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.graph.graph import Graph, Value
+from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
 from rowtune.runtime.recording import Buffer, Call, Recording, Role, Way, check
 from rowtune.runtime.segments import run_segment
@@ -33,7 +32,8 @@ def record(program: Program) -> Recording:
     once) and the optimizer's step are outside.
     """
     graph = program.graph
-    with _uncollected():
+    gc.collect()
+    with uncollected():  # the collector would end buffers at any call; nothing here waits for it
         _Step(graph, program).run()  # constants are made once: by a step that nobody records
         step = _Step(graph, program)
         with step.recorder:
@@ -42,19 +42,6 @@ def record(program: Program) -> Recording:
         made = step.recorder.recording()
         del step
     return check(made)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """What lives until the garbage collector comes would be counted; nothing does, so it need not come."""
-    gc.collect()
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 class _Step:
