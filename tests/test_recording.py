@@ -84,14 +84,14 @@ def test_two_recordings_are_the_same_and_compute_nothing() -> None:
     first, again = small(), small()
     assert first == again
     assert {b.role for b in first.buffers} >= {"parameter", "gradient", "batch", "activation"}
-    convolutions = [c for c in first.calls if c.op == "aten::convolution"]
+    convolutions = [c for c in first.calls if c.name == "aten::convolution"]
     assert len(convolutions) >= 3 * 4 and all(c.makes for c in convolutions)
 
 
 def test_what_a_recording_may_not_be() -> None:
     good = small()
     assert check(good) is good
-    read = {number: i for i, call in reversed([*enumerate(good.calls)]) for number in call.reads}
+    read = {number: i for i, call in reversed([*enumerate(good.calls)]) for number in good.read_by(call)}
     number, made = next((n, b) for n, b in enumerate(good.buffers) if b.role == "activation" and n in read)
     reader = read[number]
 

@@ -36,12 +36,12 @@ def _list(screen: Screen, recording: Recording) -> None:
     from rowtune.tune.sizes import format_bytes
 
     for i, call in enumerate(recording.calls):
-        made = sum(recording.buffers[n].bytes for n in call.makes)
-        shapes = " ".join("x".join(map(str, shape)) or "scalar" for shape in call.shapes)
+        made = sum(recording.buffers[n].bytes for n in recording.made_by(i))
+        shapes = " ".join("x".join(map(str, recording.views[v].shape)) or "scalar" for v in call.reads)
         place = f"{call.way} {call.segment}" if call.way == "forward" else call.way
         alive = format_bytes(recording.live_bytes[i])
         line = Text.assemble(
-            (f"{i:>6}  {place:<11} ", SOFT), f"{call.op:<38} ", f"{format_bytes(made) if made else '':>8} ",
+            (f"{i:>6}  {place:<11} ", SOFT), f"{call.name:<38} ", f"{format_bytes(made) if made else '':>8} ",
             (f"{alive:>9} alive  {shapes}", SOFT),
         )  # fmt: skip
         screen.out.print(line, soft_wrap=True)
@@ -72,8 +72,14 @@ def as_dict(recording: Recording, plan: str) -> dict[str, Any]:
         "activation_bytes": recording.activation_bytes,
         "peak_call": recording.peak_call,
         "calls": [
-            {"op": c.op, "way": c.way, "segment": c.segment, "reads": list(c.reads), "makes": list(c.makes)}
-            for c in recording.calls
+            {
+                "op": call.name,
+                "way": call.way,
+                "segment": call.segment,
+                "reads": list(recording.read_by(call)),
+                "makes": list(recording.made_by(i)),
+            }
+            for i, call in enumerate(recording.calls)
         ],
         "buffers": [
             {"name": b.name, "bytes": b.bytes, "role": b.role, "born": b.born, "died": b.died}

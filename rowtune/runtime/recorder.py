@@ -5,17 +5,17 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
-from rowtune.runtime.recording import Buffer, Call, Recording, Role, Way, check
+from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way, check
 from rowtune.runtime.segments import run_segment
 from rowtune.runtime.storage import storage_of
 
@@ -79,6 +79,13 @@ def _blank(value: Value) -> Tensor:
     return made.requires_grad_(wanted)
 
 
+class _Known(NamedTuple):
+    """A storage that is alive: its buffer, and the views of it that were seen."""
+
+    buffer: int
+    views: dict[tuple[Any, ...], int]
+
+
 class Recorder(TorchDispatchMode):
     """Writes down every aten call while it is entered, below autograd."""
 
@@ -86,46 +93,64 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.place: tuple[int, Way] = (0, "forward")
         self._calls: list[Call] = []
+        self._views: list[View] = []
         self._buffers: list[Buffer] = []
-        self._number: dict[int, int] = {}  # storage -> buffer
+        self._known: dict[int, _Known] = {}  # by storage
         self._ends: list[Any] = []
 
     def know(self, tensor: Tensor, name: str, role: Role) -> int:
-        """The buffer of a tensor; a new one where its memory was not seen before."""
+        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
         storage = tensor.untyped_storage()
         key = storage_of(tensor)
-        if key in self._number:
-            return self._number[key]
-        number = self._number[key] = len(self._buffers)
-        self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
-
-        def gone(_: object) -> None:
-            del self._number[key]
-            self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
-
-        self._ends.append(weakref.ref(storage, gone))
-        return number
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _Known(len(self._buffers), {})
+            self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
+            self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
+        seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = known.views.get(seen)
+        if view is None:
+            view = known.views[seen] = len(self._views)
+            offset, shape, stride, dtype = seen
+            self._views.append(View(known.buffer, int(offset), tuple(shape), stride, dtype))
+        return view
 
     def tag(self, tensor: Tensor, name: str, role: Role) -> None:
-        number = self.know(tensor, name, role)
+        number = self._views[self.know(tensor, name, role)].buffer
         self._buffers[number] = replace(self._buffers[number], name=name, role=role)
 
     def recording(self) -> Recording:
         """What was recorded; what is alive now is never freed."""
-        return Recording(tuple(self._calls), tuple(self._buffers))
+        return Recording(tuple(self._calls), tuple(self._views), tuple(self._buffers))
+
+    def _gone(self, key: int, number: int, _: object) -> None:
+        del self._known[key]
+        self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        reads = tuple(dict.fromkeys(self.know(t, "a constant", "constant") for t in given))
-        shapes = tuple(tuple(t.shape) for t in given)
+        reads: list[int] = []
+        given = tuple(self._given(a, reads) for a in args)
+        named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = func(*args, **(kwargs or {}))
-        before = len(self._buffers)
-        segment, way = self.place
-        self._calls.append(Call(func._schema.name, reads, (), shapes, segment, way))
-        for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.know(leaf, func._schema.name.partition("::")[2], "activation")
-        if len(self._buffers) > before:
-            made = tuple(range(before, len(self._buffers)))
-            self._calls[-1] = replace(self._calls[-1], makes=made)
+        number = len(self._calls)
+        self._calls.append(Call(func, given, named, tuple(reads), (), *self.place))
+        makes = self._made(out, func._schema.name.partition("::")[2])
+        if makes:
+            self._calls[number] = self._calls[number]._replace(makes=makes)
         return out
+
+    def _given(self, argument: Any, reads: list[int]) -> Any:
+        if isinstance(argument, Tensor):
+            view = self.know(argument, "a constant", "constant")
+            reads.append(view)
+            return At(view)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)([self._given(a, reads) for a in argument])
+        return argument
+
+    def _made(self, out: Any, name: str) -> tuple[int, ...]:
+        if isinstance(out, Tensor):
+            return (self.know(out, name, "activation"),)
+        if isinstance(out, (list, tuple)):
+            return tuple(self.know(t, name, "activation") for t in out if isinstance(t, Tensor))
+        return ()

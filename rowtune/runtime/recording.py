@@ -1,7 +1,8 @@
-"""A recording: the aten calls of one training step in order, over buffers whose life is known.
+"""A recording: the aten calls of one training step, or of one segment's, in order, over buffers whose life is
+known.
 
-It is what the runtime does, not a description of it: `runtime/recorder.py` runs the same code on tensors
-without data and writes down what comes by. Memory is the peak of the list.
+It is what the runtime does, not a description of it: `runtime/recorder.py` runs the same code and writes down
+what comes by. Memory is the peak of the list; a step can be run again from it (`runtime/listed.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 Role = Literal["parameter", "buffer", "batch", "constant", "gradient", "activation"]
 Way = Literal["forward", "backward"]
@@ -31,24 +34,46 @@ class Buffer:
     died: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One aten operator: what it reads and makes, by number of buffer. `segment` is the position in the
-    program of the segment whose forward it is part of; a backward is not told apart by segments."""
+class View(NamedTuple):
+    """A tensor: how a buffer is looked at."""
 
-    op: str
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class At(NamedTuple):
+    """Stands for a tensor, by its number among the views, in a call's arguments."""
+
+    view: int
+
+
+class Call(NamedTuple):
+    """One aten operator on views: the arguments with an `At` for every tensor, and the numbers of the views
+    that it returns, in order (a view of what was there is no new one where it was seen before). `segment` is
+    the position in the program of the segment whose forward it is part of."""
+
+    op: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     reads: tuple[int, ...]
     makes: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
     segment: int
     way: Way
+
+    @property
+    def name(self) -> str:
+        return self.op._schema.name
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One step, from the first operator of the forward to the last of the backward."""
+    """From the first operator to the last."""
 
     calls: tuple[Call, ...]
+    views: tuple[View, ...]
     buffers: tuple[Buffer, ...]
 
     @cached_property
@@ -77,6 +102,15 @@ class Recording:
         found = [b for b in self.buffers if b.born <= call and (b.died is None or call <= b.died)]
         return sorted(found, key=lambda b: -b.bytes)
 
+    def read_by(self, call: Call) -> tuple[int, ...]:
+        """The buffers that a call looks at."""
+        return tuple(dict.fromkeys(self.views[v].buffer for v in call.reads))
+
+    def made_by(self, number: int) -> tuple[int, ...]:
+        """The buffers that call `number` makes."""
+        found = dict.fromkeys(self.views[v].buffer for v in self.calls[number].makes)
+        return tuple(b for b in found if self.buffers[b].born == number)
+
     def _curve(self, without: frozenset[str]) -> Iterator[int]:
         gained: defaultdict[int, int] = defaultdict(int)
         lost: defaultdict[int, int] = defaultdict(int)
@@ -95,15 +129,21 @@ class Recording:
 def check(recording: Recording) -> Recording:
     """Assert what every recording must satisfy: what is read is alive, what is made was not there before,
     what is left over at the end belongs to the model, the batch or its gradients."""
+    made: set[int] = set()
     for i, call in enumerate(recording.calls):
-        for number in call.reads:
+        for number in recording.read_by(call):
             buffer = recording.buffers[number]
-            assert buffer.born < i, f"{call.op} (call {i}) reads {buffer.name} before it is made"
-            assert buffer.died is None or buffer.died >= i, f"{call.op} (call {i}) reads {buffer.name}, gone"
-        for number in call.makes:
-            assert recording.buffers[number].born == i, f"{call.op} (call {i}) makes what was made before"
-    for buffer in recording.buffers:
+            assert buffer.born < i, f"{call.name} (call {i}) reads {buffer.name} before it is made"
+            assert buffer.died is None or buffer.died >= i, (
+                f"{call.name} (call {i}) reads {buffer.name}, gone"
+            )
+        fresh = recording.made_by(i)
+        assert not made & {*fresh}, f"{call.name} (call {i}) makes what was made before"
+        made |= {*fresh}
+    for number, buffer in enumerate(recording.buffers):
         assert buffer.died is None or buffer.died >= buffer.born, f"{buffer.name} ends before it begins"
+        given = buffer.born < 0 or buffer.role == "constant"
+        assert given or number in made, f"no call makes {buffer.name}, or one made before"
         left = buffer.died is None and buffer.role == "activation"
         assert not left, f"{buffer.name} ({buffer.bytes} bytes) is left over"
     return recording
