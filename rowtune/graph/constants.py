@@ -6,12 +6,14 @@ Tensors without data (fake ones) belong to whoever traces with them and are neve
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Tables:
@@ -36,7 +38,7 @@ class Tables:
             return make().to(like.device)
         place = (key, like.device)
         if place not in self.made:
-            with torch.inference_mode(False):  # the next step may train
+            with _apart():
                 self.made[place] = make().to(like.device)
         return self.made[place]
 
@@ -55,7 +57,7 @@ class Copies:
         version = 0 if self.original.is_inference() else self.original._version
         found = self.made.get((other.device, dtype))
         if found is None or found[0] != version:
-            with torch.inference_mode(False):
+            with _apart():
                 found = version, self.original.to(other.device, dtype)
             self.made[other.device, dtype] = found
         return found[1]
@@ -69,8 +71,15 @@ def zero(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    with _apart():
         return torch.zeros((), dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Not part of the step that first asks: the next may train, and whoever records one step records all."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 def _without_data(like: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
+from rowtune.runtime.blank import Answers
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way, check
 from rowtune.runtime.segments import run_segment
 from rowtune.runtime.storage import storage_of
@@ -32,9 +32,7 @@ def record(program: Program) -> Recording:
     once) and the optimizer's step are outside.
     """
     graph = program.graph
-    gc.collect()
     with uncollected():  # the collector would end buffers at any call; nothing here waits for it
-        _Step(graph, program).run()  # constants are made once: by a step that nobody records
         step = _Step(graph, program)
         with step.recorder:
             step.run()
@@ -97,6 +95,7 @@ class Recorder(TorchDispatchMode):
         self._buffers: list[Buffer] = []
         self._known: dict[int, _Known] = {}  # by storage
         self._ends: list[Any] = []
+        self._answers = Answers()
 
     def know(self, tensor: Tensor, name: str, role: Role) -> int:
         """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
@@ -131,7 +130,7 @@ class Recorder(TorchDispatchMode):
         reads: list[int] = []
         given = tuple(self._given(a, reads) for a in args)
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
-        out = func(*args, **(kwargs or {}))
+        out = self._answers.call(func, args, kwargs or {})
         number = len(self._calls)
         self._calls.append(Call(func, given, named, tuple(reads), (), *self.place))
         makes = self._made(out, func._schema.name.partition("::")[2])

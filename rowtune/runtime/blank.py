@@ -1,0 +1,90 @@
+"""Aten calls on tensors without data, each answered by PyTorch once.
+
+What a call returns depends on sizes, strides and types alone there, and PyTorch works much of it out in
+Python. A band like others need not be asked about again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Answers:
+    """Runs operators on meta tensors; those that make new memory, or write to their first argument, from
+    memory where the same was asked before."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[Made | None, ...] | Made] = {}
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        how = _kind(func)
+        if how is None:
+            return func(*args, **kwargs)
+        try:
+            key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
+            found = self.known.get(key)
+        except (_Data, TypeError):  # real tensors among them, or something without a hash
+            return func(*args, **kwargs)
+        if found is None:
+            out = func(*args, **kwargs)
+            self.known[key] = _described(out)
+            return out
+        return how(found, args)
+
+
+class _Data(Exception):
+    pass
+
+
+def _key(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        if not argument.is_meta:
+            raise _Data
+        return argument.shape, argument.stride(), argument.dtype
+    if isinstance(argument, (tuple, list)):
+        return tuple([_key(a) for a in argument])
+    return argument.__class__, argument  # 1 is not 1.0, nor True
+
+
+def _described(out: Any) -> tuple[Made | None, ...] | Made:
+    if isinstance(out, Tensor):
+        return out.shape, out.stride(), out.dtype
+    return tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in out)
+
+
+def _blank(made: Made) -> Tensor:
+    shape, stride, dtype = made
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _one(found: Any, args: tuple[Any, ...]) -> Tensor:
+    return _blank(found)
+
+
+def _several(found: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if made is None else _blank(made) for made in found)
+
+
+def _first(found: Any, args: tuple[Any, ...]) -> Any:
+    return args[0]
+
+
+@cache
+def _kind(func: Any) -> Callable[[Any, tuple[Any, ...]], Any] | None:
+    """How an operator's answer is made from memory: by its schema; None where it is a view, say."""
+    schema = func._schema
+    aliased = [a for a in schema.arguments if a.alias_info is not None]
+    returned = [str(r.type) for r in schema.returns]
+    if not aliased:
+        if any(kind not in ("Tensor", "Optional[Tensor]") for kind in returned) or not returned:
+            return None
+        return _one if len(returned) == 1 else _several
+    writes = len(aliased) == 1 and aliased[0] is schema.arguments[0] and aliased[0].alias_info.is_write
+    return _first if writes and returned == ["Tensor"] and func._schema.name.endswith("_") else None
