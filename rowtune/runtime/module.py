@@ -7,8 +7,9 @@ optimizers, state dicts, .to() and DistributedDataParallel see no difference.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from rowtune.plan.adapt import eval_plan
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
-from rowtune.runtime.segments import run_segment
+from rowtune.runtime.lists.run import Lists
+from rowtune.runtime.segments import Step, run_segment
 
+Engine = Literal["listed", "traced"]
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 
 
@@ -36,6 +39,7 @@ def apply(
     *,
     fingerprint: str | None = None,
     graph: Graph | None = None,
+    engine: Engine = "listed",
 ) -> RowtuneModule:
     """Run `model` by `plan`.
 
@@ -50,12 +54,14 @@ def apply(
         fingerprint: of the graph the plan was made for; a model of another structure is refused.
         graph: what `trace` made of this model, on this device and in this mode: inputs of its sizes need not
             be traced again.
+        engine: listed: rows segments run the calls that their first step made, one after another; traced:
+            their schedules run every time, which takes the host longer (a second opinion).
 
     Raises:
         UsageError: the loss is none of these.
         PlanError: the plan holds values that no plan file may hold.
     """
-    return RowtuneModule(model, checked(plan), as_loss(loss), fingerprint, graph)
+    return RowtuneModule(model, checked(plan), as_loss(loss), fingerprint, graph, engine)
 
 
 class RowtuneModule(nn.Module):
@@ -69,6 +75,7 @@ class RowtuneModule(nn.Module):
         loss: Loss | None,
         fingerprint: str | None,
         graph: Graph | None = None,
+        engine: Engine = "listed",
     ) -> None:
         super().__init__()
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -76,14 +83,16 @@ class RowtuneModule(nn.Module):
         self.__dict__["_model"] = model  # not a submodule: names stay the model's own
         self.training = model.training
         self.plan = plan
+        self.engine = engine
         self.loss = loss
         self.loss_scale: float | Tensor = 1.0
         self._fingerprint, self._graph = fingerprint, graph
         self._programs: dict[Any, Program] = {}
+        self._lists: defaultdict[int, Lists] = defaultdict(Lists)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their programs anew."""
-        return {**self.__dict__, "_programs": {}, "_graph": None}
+        return {**self.__dict__, "_programs": {}, "_graph": None, "_lists": defaultdict(Lists)}
 
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)
@@ -161,10 +170,11 @@ class RowtuneModule(nn.Module):
             with torch.no_grad():
                 norms = self.loss.norms(targets, graph.values[graph.loss_output].shape)
             env[NORMS] = norms.to(graph.values[NORMS].dtype)
-        seed = _step_seed(graph)
+        lists = self._lists if self.engine == "listed" else None
+        step = Step(program, _step_seed(graph), self.loss_scale, lists)
         flat.clear()
         for segment, dead in zip(program.segments, program.drops, strict=True):
-            run_segment(program, segment, env, seed, self.loss_scale)
+            run_segment(step, segment, env)
             for name in dead:
                 env.pop(name, None)
         return [env[name] for name in graph.outputs]

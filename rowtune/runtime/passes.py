@@ -22,10 +22,13 @@ class PassesRun:
         tensors: dict[str, Tensor],
         wanted: frozenset[str],
         seed: int,
+        *,
+        first_time: bool = True,
     ) -> None:
         assert segment.passes is not None
         self.graph, self.segment, self.program = graph, segment, segment.passes
         self.tensors, self.wanted, self.seed = tensors, wanted, seed
+        self.first_time = first_time
         self.known: dict[str, Tensor] = {}
         self.runs: list[BandedRun] = []
 
@@ -44,10 +47,15 @@ class PassesRun:
         made = self.runs[-1].again()
         return {o: made[o] if o in made else self.known[o] for o in self.segment.part.outputs}
 
+    def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]:
+        raise AssertionError("barriers lie before a loss")
+
     def forward(self) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
         for one in self.program.forward:
-            run = BandedRun(self.graph, one, self._given(one), self.wanted, self.seed)
+            run = BandedRun(
+                self.graph, one, self._given(one), self.wanted, self.seed, first_time=self.first_time
+            )
             made = run.forward()
             self.known |= {n: t for n, t in made.items() if n in self._finished}
             self.runs.append(run)

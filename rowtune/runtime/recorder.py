@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
-from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way, check
-from rowtune.runtime.segments import run_segment
-from rowtune.runtime.storage import storage_of
+from rowtune.runtime.recording import Recording, Role, check
+from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.writer import Recorder
 
 ROLES: dict[str, Role] = {
     "parameter": "parameter", "buffer": "buffer", "constant": "constant",
@@ -48,15 +44,16 @@ class _Step:
     def __init__(self, graph: Graph, program: Program) -> None:
         self.graph, self.program = graph, program
         self.given = {v.name: _blank(v) for v in graph.values.values() if v.kind in ROLES}
-        self.recorder = Recorder()
+        self.recorder = Recorder(Answers().call)
         for name, tensor in self.given.items():
             self.recorder.know(tensor, name, ROLES[graph.values[name].kind])
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
+        step = Step(self.program)
         for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
             self.recorder.place = (i, "forward")
-            run_segment(self.program, segment, env, 0, 1.0)
+            run_segment(step, segment, env)
             for name in dead:
                 env.pop(name, None)
         loss = env.pop(self.graph.outputs[0])
@@ -75,81 +72,3 @@ def _blank(value: Value) -> Tensor:
     made = torch.empty(value.shape, dtype=value.dtype, device="meta")
     wanted = value.kind == "parameter" and value.requires_grad and made.is_floating_point()
     return made.requires_grad_(wanted)
-
-
-class _Known(NamedTuple):
-    """A storage that is alive: its buffer, and the views of it that were seen."""
-
-    buffer: int
-    views: dict[tuple[Any, ...], int]
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down every aten call while it is entered, below autograd."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.place: tuple[int, Way] = (0, "forward")
-        self._calls: list[Call] = []
-        self._views: list[View] = []
-        self._buffers: list[Buffer] = []
-        self._known: dict[int, _Known] = {}  # by storage
-        self._ends: list[Any] = []
-        self._answers = Answers()
-
-    def know(self, tensor: Tensor, name: str, role: Role) -> int:
-        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
-        storage = tensor.untyped_storage()
-        key = storage_of(tensor)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = _Known(len(self._buffers), {})
-            self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
-            self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
-        seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        view = known.views.get(seen)
-        if view is None:
-            view = known.views[seen] = len(self._views)
-            offset, shape, stride, dtype = seen
-            self._views.append(View(known.buffer, int(offset), tuple(shape), stride, dtype))
-        return view
-
-    def tag(self, tensor: Tensor, name: str, role: Role) -> None:
-        number = self._views[self.know(tensor, name, role)].buffer
-        self._buffers[number] = replace(self._buffers[number], name=name, role=role)
-
-    def recording(self) -> Recording:
-        """What was recorded; what is alive now is never freed."""
-        return Recording(tuple(self._calls), tuple(self._views), tuple(self._buffers))
-
-    def _gone(self, key: int, number: int, _: object) -> None:
-        del self._known[key]
-        self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads: list[int] = []
-        given = tuple(self._given(a, reads) for a in args)
-        named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
-        out = self._answers.call(func, args, kwargs or {})
-        number = len(self._calls)
-        self._calls.append(Call(func, given, named, tuple(reads), (), *self.place))
-        makes = self._made(out, func._schema.name.partition("::")[2])
-        if makes:
-            self._calls[number] = self._calls[number]._replace(makes=makes)
-        return out
-
-    def _given(self, argument: Any, reads: list[int]) -> Any:
-        if isinstance(argument, Tensor):
-            view = self.know(argument, "a constant", "constant")
-            reads.append(view)
-            return At(view)
-        if isinstance(argument, (list, tuple)):
-            return type(argument)([self._given(a, reads) for a in argument])
-        return argument
-
-    def _made(self, out: Any, name: str) -> tuple[int, ...]:
-        if isinstance(out, Tensor):
-            return (self.know(out, name, "activation"),)
-        if isinstance(out, (list, tuple)):
-            return tuple(self.know(t, name, "activation") for t in out if isinstance(t, Tensor))
-        return ()

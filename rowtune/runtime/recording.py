@@ -52,7 +52,8 @@ class At(NamedTuple):
 
 class Call(NamedTuple):
     """One aten operator on views: the arguments with an `At` for every tensor, and the numbers of the views
-    that it returns, in order (a view of what was there is no new one where it was seen before). `segment` is
+    that it returns, in order (a view of what was there is no new one where it was seen before; -1 for what is
+    no tensor). `segment` is
     the position in the program of the segment whose forward it is part of."""
 
     op: torch._ops.OpOverload
@@ -108,7 +109,7 @@ class Recording:
 
     def made_by(self, number: int) -> tuple[int, ...]:
         """The buffers that call `number` makes."""
-        found = dict.fromkeys(self.views[v].buffer for v in self.calls[number].makes)
+        found = dict.fromkeys(self.views[v].buffer for v in self.calls[number].makes if v >= 0)
         return tuple(b for b in found if self.buffers[b].born == number)
 
     def _curve(self, without: frozenset[str]) -> Iterator[int]:

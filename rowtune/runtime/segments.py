@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,52 +17,51 @@ from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.gradients import Gradients
+from rowtune.runtime.lists.run import Lists, Traced
 from rowtune.runtime.passes import PassesRun
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
-Running = BandedRun | PassesRun
-Earlier = dict[int, Running | None]
+Earlier = dict[int, Traced | None]
 """What the first forward of a step left, by segment (its id), for a checkpoint around it to run it again:
 None for segments without rows."""
 
 
-def run_segment(
-    program: Program,
-    segment: SegmentProgram,
-    env: Env,
-    seed: int,
-    scale: float | Tensor,
-    earlier: Earlier | None = None,
-) -> None:
-    """Add the segment's outputs to `env`. Inside a checkpoint, `earlier` is one for all its runs."""
-    earlier = {} if earlier is None else earlier
+@dataclass(frozen=True)
+class Step:
+    """One forward call of a program, and its backward.
+
+    `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Segments
+    with `lists` (by id) may run what an earlier step wrote down; without, all schedules run themselves.
+    """
+
+    program: Program
+    seed: int = 0
+    scale: float | Tensor = 1.0
+    lists: defaultdict[int, Lists] | None = None
+    earlier: Earlier = field(default_factory=dict)
+
+
+def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
+    """Add the segment's outputs to `env`."""
     again = segment.inner or segment.decision.policy == "checkpoint"
     if segment.banded is not None or segment.passes is not None:
-        _run_banded(program, segment, env, seed, scale, earlier)
+        _run_banded(step, segment, env)
     elif again and torch.is_grad_enabled():
-        _run_checkpoint(program, segment, env, seed, scale, earlier)
+        _run_checkpoint(step, segment, env)
     else:
-        env |= _run_inside(program, segment, env, {}, seed, scale, earlier)
+        env |= _run_inside(step, segment, env, {})
 
 
-def _run_inside(
-    program: Program,
-    segment: SegmentProgram,
-    env: Env,
-    inputs: Env,
-    seed: int,
-    scale: float | Tensor,
-    earlier: Earlier,
-) -> Env:
+def _run_inside(step: Step, segment: SegmentProgram, env: Env, inputs: Env) -> Env:
     """The outputs of a segment: those inside it one after another, or node by node."""
     if not segment.inner:
-        first_time = id(segment) not in earlier
-        earlier[id(segment)] = None
-        return _run_nodes(segment, env, inputs, seed, first_time)
+        first_time = id(segment) not in step.earlier
+        step.earlier[id(segment)] = None
+        return _run_nodes(segment, env, inputs, step.seed, first_time)
     made = {n: env[n] for n in (*segment.part.inputs, *segment.part.weights) if n in env} | inputs
     for inner, dead in zip(segment.inner, segment.dead, strict=True):
-        run_segment(program, inner, made, seed, scale, earlier)
+        run_segment(step, inner, made)
         for name in dead:
             made.pop(name, None)
     return {o: made[o] for o in segment.part.outputs}
@@ -80,9 +81,7 @@ def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_checkpoint(
-    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor, earlier: Earlier
-) -> None:
+def _run_checkpoint(step: Step, segment: SegmentProgram, env: Env) -> None:
     """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
@@ -90,7 +89,7 @@ def _run_checkpoint(
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
         given = dict(zip(names, tensors, strict=True))
-        made = _run_inside(program, segment, weights, given, seed, scale, earlier)
+        made = _run_inside(step, segment, weights, given)
         return tuple(made[o] for o in segment.part.outputs)
 
     inputs = [env[n] for n in names]
@@ -98,13 +97,11 @@ def _run_checkpoint(
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
 
-def _run_banded(
-    program: Program, segment: SegmentProgram, env: Env, seed: int, scale: float | Tensor, earlier: Earlier
-) -> None:
+def _run_banded(step: Step, segment: SegmentProgram, env: Env) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(program, segment, names, changed, seed, scale, earlier)
+    call = _Call(step, segment, names, changed)
     if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
         call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
@@ -128,22 +125,13 @@ class _Inputs(torch.autograd.Function):
 class _Call:
     """What one call of a rows segment carries from forward to backward."""
 
-    def __init__(
-        self,
-        program: Program,
-        segment: SegmentProgram,
-        names: list[str],
-        changed: Env,
-        seed: int,
-        scale: float | Tensor,
-        earlier: Earlier,
-    ) -> None:
-        self.program, self.segment, self.names, self.seed, self.scale = program, segment, names, seed, scale
-        self.changed, self.earlier = changed, earlier
+    def __init__(self, step: Step, segment: SegmentProgram, names: list[str], changed: Env) -> None:
+        self.step, self.segment, self.names, self.changed = step, segment, names, changed
+        self.earlier = step.earlier
         self.autocast: Callable[[], Any] = _autocast_state()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
-        self.run: Running | None = None
+        self.run: Traced | None = None
         self.token = torch.zeros((), requires_grad=True)
         self.saved: Tensor | None = None
 
@@ -156,17 +144,29 @@ class _Call:
             run.recall(given)
             outputs = run.again()
         else:
-            wanted = self.wanted(needs)
-            kind = PassesRun if self.segment.passes else BandedRun
-            run = kind(self.program.graph, self.segment, given, wanted, self.seed)
-            if isinstance(run, BandedRun) and banded and banded.single_sweep and any(needs):
-                outputs, self.stored = run.single_sweep(self.scale)
+            run = self.begun(given, needs)
+            if banded and banded.single_sweep and any(needs):
+                outputs, self.stored = run.single_sweep(self.step.scale)
                 return outputs
             outputs = run.forward()
             self.run = self.earlier[key] = run
         run.forget()
         # The run keeps its statistics, and autograd writes into what it is handed where that comes from.
         return {n: t.detach() for n, t in outputs.items()}
+
+    def begun(self, given: dict[str, Tensor], needs: tuple[bool, ...]) -> Traced:
+        """A run of the segment's schedule, or of the calls that an earlier run of it made."""
+        wanted, step, segment = self.wanted(needs), self.step, self.segment
+
+        def start(first_time: bool) -> Traced:
+            kind = PassesRun if segment.passes else BandedRun
+            return kind(step.program.graph, segment, given, wanted, step.seed, first_time=first_time)
+
+        if step.lists is None or any(node.random or node.op == "dropout" for node in segment.part.nodes):
+            return start(True)
+        scale = step.scale if isinstance(step.scale, float | int) else None
+        key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *autocast_key())
+        return step.lists[id(segment)].run(key, given, start, last=not any(needs))
 
     def wanted(self, needs: tuple[bool, ...]) -> frozenset[str]:
         """What needs a gradient, of all that the segment reads."""
@@ -186,11 +186,15 @@ class _Call:
         return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
 
 
+def autocast_key() -> tuple[Any, ...]:
+    """What autocast does now."""
+    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
 def _autocast_state() -> Callable[[], Any]:
     """A context that turns autocast on or off as it is now, for the recomputation in backward."""
-    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    enabled = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind)
+    kind, enabled, dtype = autocast_key()
     return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
@@ -278,7 +282,7 @@ def _scaled(call: _Call, incoming: Tensor) -> list[Tensor | None]:
     made, call.stored = call.stored, None
     if made is None:
         raise RowtuneError("backward through a single sweep runs once; its gradients were handed on already")
-    factor = incoming / call.scale
+    factor = incoming / call.step.scale
     found: list[Tensor | None] = []
     for name in call.names:
         g = made.inputs.pop(name, None) if name in made.inputs else made.weights.pop(name, None)

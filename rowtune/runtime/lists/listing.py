@@ -1,0 +1,74 @@
+"""A listing: calls to be run again, on tensors that are given, for tensors that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowtune.runtime.recording import At, Call, View
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Straight-line calls over `views`. `given` are the views whose tensors come from outside, `constants`
+    those of tensors that are the same every time, `results` the views whose tensors go out."""
+
+    calls: tuple[Call, ...]
+    views: tuple[View, ...]
+    given: tuple[int, ...]
+    constants: Mapping[int, Tensor]
+    results: tuple[int, ...]
+
+    def buffer(self, view: int) -> int:
+        """The memory that a view looks at."""
+        return self.views[view].buffer
+
+    def outside(self) -> frozenset[int]:
+        """Buffers that others look at as well: what is written there is read."""
+        return frozenset(self.buffer(v) for v in (*self.given, *self.constants, *self.results))
+
+    def with_calls(self, calls: Iterator[Call]) -> Listing:
+        return replace(self, calls=tuple(calls))
+
+
+def written(call: Call) -> Iterator[int]:
+    """The views that a call writes to."""
+    for where in _written(call.op):
+        at = call.args[where] if isinstance(where, int) and where < len(call.args) else call.kwargs.get(where)
+        if isinstance(at, At):
+            yield at.view
+        elif isinstance(at, (list, tuple)):
+            yield from (a.view for a in at if isinstance(a, At))
+
+
+@cache
+def _written(op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    """Positions and names of the arguments that an operator writes to."""
+    found: list[Any] = []
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [i, argument.name]
+    return tuple(found)
+
+
+@cache
+def is_pure(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator does nothing but return tensors, the same ones for the same arguments."""
+    return not _written(op) and torch.Tag.nondeterministic_seeded not in op.tags
+
+
+def check(listing: Listing) -> Listing:
+    """Assert what every listing must satisfy: what is read is given, constant, or made before."""
+    known = {*listing.given, *listing.constants}
+    for i, call in enumerate(listing.calls):
+        for view in call.reads:
+            assert view in known, f"{call.name} (call {i}) reads a tensor that nothing made"
+        known |= {*call.makes}
+    for view in listing.results:
+        assert view in known, "a result is made by no call"
+    return listing

@@ -1,0 +1,96 @@
+"""The same call on the same tensors: made once. Casts, zeros, narrow statistics, views of one tensor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from rowtune.graph.graph import numel
+from rowtune.runtime.lists.listing import Listing, is_pure, written
+from rowtune.runtime.recording import At, Call
+
+SMALL = 1 << 14
+"""Bytes. What is shared lives longer: a joined window of rows is not to live till backward."""
+
+
+def rewrite(listing: Listing) -> Listing:
+    """A call is left out where one before returned the same: no argument was written to since, and what it
+    returned is never written to, nor handed out."""
+    writes: defaultdict[int, list[int]] = defaultdict(list)
+    for call in listing.calls:
+        for view in written(call):
+            writes[listing.buffer(view)].append(1)
+    version = dict.fromkeys(writes, 0)
+    outside = listing.outside()
+    instead: dict[int, int] = {}
+    seen: dict[Any, tuple[int, ...]] = {}
+    defined = {*listing.given, *listing.constants}
+    kept: list[Call] = []
+    for call in listing.calls:
+        call = _renamed(call, instead)
+        made = [v for v in call.makes if v >= 0]
+        if made and is_pure(call.op) and all(v in defined for v in made):
+            continue  # a view of what is there, seen before
+        key = _key(listing, call, version) if _shareable(listing, call, writes, outside) else None
+        if key is not None and key in seen:
+            instead |= dict(zip(call.makes, seen[key], strict=True))
+            continue
+        if key is not None:
+            seen[key] = call.makes
+        for view in written(call):
+            version[listing.buffer(view)] += 1
+        defined |= {*made}
+        kept.append(call)
+    return listing.with_calls(iter(kept))
+
+
+def _renamed(call: Call, instead: dict[int, int]) -> Call:
+    if not any(v in instead for v in call.reads):
+        return call
+    reads = tuple(instead.get(v, v) for v in call.reads)
+    args = _swapped(call.args, instead)
+    kwargs = {k: _swapped(a, instead) for k, a in call.kwargs.items()}
+    return call._replace(args=args, kwargs=kwargs, reads=reads)
+
+
+def _swapped(argument: Any, instead: dict[int, int]) -> Any:
+    if isinstance(argument, At):
+        return At(instead.get(argument.view, argument.view))
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([_swapped(a, instead) for a in argument])
+    return argument
+
+
+def _shareable(listing: Listing, call: Call, writes: dict[int, list[int]], outside: frozenset[int]) -> bool:
+    if not call.makes or not is_pure(call.op):
+        return False
+    read = {listing.buffer(v) for v in call.reads}
+    for view in call.makes:
+        if view < 0:
+            continue
+        found = listing.views[view]
+        if found.buffer in read:
+            return False  # a view: seen by number, where it is one
+        large = numel(found.shape) * found.dtype.itemsize > SMALL
+        if large or found.buffer in writes or found.buffer in outside:
+            return False
+    return True
+
+
+def _key(listing: Listing, call: Call, version: dict[int, int]) -> Any:
+    now = tuple(version.get(listing.buffer(v), 0) for v in call.reads)
+    try:
+        key = call.op, _frozen(call.args), _frozen(tuple(call.kwargs.items())), now
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _frozen(argument: Any) -> Any:
+    """Hashable; 1 is not 1.0."""
+    if isinstance(argument, At):
+        return argument
+    if isinstance(argument, (list, tuple)):
+        return tuple([_frozen(a) for a in argument])
+    return argument.__class__, argument

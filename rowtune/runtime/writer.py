@@ -1,0 +1,106 @@
+"""Writes down what comes by below autograd: aten calls, what they look at, the memory that they make."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
+from rowtune.runtime.storage import storage_of
+
+Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Known(NamedTuple):
+    """A storage that is alive: its buffer, and the views of it that were seen."""
+
+    buffer: int
+    views: dict[tuple[Any, ...], int]
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every aten call while it is entered, below autograd.
+
+    Args:
+        answer: runs an operator.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._answer = answer
+        self.place: tuple[int, Way] = (0, "forward")
+        self._calls: list[Call] = []
+        self._views: list[View] = []
+        self._buffers: list[Buffer] = []
+        self._known: dict[int, _Known] = {}  # by storage
+        self._ends: list[Any] = []
+
+    def know(self, tensor: Tensor, name: str, role: Role) -> int:
+        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
+        storage = tensor.untyped_storage()
+        key = storage_of(tensor)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _Known(len(self._buffers), {})
+            self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
+            self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
+        seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = known.views.get(seen)
+        if view is None:
+            view = known.views[seen] = len(self._views)
+            offset, shape, stride, dtype = seen
+            self._views.append(View(known.buffer, int(offset), tuple(shape), stride, dtype))
+        return view
+
+    def rename(self, tensor: Tensor, buffer: int) -> None:
+        """From now on a tensor's memory is this buffer."""
+        storage, key = tensor.untyped_storage(), storage_of(tensor)
+        if key not in self._known:
+            self._ends.append(weakref.ref(storage, partial(self._gone, key, buffer)))
+        self._known[key] = _Known(buffer, {})
+
+    def tag(self, tensor: Tensor, name: str, role: Role) -> None:
+        number = self._views[self.know(tensor, name, role)].buffer
+        self._buffers[number] = replace(self._buffers[number], name=name, role=role)
+
+    def recording(self) -> Recording:
+        """What was recorded; what is alive now is never freed."""
+        return Recording(tuple(self._calls), tuple(self._views), tuple(self._buffers))
+
+    def _gone(self, key: int, number: int, _: object) -> None:
+        del self._known[key]
+        self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads: list[int] = []
+        given = tuple(self._given(a, reads) for a in args)
+        named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
+        out = self._answer(func, args, kwargs or {})
+        number = len(self._calls)
+        self._calls.append(Call(func, given, named, tuple(reads), (), *self.place))
+        makes = self._made(out, func._schema.name.partition("::")[2])
+        if makes:
+            self._calls[number] = self._calls[number]._replace(makes=makes)
+        return out
+
+    def _given(self, argument: Any, reads: list[int]) -> Any:
+        if isinstance(argument, Tensor):
+            view = self.know(argument, "a constant", "constant")
+            reads.append(view)
+            return At(view)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)([self._given(a, reads) for a in argument])
+        return argument
+
+    def _made(self, out: Any, name: str) -> tuple[int, ...]:
+        if isinstance(out, Tensor):
+            return (self.know(out, name, "activation"),)
+        if isinstance(out, (list, tuple)):
+            return tuple(self.know(t, name, "activation") if isinstance(t, Tensor) else -1 for t in out)
+        return ()
