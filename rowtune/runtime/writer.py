@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
-from rowtune.runtime.storage import storage_of
+from rowtune.runtime.storage import key_of, storage_of
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -41,21 +41,22 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, _Known] = {}  # by storage
         self._ends: list[Any] = []
 
-    def know(self, tensor: Tensor, name: str, role: Role) -> int:
-        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
+    def know(self, tensor: Tensor, name: str, role: Role, born: int | None = None) -> int:
+        """The number of a tensor as a view; of a new buffer where its memory was not seen before, `born` at
+        the end of the last call if nothing else is said."""
         storage = tensor.untyped_storage()
-        key = storage_of(tensor)
+        key = key_of(storage)
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = _Known(len(self._buffers), {})
-            self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
+            born = len(self._calls) - 1 if born is None else born
+            self._buffers.append(Buffer(name, storage.nbytes(), role, born, None))
             self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
         seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         view = known.views.get(seen)
         if view is None:
             view = known.views[seen] = len(self._views)
-            offset, shape, stride, dtype = seen
-            self._views.append(View(known.buffer, int(offset), tuple(shape), stride, dtype))
+            self._views.append(View(known.buffer, *seen))  # type: ignore[arg-type]
         return view
 
     def rename(self, tensor: Tensor, buffer: int) -> None:
@@ -79,14 +80,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads: list[int] = []
-        given = tuple(self._given(a, reads) for a in args)
+        given = tuple([self._given(a, reads) for a in args])
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answer(func, args, kwargs or {})
-        number = len(self._calls)
-        self._calls.append(Call(func, given, named, tuple(reads), (), *self.place))
-        makes = self._made(out, func._schema.name.partition("::")[2])
-        if makes:
-            self._calls[number] = self._calls[number]._replace(makes=makes)
+        makes = self._made(out, func._schema.name)
+        self._calls.append(Call(func, given, named, tuple(reads), makes, *self.place))
         return out
 
     def _given(self, argument: Any, reads: list[int]) -> Any:
@@ -98,9 +96,12 @@ class Recorder(TorchDispatchMode):
             return type(argument)([self._given(a, reads) for a in argument])
         return argument
 
-    def _made(self, out: Any, name: str) -> tuple[int, ...]:
+    def _made(self, out: Any, operator: str) -> tuple[int, ...]:
+        name, now = operator.partition("::")[2], len(self._calls)
         if isinstance(out, Tensor):
-            return (self.know(out, name, "activation"),)
+            return (self.know(out, name, "activation", now),)
         if isinstance(out, (list, tuple)):
-            return tuple(self.know(t, name, "activation") if isinstance(t, Tensor) else -1 for t in out)
+            return tuple(
+                [self.know(t, name, "activation", now) if isinstance(t, Tensor) else -1 for t in out]
+            )
         return ()

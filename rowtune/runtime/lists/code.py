@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,10 +93,9 @@ class _Writer:
         ]
         run = f"{function}({', '.join(arguments)})"
         used = [(i, v) for i, v in enumerate(call.makes) if v in last and v not in self._local]
-        several = len(call.op._schema.returns) > 1 or (call.makes and _is_list(call))
         if not used:
             yield run
-        elif not several:
+        elif not _is_list(call.op):
             yield f"{self._new(used[0][1])} = {run}"
         elif len(used) == len(call.makes) > 1:
             yield f"{', '.join(self._new(v) for _, v in used)} = {run}"
@@ -158,5 +158,7 @@ class _Writer:
         return name
 
 
-def _is_list(call: Call) -> bool:
-    return "[]" in str(call.op._schema.returns[0].type) or "List" in str(call.op._schema.returns[0].type)
+@cache
+def _is_list(op: torch._ops.OpOverload) -> bool:
+    returned = op._schema.returns
+    return len(returned) > 1 or (len(returned) == 1 and "List" in str(returned[0].type))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rowtune.runtime.lists.listing import Listing, written
 from rowtune.runtime.recording import Role, View
-from rowtune.runtime.storage import storage_of
 from rowtune.runtime.writer import Recorder
 
 Named = Mapping[Hashable, Tensor]
@@ -81,14 +80,14 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         self._buffer_of[key] = self._views[view].buffer
         return view
 
-    def know(self, tensor: Tensor, name: str, role: Role) -> int:
-        new = storage_of(tensor) not in self._known
-        view = super().know(tensor, name, role)
+    def know(self, tensor: Tensor, name: str, role: Role, born: int | None = None) -> int:
+        buffers = len(self._buffers)
+        view = super().know(tensor, name, role, born)
         buffer = self._views[view].buffer
-        if new and role == "constant":
+        if role == "constant" and buffer >= buffers:
             self._constant.add(buffer)
-        if buffer in self._constant:
-            self.constants.setdefault(view, tensor.detach())
+        if buffer in self._constant and view not in self.constants:
+            self.constants[view] = tensor.detach()
         return view
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
