@@ -1,7 +1,7 @@
 """Small constants that operators read, made once for each device: for numbers of the host a device has to be
 waited for, and a zero is a kernel to launch.
 
-Tensors without data (fake ones) belong to whoever traces with them and are never kept.
+Whoever traces with tensors without data gets stand-ins, and is told what they stand for: see `Tracing`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,31 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+
+class Tracing(Protocol):
+    """Runs operators on stand-ins for tensors of `device`."""
+
+    device: torch.device
+
+    def stand_in(self, constant: Tensor) -> Tensor:
+        """A tensor without data in the place of a constant."""
+
+
+TRACING: ContextVar[Tracing | None] = ContextVar("TRACING", default=None)
+
+
+def device_of(t: Tensor) -> torch.device:
+    """Where a tensor lies, or the one that it stands for."""
+    tracing = TRACING.get()
+    return t.device if tracing is None else tracing.device
 
 
 class Tables:
@@ -34,12 +54,15 @@ class Tables:
 
     def get(self, key: Hashable, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes on the CPU, on the device of `like`; made once for each key and device."""
-        if _without_data(like):
-            return make().to(like.device)
-        place = (key, like.device)
+        if (tracing := TRACING.get()) is not None:
+            return tracing.stand_in(self._on(tracing.device, key, make))
+        return make().to(like.device) if _without_data(like) else self._on(like.device, key, make)
+
+    def _on(self, device: torch.device, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        place = (key, device)
         if place not in self.made:
             with _apart():
-                self.made[place] = make().to(like.device)
+                self.made[place] = make().to(device)
         return self.made[place]
 
 
@@ -52,20 +75,30 @@ class Copies:
 
     def like(self, other: Tensor, dtype: torch.dtype) -> Tensor:
         """On the device of `other`."""
-        if _without_data(other):
-            return self.original.to(other.device, dtype)
+        if (tracing := TRACING.get()) is not None:
+            return tracing.stand_in(self._on(tracing.device, dtype))
+        return (
+            self.original.to(other.device, dtype) if _without_data(other) else self._on(other.device, dtype)
+        )
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         version = 0 if self.original.is_inference() else self.original._version
-        found = self.made.get((other.device, dtype))
-        if found is None or found[0] != version:
+        found = self.made.get((device, dtype))
+        if found is None:
             with _apart():
-                found = version, self.original.to(other.device, dtype)
-            self.made[other.device, dtype] = found
+                found = version, self.original.to(device, dtype)
+        elif found[0] != version:
+            with _apart():  # in its place: who wrote down calls has this very tensor
+                found = version, found[1].copy_(self.original)
+        self.made[device, dtype] = found
         return found[1]
 
 
 def zero(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A zero, for stand-ins that are never written to: one for each device and type."""
     dtype = like.dtype if dtype is None else dtype
+    if (tracing := TRACING.get()) is not None:
+        return tracing.stand_in(_zero(dtype, tracing.device))
     return like.new_zeros((), dtype=dtype) if _without_data(like) else _zero(dtype, like.device)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.graph.constants import device_of
+
 CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
 """Elements whose deviations are in memory at a time. On a CPU they stay in cache; another device has work
 enough for a kernel with them, and less memory to find than for a feature map."""
@@ -155,7 +157,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _measure(x: Tensor, groups: int, centred: bool) -> Tensor:
     spread, dims = _spread(x, groups)
     count = math.prod(spread.shape[d] for d in dims)
-    centred_measure = by_deviations if x.device.type == "cpu" else by_one_kernel
+    centred_measure = by_deviations if device_of(x).type == "cpu" else by_one_kernel
     measure = centred_measure if centred else _squares
     parts = torch.split(spread, _channels(spread), 1)
     found = [measure(part.to(_wide(part)), dims, count) for part in parts]
@@ -164,7 +166,7 @@ def _measure(x: Tensor, groups: int, centred: bool) -> Tensor:
 
 def _channels(spread: Tensor) -> int:
     """How many channels, or groups of them, make a chunk."""
-    chunk = CHUNK if spread.device.type == "cpu" else DEVICE_CHUNK
+    chunk = CHUNK if device_of(spread).type == "cpu" else DEVICE_CHUNK
     return max(1, chunk * spread.shape[1] // max(spread.numel(), 1))
 
 

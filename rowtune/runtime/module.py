@@ -7,7 +7,6 @@ optimizers, state dicts, .to() and DistributedDataParallel see no difference.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -88,11 +87,11 @@ class RowtuneModule(nn.Module):
         self.loss_scale: float | Tensor = 1.0
         self._fingerprint, self._graph = fingerprint, graph
         self._programs: dict[Any, Program] = {}
-        self._lists: defaultdict[int, Lists] = defaultdict(Lists)
+        self._lists = Lists()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their programs anew."""
-        return {**self.__dict__, "_programs": {}, "_graph": None, "_lists": defaultdict(Lists)}
+        return {**self.__dict__, "_programs": {}, "_graph": None, "_lists": Lists()}
 
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)

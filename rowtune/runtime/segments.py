@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.gradients import Gradients
-from rowtune.runtime.lists.run import Lists, Traced
+from rowtune.runtime.lists.kinds import Begin, Life, Traced
+from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.passes import PassesRun
 from rowtune.runtime.sums import changed_buffers
 
@@ -31,15 +31,16 @@ None for segments without rows."""
 class Step:
     """One forward call of a program, and its backward.
 
-    `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Segments
-    with `lists` (by id) may run what an earlier step wrote down; without, all schedules run themselves.
+    `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
+    segments run from `lists`; without, their schedules run. Inside a checkpoint segments run `twice`.
     """
 
     program: Program
     seed: int = 0
     scale: float | Tensor = 1.0
-    lists: defaultdict[int, Lists] | None = None
+    lists: Lists | None = None
     earlier: Earlier = field(default_factory=dict)
+    twice: bool = False
 
 
 def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
@@ -86,6 +87,7 @@ def _run_checkpoint(step: Step, segment: SegmentProgram, env: Env) -> None:
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
     names = [n for n in segment.part.inputs if n not in weights]
+    step = replace(step, twice=True)
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
         given = dict(zip(names, tensors, strict=True))
@@ -158,15 +160,30 @@ class _Call:
         """A run of the segment's schedule, or of the calls that an earlier run of it made."""
         wanted, step, segment = self.wanted(needs), self.step, self.segment
 
-        def start(first_time: bool) -> Traced:
+        def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
             kind = PassesRun if segment.passes else BandedRun
-            return kind(step.program.graph, segment, given, wanted, step.seed, first_time=first_time)
+            return kind(step.program.graph, segment, tensors, wanted, step.seed, first_time=first_time)
 
-        if step.lists is None or any(node.random or node.op == "dropout" for node in segment.part.nodes):
-            return start(True)
-        scale = step.scale if isinstance(step.scale, float | int) else None
+        nodes = segment.part.nodes
+        if step.lists is None or any(node.random or node.op == "dropout" for node in nodes):
+            return run(given, True)
+        begin = Begin(run, self.lives(any(needs)), carried(nodes, wanted) - self.spared(), step.scale)
+        scale = None if isinstance(step.scale, Tensor) else step.scale
         key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *autocast_key())
-        return step.lists[id(segment)].run(key, given, start, last=not any(needs))
+        return step.lists.run(id(segment), key, given, begin)
+
+    def lives(self, needs: bool) -> tuple[Life, ...]:
+        """What a run may do."""
+        if not needs:
+            return (("forward",),)
+        if self.segment.banded and self.segment.banded.single_sweep:
+            return (("sweep",),)
+        once = ("forward", "backward")
+        return (once, ("forward", "again", "backward")) if self.step.twice else (once,)
+
+    def spared(self) -> frozenset[str]:
+        """Outputs whose gradients others finish."""
+        return self.segment.banded.spared if self.segment.banded else frozenset()
 
     def wanted(self, needs: tuple[bool, ...]) -> frozenset[str]:
         """What needs a gradient, of all that the segment reads."""

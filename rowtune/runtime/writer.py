@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
-from rowtune.runtime.storage import key_of, storage_of
+from rowtune.runtime.storage import key_of
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -58,13 +58,6 @@ class Recorder(TorchDispatchMode):
             view = known.views[seen] = len(self._views)
             self._views.append(View(known.buffer, *seen))  # type: ignore[arg-type]
         return view
-
-    def rename(self, tensor: Tensor, buffer: int) -> None:
-        """From now on a tensor's memory is this buffer."""
-        storage, key = tensor.untyped_storage(), storage_of(tensor)
-        if key not in self._known:
-            self._ends.append(weakref.ref(storage, partial(self._gone, key, buffer)))
-        self._known[key] = _Known(buffer, {})
 
     def tag(self, tensor: Tensor, name: str, role: Role) -> None:
         number = self._views[self.know(tensor, name, role)].buffer

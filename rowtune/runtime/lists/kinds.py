@@ -1,0 +1,222 @@
+"""What one kind of runs of a segment calls: written down from runs on stand-ins, tensors without data.
+
+A kind of runs is all that the calls depend on: which tensors need gradients, sizes, strides, types, which
+tensors share memory, autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from rowtune.graph.constants import TRACING
+from rowtune.runtime.gradients import Gradients
+from rowtune.runtime.lists.code import Function, compiled
+from rowtune.runtime.lists.rewrites import rewritten
+from rowtune.runtime.lists.tracer import Key, Listed, NotListed, Tracer
+from rowtune.runtime.recording import View
+from rowtune.runtime.storage import storage_of
+from rowtune.runtime.writer import Answer
+
+Life = tuple[str, ...]
+"""What a run does, in order: forward alone; forward and backward; with the forward again in between, inside a
+checkpoint; or one sweep for both."""
+
+
+class Traced(Protocol):
+    """A run of a segment."""
+
+    def forward(self) -> dict[str, Tensor]: ...
+    def again(self) -> dict[str, Tensor]: ...
+    def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]: ...
+    def backward(self, grads: Mapping[str, Tensor]) -> Gradients: ...
+    def recall(self, tensors: dict[str, Tensor]) -> None: ...
+    def forget(self) -> None: ...
+
+
+class Begin(NamedTuple):
+    """How runs of a segment begin: `run(tensors, first_time)` is one of the schedule itself; only the first
+    time do buffers change. Outputs `carried` may get gradients; a sweep's are for `scale` times the loss."""
+
+    run: Callable[[dict[str, Tensor], bool], Traced]
+    lives: tuple[Life, ...]
+    carried: frozenset[str]
+    scale: Tensor | float
+
+
+class Step(NamedTuple):
+    """A section that can be run again."""
+
+    function: Function
+    listed: Listed
+
+
+Place = tuple[Life, Any]
+"""What a run did up to and including a section, and the layout of the outer gradients."""
+
+
+@dataclass
+class Kind:
+    """One kind of runs: its sections, and what its forward leaves for all of them."""
+
+    answer: Answer
+    layout: Any
+    steps: dict[Place, Step | None] = field(default_factory=dict)
+    leaves: frozenset[View] = frozenset()
+    why_not: str = ""
+
+    def learn(
+        self, place: Place, tensors: dict[str, Tensor], begin: Begin, outer: Mapping[str, Tensor]
+    ) -> None:
+        """A backward for other outer gradients than were expected, if what forward left will do."""
+        self.steps[place] = None
+        with contextlib.suppress(NotListed):
+            listed = _traced(self.answer, place[0], tensors, begin, outer)[-1][1]
+            if self.leaves >= {*listed.state}:
+                self.steps[place] = Step(compiled(rewritten(listed.listing)), listed)
+
+
+def layout_of(tensors: Mapping[Any, Tensor]) -> Any:
+    """Sizes, strides and types, and which tensors share memory, and where."""
+    first: dict[int, int] = {}
+    shares = [first.setdefault(storage_of(t), i) for i, t in enumerate(tensors.values())]
+    alone = len(first) == len(tensors)
+    offsets = () if alone else [t.storage_offset() for t in tensors.values()]
+    where = () if alone else (*zip(shares, offsets, strict=True),)
+    return where, tuple([(n, t.shape, t.stride(), t.dtype) for n, t in tensors.items()])
+
+
+def written(answer: Answer, tensors: dict[str, Tensor], begin: Begin) -> Kind:
+    """All that runs like this one call."""
+    kind = Kind(answer, layout_of(tensors))
+    try:
+        lives = [_traced(answer, life, tensors, begin, None) for life in begin.lives]
+    except NotListed as why:
+        kind.why_not = str(why)
+        return kind
+    kept = dict.fromkeys(view for sections in lives for view in sections[0][1].leaves)
+    kind.leaves = frozenset(kept)
+    for place, listed in (each for sections in lives for each in sections):
+        if place not in kind.steps:
+            listed = _leaving(listed, kept) if len(place[0]) == 1 else listed
+            kind.steps[place] = Step(compiled(rewritten(listed.listing)), listed)
+    return kind
+
+
+def _leaving(listed: Listed, kept: Iterable[View]) -> Listed:
+    """A forward that leaves what any later section reads."""
+    listing, kept = listed.listing, tuple(kept)
+    here = (*listing.given, *(v for call in listing.calls for v in call.makes if v >= 0))
+    made = {listing.views[v]: v for v in here}
+    results = (*listing.results[: len(listed.results)], *(made[view] for view in kept))
+    return listed._replace(listing=replace(listing, results=results), leaves=kept)
+
+
+def _traced(
+    answer: Answer,
+    life: Life,
+    tensors: Mapping[str, Tensor],
+    begin: Begin,
+    outer: Mapping[str, Tensor] | None,
+) -> list[tuple[Place, Listed]]:
+    """The sections of one run on stand-ins.
+
+    Args:
+        outer: the gradients that come in; None for those that are expected, of all outputs that have some.
+    """
+    device = next(iter(tensors.values())).device
+    # Autocast looks at devices: where it is on, stand-ins are fake tensors of this one.
+    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    blank = device if casts else torch.device("meta")
+    tracer = Tracer(device, blank, _asked if casts else answer)
+    layouts = []
+    with _disable_current_modes(), FakeTensorMode() if casts else contextlib.nullcontext(), _tracing(tracer):
+        given = _stand_ins(tensors, blank)
+        run = begin.run(given, True)
+        outputs: dict[str, Tensor] = {}
+        for at, name in enumerate(life):
+            more = _beside(name, begin, outputs, outer, blank)
+            layouts.append(layout_of(more) if name == "backward" else None)
+            if at:
+                run.recall(given)
+            with tracer.section({**named("in", given), **named(name, more)}) as section:
+                outputs, gradients = call(run, name, more, begin.scale)
+            tracer.ask(section, {**named("out", outputs), **flat(gradients)})
+            run.forget()
+            del gradients
+    places = [(life[: at + 1], layout) for at, layout in enumerate(layouts)]
+    return list(zip(places, tracer.listed(), strict=True))
+
+
+def _asked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _beside(
+    name: str,
+    begin: Begin,
+    outputs: Mapping[str, Tensor],
+    outer: Mapping[str, Tensor] | None,
+    blank: torch.device,
+) -> dict[str, Tensor]:
+    """Stand-ins for what a section is given beside the segment's tensors."""
+    if name == "sweep" and isinstance(begin.scale, Tensor):
+        return _stand_ins({"scale": begin.scale}, blank)
+    if name != "backward":
+        return {}
+    if outer is not None:
+        return _stand_ins(outer, blank)
+    expected = {n: t for n, t in outputs.items() if n in begin.carried and t.is_floating_point()}
+    return {n: torch.empty_like(t) for n, t in expected.items()}
+
+
+def call(
+    run: Traced, name: str, more: Mapping[str, Tensor], scale: Tensor | float
+) -> tuple[dict[str, Tensor], Gradients]:
+    """(outputs, gradients) of one section of a run of the schedule itself."""
+    if name == "sweep":
+        return run.single_sweep(more.get("scale", scale))
+    if name == "backward":
+        return {}, run.backward(more)
+    return run.again() if name == "again" else run.forward(), Gradients({}, {})
+
+
+def named(kind: str, tensors: Mapping[str, Tensor]) -> dict[Key, Tensor]:
+    """Keys of their own for tensors of one kind."""
+    return {(kind, name): t for name, t in tensors.items()}
+
+
+def flat(gradients: Gradients) -> dict[Key, Tensor]:
+    """Gradients by key."""
+    return {**named("input", gradients.inputs), **named("weight", gradients.weights)}
+
+
+def _stand_ins(tensors: Mapping[str, Tensor], blank: torch.device) -> dict[str, Tensor]:
+    """Tensors without data of the same layout, that share memory where these do."""
+    memory: dict[int, Tensor] = {}
+    found = {}
+    for name, t in tensors.items():
+        key = storage_of(t)
+        if key not in memory:
+            elements = -(-t.untyped_storage().nbytes() // t.itemsize)
+            memory[key] = torch.empty(elements, dtype=t.dtype, device=blank)
+        if memory[key].dtype != t.dtype:
+            raise NotListed("one memory is looked at in two types")
+        found[name] = memory[key].as_strided(t.shape, t.stride(), t.storage_offset()).detach()
+    return found
+
+
+@contextlib.contextmanager
+def _tracing(tracer: Tracer) -> Iterator[None]:
+    token = TRACING.set(tracer)
+    try:
+        yield
+    finally:
+        TRACING.reset(token)
