@@ -72,13 +72,18 @@ class Recorder(TorchDispatchMode):
         self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        self._allow(name)
         reads: list[int] = []
         given = tuple([self._given(a, reads) for a in args])
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answer(func, args, kwargs or {})
-        makes = self._made(out, func._schema.name)
+        makes = self._made(out, name)
         self._calls.append(Call(func, given, named, tuple(reads), makes, *self.place))
         return out
+
+    def _allow(self, operator: str) -> None:
+        """Raises where an operator cannot be recorded."""
 
     def _given(self, argument: Any, reads: list[int]) -> Any:
         if isinstance(argument, Tensor):

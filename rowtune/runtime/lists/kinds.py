@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rowtune.graph.constants import TRACING
+from rowtune.plan.lower import uncollected
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.code import Function, compiled
 from rowtune.runtime.lists.rewrites import rewritten
@@ -137,7 +138,8 @@ def _traced(
     blank = device if casts else torch.device("meta")
     tracer = Tracer(device, blank, _asked if casts else answer)
     layouts = []
-    with _disable_current_modes(), FakeTensorMode() if casts else contextlib.nullcontext(), _tracing(tracer):
+    fake = FakeTensorMode() if casts else contextlib.nullcontext()
+    with _disable_current_modes(), fake, _tracing(tracer), uncollected():
         given = _stand_ins(tensors, blank)
         run = begin.run(given, True)
         outputs: dict[str, Tensor] = {}

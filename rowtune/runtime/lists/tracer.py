@@ -96,11 +96,9 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         for key, tensor in results.items():
             section.results[key] = self.know(tensor, str(key), "activation")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name in READS_VALUES or not name.startswith(("aten::", "prims::")):
-            raise NotListed(f"{name} cannot be run from a list")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def _allow(self, operator: str) -> None:
+        if operator in READS_VALUES or not operator.startswith(("aten::", "prims::")):
+            raise NotListed(f"{operator} cannot be run from a list")
 
     def _given(self, argument: Any, reads: list[int]) -> Any:
         """Memory that is made is made on the device."""
