@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowtune.errors import ModelError, UsageError
-from rowtune.graph.constants import Copies
+from rowtune.kernels.constants import Copies
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 Norms = Callable[[Tensor, tuple[int, ...]], Tensor]

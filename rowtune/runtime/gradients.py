@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
-from rowtune.graph.moments import add_processes
+from rowtune.kernels.moments import add_processes
 from rowtune.plan.program import SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import grad_dtype

@@ -9,7 +9,7 @@ import torch
 
 from rowtune.graph.graph import Ref
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Run, as_is
-from rowtune.graph.unvalued import unvalued_sum
+from rowtune.kernels.unvalued import unvalued_sum
 from rowtune.rows import pointwise as same_rows
 
 

@@ -3,8 +3,8 @@
 Tapes that are made with the forward's rows must end where gradients arrive, so that none waits for the next
 band (schedules/sweep.py): two pieces a band, some of them of very few rows. Here the forward keeps no tape at
 all. When the gradient of some rows has arrived, their tape is made from the line buffers, which hold what
-the group read and what it made: convolutions are left out (graph/unvalued.py), so nothing costly is computed
-twice.
+the group read and what it made: convolutions are left out (kernels/unvalued.py), so nothing costly is
+computed twice.
 """
 
 from __future__ import annotations
