@@ -19,9 +19,9 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers import source
-from rowtune.importers.source import Loaded, Source, TensorSpec
+from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
-from rowtune.plan.file import Problem
+from rowtune.problem import Problem, Source, TensorSpec
 
 DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
 
