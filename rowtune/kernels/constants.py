@@ -11,7 +11,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from rowtune.torch_private import FakeTensor, fake_mode_is_on
 
 
 class Tables:
@@ -74,5 +75,4 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _without_data(like: Tensor) -> bool:
-    tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    return tracing or isinstance(like, FakeTensor)
+    return fake_mode_is_on() or isinstance(like, FakeTensor)

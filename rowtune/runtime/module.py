@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rowtune.errors import PlanError, UsageError
 from rowtune.graph.given_losses import as_loss
@@ -25,6 +24,7 @@ from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
 from rowtune.runtime.segments import run_segment
+from rowtune.torch_private import pytree
 
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.graph import Graph
@@ -22,6 +21,7 @@ from rowtune.importers import source
 from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
 from rowtune.problem import Problem, Source, TensorSpec
+from rowtune.torch_private import pytree
 
 DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
 
