@@ -3,7 +3,7 @@
 A loss is `combine(terms(output, target), norms(target, output_shape))`, where `terms` returns a short vector
 of sums that may be taken over any rows and added up. Where `combine` is linear in the sums, the gradient of
 the sums is known before the first row is seen: backward can start in the same sweep as forward (the single
-sweep of DESIGN.md). Dice is not linear, so it takes a second sweep; both are exact.
+sweep of docs/sweep.md). Dice is not linear, so it takes a second sweep; both are exact.
 """
 
 from __future__ import annotations
