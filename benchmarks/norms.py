@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from rowtune.graph.moments import moments, normalise
+from rowtune.kernels.moments import moments, normalise
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ from rowtune.graph.cuts import legal_cut, why_not
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import target_dtype, target_shape, with_loss
-from rowtune.importers.source import TensorSpec
 from rowtune.plan.plan import Plan, Segment
+from rowtune.problem import TensorSpec
 from rowtune.tune.step import Plain, plain_graph, run_step
 from rowtune.zoo import build
 

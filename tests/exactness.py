@@ -1,4 +1,4 @@
-"""How exactness is measured everywhere (DESIGN.md, Exactness), and the networks it is measured on."""
+"""How exactness is measured everywhere (docs/sweep.md, Exactness), and the networks it is measured on."""
 
 from __future__ import annotations
 

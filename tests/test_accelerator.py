@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils import backend_registration
 
 import rowtune
-from rowtune.graph.constants import Copies, Tables, zero
-from rowtune.graph.moments import by_deviations, by_one_kernel
-from rowtune.importers.source import TensorSpec
+from rowtune.kernels.constants import Copies, Tables, zero
+from rowtune.kernels.moments import by_deviations, by_one_kernel
+from rowtune.problem import TensorSpec
 from rowtune.tune.step import plain_graph
 from rowtune.zoo import build
 

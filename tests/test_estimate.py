@@ -21,8 +21,8 @@ from rowtune.graph.training import with_loss
 from rowtune.plan import repeat
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.space import space
 from rowtune.rows import Chained
+from rowtune.tune.space import space
 from rowtune.zoo import build
 
 NETS: dict[str, dict[str, Any]] = {

@@ -19,8 +19,8 @@ import rowtune
 from rowtune.errors import PlanError
 from rowtune.graph.cuts import barrier_parts, opaque_nodes
 from rowtune.graph.losses import default_name, parse
-from rowtune.graph.moments import merge, moments, normalise
 from rowtune.graph.training import synthetic_target
+from rowtune.kernels.moments import merge, moments, normalise
 from rowtune.plan.narrow import divided
 from rowtune.plan.plan import Plan, Segment
 from rowtune.zoo import build

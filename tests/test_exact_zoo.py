@@ -18,7 +18,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
-from rowtune.plan.space import space
+from rowtune.tune.space import space
 from rowtune.zoo import ZOO, build
 
 # Arguments, and the spatial sizes: odd and not square wherever the architecture takes that.

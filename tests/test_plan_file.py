@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from rowtune.errors import PlanError
-from rowtune.importers.source import Source, TensorSpec
-from rowtune.plan.file import PlanFile, Problem, dumps, load_plan, save_plan
+from rowtune.plan.file import PlanFile, dumps, load_plan, save_plan
 from rowtune.plan.plan import Plan, Segment
+from rowtune.problem import Problem, Source, TensorSpec
 
 PLAN = Plan((Segment("conv2d", "relu", "rows", band_rows=8, halo="cache"), Segment("pool", "loss")))
 FILE = PlanFile(

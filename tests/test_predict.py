@@ -18,8 +18,8 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
-from rowtune.plan.space import PlanSpace, space
 from rowtune.tune.meter import Memory, allocator_peak, measure_memory
+from rowtune.tune.space import PlanSpace, space
 from rowtune.zoo import build
 
 # A quarter of the published widths or less, and images large enough that activations set the peak.

@@ -554,6 +554,22 @@ def test_what_is_no_loss(loss: Any) -> None:
     assert "\n" not in str(said.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("hinge", "none of cross_entropy, .* in Python the function itself"),
+        ("mse:beta", "key=value"),
+        ("mse:beta=1", "beta.* in Python the function itself"),
+        ("nowhere:loss", "nowhere.* in Python the function itself"),
+        ("cross_entropy:label_smoothing=0.1", "label smoothing.* in Python the function itself"),
+    ],
+)
+def test_a_name_that_is_no_loss_speaks_of_no_flag(name: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as said:
+        parse(name)
+    assert "--" not in str(said.value) and "\n" not in str(said.value)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_compiled_modules_run_as_they_are() -> None:
     torch.manual_seed(3)

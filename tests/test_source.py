@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rowtune.errors import ModelError, UsageError
-from rowtune.importers.source import Source, TensorSpec, inputs, load, parse_shape, parse_source
+from rowtune.importers.source import inputs, load, parse_shape, parse_source
+from rowtune.problem import Source, TensorSpec
 from rowtune.tune.step import plain_graph
 
 FACTORY = """

@@ -13,13 +13,13 @@ from rowtune.cost.estimate import estimate
 from rowtune.importers.source import parse_source
 from rowtune.plan.file import PlanFile
 from rowtune.plan.plan import Plan
-from rowtune.plan.space import space
 from rowtune.plan.uniform import uniform_plan
 from rowtune.tune.find import state_bytes
 from rowtune.tune.measure import Bench
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.records import RecordFile
 from rowtune.tune.reference import plain_peak
+from rowtune.tune.space import space
 from rowtune.tune.step import Workload, define
 from rowtune.tune.study import search
 from rowtune.tune.task import Task

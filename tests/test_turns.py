@@ -29,9 +29,9 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import parse
 from rowtune.graph.training import with_loss
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.space import space
 from rowtune.runtime.banded import BandedRun
 from rowtune.tune.meter import measure_memory
+from rowtune.tune.space import space
 from rowtune.zoo import build
 
 KEEP, CHECKPOINT = Segment("", ""), Segment("", "", "checkpoint")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rowtune.importers.source import Source
+    from rowtune.problem import Source
 
 # Colours by meaning, the same in every table and chart.
 GOOD, BAD, SOFT, ACCENT = "green", "red", "dim", "cyan"

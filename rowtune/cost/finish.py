@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rowtune.cost.heap import Heap
 from rowtune.graph.graph import Graph
-from rowtune.graph.moments import CHUNK
+from rowtune.kernels.moments import CHUNK
 from rowtune.plan.program import SegmentProgram
 
 

@@ -2,7 +2,7 @@
 
 Live bytes are tracked block by block, in the order in which the step makes and frees them: parameters,
 gradients and optimizer state, the batch, what autograd saves, line buffers, tapes and gradients under way.
-Kernel temporaries are not tensors and are not counted (DESIGN.md, "What a budget means").
+Kernel temporaries are not tensors and are not counted (docs/sweep.md, "What a budget means").
 """
 
 from __future__ import annotations

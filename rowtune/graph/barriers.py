@@ -16,9 +16,9 @@ import torch
 
 from rowtune.graph.bands import banding
 from rowtune.graph.cuts import Stretch, reduces
-from rowtune.graph.extremes import extremes, largest, take
 from rowtune.graph.graph import Fused, Graph, Node, Ref, Value, check, live
-from rowtune.graph.moments import moments, normalise, spread_of, update_running
+from rowtune.kernels.extremes import extremes, largest, take
+from rowtune.kernels.moments import moments, normalise, spread_of, update_running
 
 aten = torch.ops.aten
 

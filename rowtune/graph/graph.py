@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from rowtune.graph.regions import Region
+from rowtune.torch_private import pytree
 
 
 @dataclass(frozen=True, slots=True)

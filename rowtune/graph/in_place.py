@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from rowtune.graph.graph import Graph, Node, Ref
 
@@ -48,15 +46,3 @@ def _candidates(graph: Graph, node: Node) -> tuple[str, ...]:
         return ()
     kinds = {(graph.values[n].shape, graph.values[n].dtype) for n in (*node.inputs, node.name)}
     return node.inputs if len(kinds) == 1 else ()
-
-
-def run_in_place(node: Node, over: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The node's output in the memory of its input `over`; None where that is a part of something larger, or
-    of another type than it was traced in (autocast)."""
-    x = tensors[over]
-    if x._is_view() or 0 in x.stride():
-        return None
-    if node.op == "relu":
-        return x.relu_()
-    other = next(t for n, t in tensors.items() if n != over)
-    return x.add_(other) if other.dtype == x.dtype else None

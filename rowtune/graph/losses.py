@@ -3,7 +3,7 @@
 A loss is `combine(terms(output, target), norms(target, output_shape))`, where `terms` returns a short vector
 of sums that may be taken over any rows and added up. Where `combine` is linear in the sums, the gradient of
 the sums is known before the first row is seen: backward can start in the same sweep as forward (the single
-sweep of DESIGN.md). Dice is not linear, so it takes a second sweep; both are exact.
+sweep of docs/sweep.md). Dice is not linear, so it takes a second sweep; both are exact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowtune.errors import ModelError, UsageError
-from rowtune.graph.constants import Copies
+from rowtune.kernels.constants import Copies
+
+_OWN = "for one of your own give module:function, or in Python the function itself or a torch.nn loss"
+"""What those can do who type a command, and those who call apply()."""
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 Norms = Callable[[Tensor, tuple[int, ...]], Tensor]
@@ -107,7 +110,7 @@ def cross_entropy(
     The mean is over the weights of the pixels that count, as torch has it.
     """
     if label_smoothing:
-        raise UsageError("cross_entropy in rowtune has no label smoothing; give module:function instead")
+        raise UsageError(f"cross_entropy in rowtune has no label smoothing; {_OWN}")
 
     weights = None if weight is None else Copies(weight)
 
@@ -203,7 +206,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 
 
 def parse(text: str) -> Loss:
-    """A loss from its name on the command line: `mse`, `cross_entropy:ignore_index=255,reduction=sum`, or
+    """A loss from its name, as on the command line: `mse`, `cross_entropy:ignore_index=255,reduction=sum`, or
     `package.module:function` (row-local where the function has `row_local = True`)."""
     name, _, rest = text.partition(":")
     if name in LOSSES:
@@ -211,19 +214,21 @@ def parse(text: str) -> Loss:
         for item in filter(None, rest.split(",")):
             key, eq, value = item.partition("=")
             if not eq:
-                raise UsageError(f"--loss {text}: options are key=value, not {item!r}")
+                raise UsageError(
+                    f"the loss {text}: options are key=value, as in mse:reduction=sum, not {item!r}"
+                )
             options[key] = _literal(value)
         try:
             made = LOSSES[name](**options)
         except TypeError as error:
-            raise UsageError(f"--loss {text}: {error}") from error
+            raise UsageError(f"the loss {text}: {error}; {_OWN}") from error
         return Loss(**{**made.__dict__, "name": text})
     if not rest:
-        raise UsageError(f"--loss {text}: not one of {', '.join(LOSSES)}, and not module:function")
+        raise UsageError(f"the loss {text!r} is none of {', '.join(LOSSES)}; {_OWN}")
     try:
         function = getattr(importlib.import_module(name), rest)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"--loss {text}: {error}") from error
+        raise UsageError(f"the loss {text}: {error}; {_OWN}") from error
     kind = row_local if getattr(function, "row_local", False) else whole
     return kind(text, function)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from rowtune.torch_private import OpOverload
+
 PARTED = frozenset(
     {
         *("aminmax", "cummax", "cummin", "kthvalue", "max", "median", "min", "mode", "sort", "std_mean"),
@@ -24,7 +26,7 @@ PARTED = frozenset(
 class Part:
     """Call `target`, take output `index`."""
 
-    target: torch._ops.OpOverload
+    target: OpOverload
     index: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -32,6 +34,6 @@ class Part:
 
 
 @cache
-def part_of(target: torch._ops.OpOverload, index: int) -> Part:
+def part_of(target: OpOverload, index: int) -> Part:
     """The same object every time: operators are timed once each, and told apart by identity."""
     return Part(target, index)

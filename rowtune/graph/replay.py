@@ -2,15 +2,10 @@
 
 A group that is a convolution followed by operators of these two tables can have its backward graph made again
 from the rows that it read and the rows that it made, at no cost: the convolution itself is left out
-(rowtune/graph/unvalued.py).
+(rowtune/kernels/unvalued.py).
 """
 
 from __future__ import annotations
-
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from rowtune.graph.graph import Node, Ref, refs
 
@@ -47,18 +42,3 @@ def _grows(node: Node) -> bool:
     """A leaky ReLU whose negative side does not stay negative."""
     slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
     return node.op == "leaky_relu" and not float(slope) > 0
-
-
-def with_value(x: Tensor, value: Tensor) -> Tensor:
-    """`value` in the place of x: gradients go to x."""
-    return _Known.apply(x, value)  # type: ignore[no-untyped-call, no-any-return]
-
-
-class _Known(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None

@@ -30,13 +30,12 @@ from rowtune.importers.functional import (
     masks_first,
     without_out,
 )
+from rowtune.torch_private import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, OpOverload
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
 _ALIASES |= {"expand", "squeeze", "unsqueeze", "contiguous", "to", "t", "detach", "alias", "movedim", "chunk"}
 _ALIASES |= {"split", "split_with_sizes", "unbind", "getitem", "numpy_T", "view_as", "expand_as", "diagonal"}
-_SET_GRAD = torch._C._set_grad_enabled
-_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
-_BORDERS = (_SET_GRAD, _ENTER, _EXIT)
+_BORDERS = (SET_GRAD, ENTER_AUTOCAST, EXIT_AUTOCAST)
 _SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk"}
 
 
@@ -44,7 +43,7 @@ class _Whole(NamedTuple):
     """A call of an operator with several outputs, of which each part used becomes a node."""
 
     op: str
-    target: torch._ops.OpOverload
+    target: OpOverload
     args: Any
     kwargs: Any
 
@@ -182,7 +181,7 @@ class _Reader:
         if target in _BORDERS:
             self._border(node)
             return
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, OpOverload):
             op = getattr(target, "__name__", str(target))
             if target is not operator.getitem:
                 raise ModelError(f"the exported graph calls {op}, which is not a tensor operator")
@@ -223,9 +222,9 @@ class _Reader:
 
     def _border(self, node: torch.fx.Node) -> None:
         """A region begins or ends."""
-        if node.target is _SET_GRAD:
+        if node.target is SET_GRAD:
             self.grad = bool(node.args[0])
-        elif node.target is _ENTER:
+        elif node.target is ENTER_AUTOCAST:
             self.autocasts[node.name] = node.args
         else:
             del self.autocasts[node.all_input_nodes[0].name]

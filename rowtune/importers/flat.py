@@ -12,7 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+from rowtune.torch_private import region_passes
+
+_AUTOCAST, _SET_GRAD = region_passes()
 
 
 def _unchanged(graph_module: Any, signature: Any) -> tuple[Any, Any]:
@@ -30,7 +33,7 @@ def regions_as_they_are() -> Iterator[None]:
     with (
         torch.enable_grad(),
         patch.object(torch.inference_mode, "__enter__", _gradients_off),
-        patch.object(replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass", _unchanged),
-        patch.object(replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass", _unchanged),
+        patch.object(_AUTOCAST, "replace_autocast_with_hop_pass", _unchanged),
+        patch.object(_SET_GRAD, "replace_set_grad_with_hop_pass", _unchanged),
     ):
         yield

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rowtune.torch_private import OpOverload
+
 
 def run_at_import(nodes: Iterable[torch.fx.Node], constants: Iterable[str]) -> frozenset[str]:
     """Names of the exported nodes to run: families of views that are written to, and what they are made of.
@@ -42,7 +44,7 @@ def run_at_import(nodes: Iterable[torch.fx.Node], constants: Iterable[str]) -> f
 def _fixed(node: torch.fx.Node, free: set[str]) -> bool:
     """Whether the node makes the same at every call."""
     target: Any = node.target
-    known = target is operator.getitem or isinstance(target, torch._ops.OpOverload)
+    known = target is operator.getitem or isinstance(target, OpOverload)
     drawn = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
     return known and not drawn and all(n.name in free for n in node.all_input_nodes)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rowtune.errors import ModelError
 from rowtune.graph.graph import Node, Ref, Value, numel
+from rowtune.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -24,14 +25,14 @@ SHAPED_LIKE = {
 
 def draws(op: str, target: Any, args: Any, kwargs: Any) -> bool:
     """Whether this call draws random numbers; dropout goes by a rule of its own."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     if op == "scaled_dot_product_attention":
         return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
-def functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
+def functional(target: OpOverload, op: str) -> OpOverload:
     """relu_ -> relu, with the same overload name (bernoulli_.float is bernoulli.p)."""
     overload = {"bernoulli_.float": "p"}.get(f"{op}.{target._overloadname}", target._overloadname)
     twin = {"normal_": "normal_functional"}.get(op, op.rstrip("_"))
@@ -42,19 +43,19 @@ def functional(target: torch._ops.OpOverload, op: str) -> torch._ops.OpOverload:
     return found  # type: ignore[no-any-return]
 
 
-def without_out(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+def without_out(target: OpOverload) -> OpOverload:
     """div.out -> div.Tensor: what is computed, to be kept by whoever wants it."""
     own = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
     packet = target.overloadpacket
     for name in packet.overloads():
-        found: torch._ops.OpOverload = getattr(packet, name)
+        found: OpOverload = getattr(packet, name)
         same = [(a.name, str(a.type)) for a in found._schema.arguments] == own
         if same and not found._schema.is_mutable:
             return found
     raise ModelError(f"{target} writes into a tensor and has no functional twin")
 
 
-def completed(target: torch._ops.OpOverload, twin: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
+def completed(target: OpOverload, twin: OpOverload, args: Any, kwargs: Any) -> Any:
     """The arguments for an in-place operator's twin: torch.export leaves out the first one's defaults, which
     the second need not have (bernoulli_'s p of 0.5)."""
     defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}

@@ -13,48 +13,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rowtune.errors import ModelError, RowtuneError, UsageError
-
-Kind = Literal["zoo", "factory", "pt2", "onnx"]
-Argument = int | float | bool | str | tuple[int | float, ...]
+from rowtune.problem import Argument, Source, TensorSpec
 
 PT2_WARNING = "a .pt2 file can execute code when it is loaded: open only files from people you trust"
 
 _NORMS = ("BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm", "SyncBatchNorm")
 _DTYPES = {str(t).split(".")[1]: t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """`text` is what follows `zoo:`, the `module:factory`, or the file's path; `args` go to the factory."""
-
-    kind: Kind
-    text: str
-    args: tuple[tuple[str, Argument], ...] = ()
-
-    def __str__(self) -> str:
-        return f"zoo:{self.text}" if self.kind == "zoo" else self.text
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, shape and dtype of one input."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-
-    def __str__(self) -> str:
-        return f"{self.name}: {'x'.join(map(str, self.shape))} {self.dtype}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.barriers import CUMULATIVE
@@ -25,6 +22,7 @@ from rowtune.importers.attributes import attributes_put_back
 from rowtune.importers.exported import read
 from rowtune.importers.flat import regions_as_they_are
 from rowtune.importers.watched import watched
+from rowtune.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, fake_mode_of, pytree
 
 
 def trace(
@@ -85,7 +83,7 @@ def _without_data(model: nn.Module, inputs: Any) -> Any:
     given = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     if device.type == "meta" or not any(t.is_meta for t in given):
         return inputs
-    with detect_fake_mode(own) or FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_mode_of(own) or FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(t: Tensor) -> Tensor:
             return torch.empty_like(t, device=device) if t.is_meta else mode.from_tensor(t)
@@ -110,7 +108,7 @@ def _shapes(inputs: Any) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export logs the traceback of a failing operator before raising it; the error says enough."""
-    loggers = [logging.getLogger(n) for n in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx")]
+    loggers = [logging.getLogger(n) for n in (FAKE_TENSOR_LOG, "torch.export", "torch.fx")]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.CRITICAL)

@@ -11,9 +11,9 @@ from rowtune.graph.cuts import Stretch, reduces
 from rowtune.graph.graph import Graph, Node
 from rowtune.graph.rules import Opaque
 from rowtune.plan.plan import Segment
-from rowtune.plan.policies import SCHEDULES
-from rowtune.plan.policies.schedule import Request, Schedule
 from rowtune.plan.program import Banded
+from rowtune.plan.schedules import SCHEDULES
+from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.rows import Rows
 
 Scheduler = Callable[[str, Request], Schedule]

@@ -1,7 +1,7 @@
 """plan.json: a plan, what it was made for, what it was predicted to cost and what it cost.
 
 The file is read strictly: an unknown schema, key or value is a PlanError, never a guess. It is JSON and
-nothing else, so opening a stranger's plan runs no code (opening the *model* it names may: see source.py).
+nothing else, so opening a stranger's plan runs no code (opening the *model* it names may).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rowtune import __version__
 from rowtune.errors import PlanError
-from rowtune.importers.source import Kind, Source, TensorSpec
 from rowtune.plan.plan import Plan
+from rowtune.problem import Problem, typed
 
 SCHEMA = 1
 
@@ -39,53 +39,6 @@ _KEYS = {
     "budget_bytes", "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "threads",
     "versions",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is trained, on what: everything a plan is made for, and nothing about how.
-
-    `dtype` is empty where the model keeps its own.
-    """
-
-    model: Source
-    inputs: tuple[TensorSpec, ...]
-    device: str
-    loss: str
-    optimizer: str
-    seed: int = 0
-    dtype: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": {
-                "kind": self.model.kind,
-                "source": self.model.text,
-                "args": _plain(dict(self.model.args)),
-            },
-            "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in self.inputs],
-            "dtype": self.dtype,
-            "device": self.device,
-            "loss": self.loss,
-            "optimizer": self.optimizer,
-            "seed": self.seed,
-        }
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Problem:
-        """The inverse; PlanError for anything missing or of the wrong type."""
-        model = _typed(data, "model", dict)
-        if model.get("kind") not in get_args(Kind):
-            raise PlanError(f"model.kind is one of {', '.join(get_args(Kind))}, not {model.get('kind')!r}")
-        args = _typed(model, "args", dict)
-        source = Source(
-            model["kind"],
-            _typed(model, "source", str),
-            tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in args.items()),
-        )
-        words = {key: _typed(data, key, str) for key in ("device", "loss", "optimizer", "dtype")}
-        inputs = tuple(_spec(item) for item in _typed(data, "inputs", list))
-        return Problem(source, inputs, seed=_typed(data, "seed", int), **words)
 
 
 @dataclass(frozen=True)
@@ -139,19 +92,19 @@ class PlanFile:
             odd = sorted(set(data) ^ _KEYS)[0]
             raise PlanError(f"{'unknown' if odd in data else 'missing'} key {odd!r}")
         for key, least in (("budget_bytes", 1), ("reserve_bytes", 0), ("threads", 0)):
-            if _typed(data, key, int) < least:
+            if typed(data, key, int) < least:
                 raise PlanError(f"{key} is at least {least}, not {data[key]}")
         return PlanFile(
             problem=Problem.from_dict(data),
-            fingerprint=_typed(data, "fingerprint", str),
+            fingerprint=typed(data, "fingerprint", str),
             budget_bytes=data["budget_bytes"],
             plan=Plan.from_dict(data["decisions"]),
             predicted=_costs(data, "predicted", PREDICTED),
             measured=_costs(data, "measured", MEASURED),
-            front=tuple(_member(item) for item in _typed(data, "front", list)),
-            study=_typed(data, "study", str),
+            front=tuple(_member(item) for item in typed(data, "front", list)),
+            study=typed(data, "study", str),
             reserve_bytes=data["reserve_bytes"],
-            versions=_typed(data, "versions", dict),
+            versions=typed(data, "versions", dict),
             threads=data["threads"],
         )
 
@@ -219,33 +172,8 @@ def dumps(value: Any, indent: int = 0) -> str:
     return "[\n" + ",\n".join(pad + dumps(item, indent + 2) for item in value) + "\n" + " " * indent + "]"
 
 
-def _plain(value: Any) -> Any:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-
-
-def _typed(data: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = data.get(key)
-    if type(value) is not kind:
-        raise PlanError(f"{key} is of type {kind.__name__}, not {value!r}")
-    return value
-
-
-def _spec(item: Any) -> TensorSpec:
-    if not isinstance(item, dict) or set(item) != {"name", "shape", "dtype"}:
-        raise PlanError(f"an input has name, shape and dtype, not {item!r}")
-    shape = _typed(item, "shape", list)
-    if not all(type(size) is int and size > 0 for size in shape):
-        raise PlanError(f"an input's shape is whole numbers of at least 1, not {shape!r}")
-    import torch
-
-    dtype = _typed(item, "dtype", str)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise PlanError(f"an input's dtype is a torch dtype, not {dtype!r}")
-    return TensorSpec(_typed(item, "name", str), tuple(shape), dtype)
-
-
 def _costs(data: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[str, Any]:
-    costs = _typed(data, key, dict)
+    costs = typed(data, key, dict)
     for name, value in costs.items():
         if name not in known:
             raise PlanError(f"{key} has an unknown key {name!r}")

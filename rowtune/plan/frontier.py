@@ -1,7 +1,7 @@
 """Frontiers: how far each group is after each band, forward and backward.
 
 After band r the segment's outputs stand at the band's end; every other group stands where its readers need
-it (DESIGN.md, "The sweep on a graph, precisely").
+it (docs/sweep.md).
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rowtune.plan.groups import Group, make_group
-from rowtune.plan.policies import SCHEDULES
-from rowtune.plan.policies.schedule import Request, Schedule
 from rowtune.plan.program import Back, Drop, Piece, Repeat, Replay, Run, Stash, Step
+from rowtune.plan.schedules import SCHEDULES
+from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.plan.shorten import Ratios, banded_reads, period_of, ratios, without
 from rowtune.rows import Affine, Rows
 

@@ -22,11 +22,11 @@ from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
-from rowtune.runtime.storage import storage_of
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
 from rowtune.runtime.weights import WeightSums, cast_once
 from rowtune.runtime.windows import Windows
+from rowtune.torch_private import storage_of
 
 
 class BandedRun:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rowtune.graph.bands import Banding
 from rowtune.graph.graph import Graph, Node, replace
-from rowtune.graph.in_place import run_in_place
 from rowtune.graph.regions import inside
-from rowtune.graph.replay import with_value
 from rowtune.graph.rules import Slab
+from rowtune.kernels.in_place import run_in_place
+from rowtune.kernels.known import with_value
 from rowtune.plan.groups import Group
 from rowtune.rows import Rows, need
 from rowtune.runtime.dropout import dropout_slab, seeded
@@ -137,7 +137,7 @@ class Evaluator:
                     tensor = tensor.narrow(read.dim, got.lo - start if got.size else 0, got.size)
                 reads[name] = got
             tensors[name] = tensor if output is None else with_value(tensor, output)
-        if over is not None and (done := run_in_place(node, over, tensors)) is not None:
+        if over is not None and (done := run_in_place(node.op, over, tensors)) is not None:
             return done
         shape = self._shape(node, rule.dim, rows, images)
         if node.op == "dropout" and bool(node.args[2]) and node.args[1]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
-from rowtune.graph.moments import add_processes
+from rowtune.kernels.moments import add_processes
 from rowtune.plan.program import SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import grad_dtype
-from rowtune.runtime.storage import storage_of
+from rowtune.torch_private import storage_of
 
 Part = Callable[[Tensor, Rows], Tensor]
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rowtune.errors import PlanError, UsageError
 from rowtune.graph.given_losses import as_loss
@@ -26,6 +25,7 @@ from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.segments import Step, run_segment
+from rowtune.torch_private import pytree
 
 Engine = Literal["listed", "traced"]
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None

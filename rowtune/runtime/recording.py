@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from rowtune.torch_private import OpOverload
+
 Role = Literal["parameter", "buffer", "batch", "constant", "gradient", "activation"]
 Way = Literal["forward", "backward"]
 
@@ -56,7 +58,7 @@ class Call(NamedTuple):
     no tensor). `segment` is
     the position in the program of the segment whose forward it is part of."""
 
-    op: torch._ops.OpOverload
+    op: OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reads: tuple[int, ...]

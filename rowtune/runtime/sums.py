@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph, Node
-from rowtune.graph.moments import add_processes, merge_processes
+from rowtune.kernels.moments import add_processes, merge_processes
 from rowtune.plan.program import Banded
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import ALL_IMAGES, grad_dtype, run_whole

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from rowtune.graph.constants import zero
 from rowtune.graph.graph import Node
+from rowtune.kernels.constants import zero
 from rowtune.runtime.evaluate import grad_dtype
 
 PRODUCTS = {"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}

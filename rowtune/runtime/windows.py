@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rowtune.rows import Rows
 from rowtune.runtime.lines import Lines
-from rowtune.runtime.storage import storage_of
+from rowtune.torch_private import storage_of
 
 
 class _Placed(torch.autograd.Function):

@@ -9,10 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
-from rowtune.runtime.storage import key_of
+from rowtune.torch_private import TorchDispatchMode, key_of
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 

@@ -8,6 +8,7 @@ reference where the plain network can run once, to be compared with
 verify    gradients of a plan against the plain network
 measure   verify, time and meter one plan
 worker    the process that measures; supervisor: its parent's side
+space     the knobs that the search turns, and the plan that follows from them
 records   what was measured, appended to a file
 task      what a search is given, says and returns
 study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits

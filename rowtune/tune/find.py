@@ -13,12 +13,12 @@ from rowtune.cost.estimate import estimate
 from rowtune.errors import InfeasibleError, UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
-from rowtune.plan.space import space
 from rowtune.tune.device import device_name
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.records import Record, RecordFile
 from rowtune.tune.reference import plain_peak
 from rowtune.tune.sizes import format_bytes
+from rowtune.tune.space import space
 from rowtune.tune.step import Workload
 from rowtune.tune.study import search
 from rowtune.tune.supervisor import Worker

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from rowtune.plan.file import Problem
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
+from rowtune.problem import Problem
 from rowtune.runtime.module import apply
 from rowtune.tune.device import cap_memory, context_bytes, release, synchronize, warm_up
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing, failure

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from rowtune.torch_private import TorchDispatchMode, pytree, storage_of
 
 
 class Memory(NamedTuple):
@@ -82,7 +82,7 @@ class LiveMeter(TorchDispatchMode):
         if tensor.device.type != self._device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_of(tensor), storage.nbytes()
         if key in self._live:
             return
         self._serial += 1
@@ -97,7 +97,7 @@ class LiveMeter(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -1
+    return storage_of(tensor) if tensor.layout == torch.strided else -1
 
 
 def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from rowtune.cost.estimate import estimate
 from rowtune.errors import ModelError
-from rowtune.importers.source import TensorSpec
 from rowtune.plan.uniform import uniform_plan
+from rowtune.problem import TensorSpec
 from rowtune.tune.device import free_bytes
 from rowtune.tune.step import Batch, Workload
 

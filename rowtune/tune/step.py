@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers import source
-from rowtune.importers.source import Loaded, Source, TensorSpec
+from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
-from rowtune.plan.file import Problem
+from rowtune.problem import Problem, Source, TensorSpec
+from rowtune.torch_private import pytree
 
 DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from rowtune.errors import ModelError
-from rowtune.plan.file import Problem
 from rowtune.plan.plan import Plan
+from rowtune.problem import Problem
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
 
 OPEN_TIMEOUT = 600.0

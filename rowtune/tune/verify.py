@@ -1,4 +1,4 @@
-"""Is a plan exact? Loss, gradients and buffers against the plain network, by DESIGN.md's measure.
+"""Is a plan exact? Loss, gradients and buffers against the plain network, by the measure of docs/sweep.md.
 
     gradients   max|a-b| / max(max|b|, 1e-3 x the largest gradient of the network)
     loss        max|a-b| / max|b|

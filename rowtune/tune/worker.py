@@ -41,7 +41,7 @@ def _listen(stream: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> Non
 
 def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
     """One reply line a request."""
-    from rowtune.plan.file import Problem
+    from rowtune.problem import Problem
     from rowtune.tune.device import guard_host
     from rowtune.tune.measure import Bench
     from rowtune.tune.measurement import Measurement, failure

@@ -9,8 +9,9 @@ import torch
 
 from rowtune.graph.graph import Ref
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Run, as_is
-from rowtune.graph.unvalued import unvalued_sum
+from rowtune.kernels.unvalued import unvalued_sum
 from rowtune.rows import pointwise as same_rows
+from rowtune.torch_private import OpOverload
 
 
 def elementwise(q: Question) -> RowRule | Opaque:
@@ -152,4 +153,4 @@ def random(q: Question) -> RowRule | Opaque:
 
 def is_pointwise(target: object) -> bool:
     """PyTorch marks its pointwise operators; this covers the whole aten set without naming it."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags

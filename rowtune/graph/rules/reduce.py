@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from rowtune.graph.constants import Tables
-from rowtune.graph.extremes import (
+from rowtune.graph.graph import Node
+from rowtune.graph.rules.pointwise import per_image, pooled_axes
+from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Slab
+from rowtune.kernels.constants import Tables
+from rowtune.kernels.extremes import (
     cell,
     extremes_again,
     extremes_of,
@@ -17,12 +20,9 @@ from rowtune.graph.extremes import (
     merge_extremes,
     merge_largest,
 )
-from rowtune.graph.graph import Node
-from rowtune.graph.moments import add_gradient, merge, moments_again
-from rowtune.graph.moments import moments as all_moments
-from rowtune.graph.moments import spread_of as moments_spread
-from rowtune.graph.rules.pointwise import per_image, pooled_axes
-from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, Reduction, RowRule, Slab
+from rowtune.kernels.moments import add_gradient, merge, moments_again
+from rowtune.kernels.moments import moments as all_moments
+from rowtune.kernels.moments import spread_of as moments_spread
 from rowtune.rows import Rows
 from rowtune.rows import pointwise as same_rows
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rowtune.graph.constants import Tables
 from rowtune.graph.rules.pointwise import along
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, cut
+from rowtune.kernels.constants import Tables
 from rowtune.rows import Affine, Window, gather
 
 aten = torch.ops.aten

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.graph.constants import Tables
 from rowtune.graph.rules.rule import Opaque, Question, Read, RowRule, Run, Slab, as_is, cut
-from rowtune.graph.unvalued import unvalued_shuffle
+from rowtune.kernels.constants import Tables
+from rowtune.kernels.unvalued import unvalued_shuffle
 from rowtune.rows import Affine, Rows, gather
 from rowtune.rows import pointwise as same_rows
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.graph.constants import Tables
 from rowtune.graph.graph import replace
 from rowtune.graph.rules.pointwise import along
 from rowtune.graph.rules.rule import WHOLE, Opaque, Question, Read, RowRule, Slab, cut
-from rowtune.graph.unvalued import unvalued, unvalued_transposed
+from rowtune.kernels.constants import Tables
+from rowtune.kernels.unvalued import unvalued, unvalued_transposed
 from rowtune.rows import Affine, Rows, convolution, transposed
 
 aten = torch.ops.aten

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rowtune.runtime.lists.listing import Listing
 from rowtune.runtime.recording import At, Call
+from rowtune.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -159,6 +160,6 @@ class _Writer:
 
 
 @cache
-def _is_list(op: torch._ops.OpOverload) -> bool:
+def _is_list(op: OpOverload) -> bool:
     returned = op._schema.returns
     return len(returned) > 1 or (len(returned) == 1 and "List" in str(returned[0].type))

@@ -13,18 +13,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
-from rowtune.graph.constants import TRACING
+from rowtune.kernels.constants import TRACING
 from rowtune.plan.lower import uncollected
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.code import Function, compiled
 from rowtune.runtime.lists.rewrites import rewritten
 from rowtune.runtime.lists.tracer import Key, Listed, NotListed, Tracer
 from rowtune.runtime.recording import View
-from rowtune.runtime.storage import storage_of
 from rowtune.runtime.writer import Answer
+from rowtune.torch_private import FakeTensorMode, storage_of, without_modes
 
 Life = tuple[str, ...]
 """What a run does, in order: forward alone; forward and backward; with the forward again in between, inside a
@@ -139,7 +137,7 @@ def _traced(
     tracer = Tracer(device, blank, _asked if casts else answer)
     layouts = []
     fake = FakeTensorMode() if casts else contextlib.nullcontext()
-    with _disable_current_modes(), fake, _tracing(tracer), uncollected():
+    with without_modes(), fake, _tracing(tracer), uncollected():
         given = _stand_ins(tensors, blank)
         run = begin.run(given, True)
         outputs: dict[str, Tensor] = {}

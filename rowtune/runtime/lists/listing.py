@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rowtune.runtime.recording import At, Call, View
+from rowtune.torch_private import OpOverload
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def written(call: Call) -> Iterator[int]:
 
 
 @cache
-def _written(op: torch._ops.OpOverload) -> tuple[Any, ...]:
+def _written(op: OpOverload) -> tuple[Any, ...]:
     """Positions and names of the arguments that an operator writes to."""
     found: list[Any] = []
     for i, argument in enumerate(op._schema.arguments):
@@ -57,7 +58,7 @@ def _written(op: torch._ops.OpOverload) -> tuple[Any, ...]:
 
 
 @cache
-def is_pure(op: torch._ops.OpOverload) -> bool:
+def is_pure(op: OpOverload) -> bool:
     """Whether an operator does nothing but return tensors, the same ones for the same arguments."""
     return not _written(op) and torch.Tag.nondeterministic_seeded not in op.tags
 

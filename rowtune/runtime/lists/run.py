@@ -13,6 +13,7 @@ from rowtune.runtime.blank import Answers
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.kinds import Begin, Kind, Life, Traced, layout_of, named, written
 from rowtune.runtime.recording import View
+from rowtune.torch_private import below_autograd
 
 MOST_KINDS = 8
 """Kinds of runs of one segment that are written down; the others are traced each time."""
@@ -108,6 +109,6 @@ def _called(function: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type if tensors else "cpu"
     casts = kind != "meta" and torch.is_autocast_enabled(kind)
     without = torch.autocast(kind, enabled=False) if casts else contextlib.nullcontext()
-    with without, torch._C._AutoDispatchBelowAutograd():
+    with without, below_autograd():
         made: tuple[Tensor, ...] = function(tensors)
     return made

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rowtune.runtime.lists.listing import Listing, written
 from rowtune.runtime.recording import View
-from rowtune.runtime.storage import storage_of
 from rowtune.runtime.writer import Answer, Recorder
+from rowtune.torch_private import storage_of
 
 Key = tuple[str, str]
 """Kind and name of a tensor that goes in or out of a section."""

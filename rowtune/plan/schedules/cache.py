@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from rowtune.plan.frontier import frontiers
 from rowtune.plan.groups import fuse
-from rowtune.plan.policies.schedule import Request, Schedule, forward_pass
 from rowtune.plan.program import Back, Restore, Run, Stash, Step
+from rowtune.plan.schedules.schedule import Request, Schedule, forward_pass
 from rowtune.rows import Rows
 
 

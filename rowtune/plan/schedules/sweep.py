@@ -10,9 +10,9 @@ from itertools import pairwise
 
 from rowtune.plan.frontier import Frontiers, frontiers, gradient_end
 from rowtune.plan.groups import Group, fuse
-from rowtune.plan.policies import replay
-from rowtune.plan.policies.schedule import Request, Schedule, forward_pass
 from rowtune.plan.program import Back, Run
+from rowtune.plan.schedules import replay
+from rowtune.plan.schedules.schedule import Request, Schedule, forward_pass
 from rowtune.rows import Rows, between
 
 

@@ -1,18 +1,18 @@
 """A sweep whose backward has rows of its own: one piece a band and group forward, one backward.
 
 Tapes that are made with the forward's rows must end where gradients arrive, so that none waits for the next
-band (policies/sweep.py): two pieces a band, some of them of very few rows. Here the forward keeps no tape at
+band (schedules/sweep.py): two pieces a band, some of them of very few rows. Here the forward keeps no tape at
 all. When the gradient of some rows has arrived, their tape is made from the line buffers, which hold what
-the group read and what it made: convolutions are left out (graph/unvalued.py), so nothing costly is computed
-twice.
+the group read and what it made: convolutions are left out (kernels/unvalued.py), so nothing costly is
+computed twice.
 """
 
 from __future__ import annotations
 
 from rowtune.plan.frontier import Frontiers, frontiers, gradient_end
 from rowtune.plan.groups import Group, any_joins, fuse, replay_joins, replayed
-from rowtune.plan.policies.schedule import Request, Schedule, forward_pass
 from rowtune.plan.program import Back, Drop, Replay, Run
+from rowtune.plan.schedules.schedule import Request, Schedule, forward_pass
 from rowtune.rows import Rows
 
 JOINS = {"replay": (0, replay_joins), "late": (1, any_joins)}

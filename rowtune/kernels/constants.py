@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from rowtune.torch_private import FakeTensor, fake_mode_is_on, without_modes
 
 
 class Tracing(Protocol):
@@ -111,10 +111,9 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
     """Not part of the step that first asks: the next may train, and whoever records one step records all."""
-    with _disable_current_modes(), torch.inference_mode(False):
+    with without_modes(), torch.inference_mode(False):
         yield
 
 
 def _without_data(like: Tensor) -> bool:
-    tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    return tracing or isinstance(like, FakeTensor)
+    return fake_mode_is_on() or isinstance(like, FakeTensor)

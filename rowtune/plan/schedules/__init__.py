@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rowtune.plan.policies import cache, recompute, sweep
-from rowtune.plan.policies.schedule import Request, Schedule
+from rowtune.plan.schedules import cache, recompute, sweep
+from rowtune.plan.schedules.schedule import Request, Schedule
 
 SCHEDULES: dict[str, Callable[[Request], Schedule]] = {
     "recompute": recompute.schedule,

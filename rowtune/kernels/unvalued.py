@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowtune.graph.constants import zero
+from rowtune.kernels.constants import zero
 
 
 def unvalued(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowtune.graph.constants import device_of
+from rowtune.kernels.constants import device_of
 
 CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
 """Elements whose deviations are in memory at a time. On a CPU they stay in cache; another device has work

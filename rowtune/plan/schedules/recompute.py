@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rowtune.plan.groups import make_group
-from rowtune.plan.policies.schedule import Request, Schedule
 from rowtune.plan.program import Back, Run
+from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.rows import Rows, band_ends
 
 

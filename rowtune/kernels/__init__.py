@@ -1,0 +1,1 @@
+"""Tensor arithmetic that operators run: autograd functions and constants. Nothing here knows a graph."""
