@@ -30,6 +30,7 @@ from rowtune.graph.losses import parse
 from rowtune.graph.training import with_loss
 from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.banded import BandedRun
+from rowtune.runtime.lists.run import Run
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.space import space
 from rowtune.zoo import build
@@ -165,19 +166,20 @@ def test_the_last_of_those_inside_does_not_run_in_vain(like):
     assert two - one == forward
 
 
-def test_nothing_is_left_behind(monkeypatch):
+@pytest.mark.parametrize(("engine", "kind"), [("traced", BandedRun), ("listed", Run)])
+def test_nothing_is_left_behind(monkeypatch, engine, kind):
     """What a step holds is freed by reference counts alone, with the graph or with its backward."""
     model, x, target, graph = resnet()
-    module = rowtune.apply(model, blocks(graph, AGAIN, 2, 3), "cross_entropy")
+    module = rowtune.apply(model, blocks(graph, AGAIN, 2, 3), "cross_entropy", engine=engine)
     module(x, targets=target).backward()
-    runs: list[weakref.ref[BandedRun]] = []
-    begin = BandedRun.__init__
+    runs: list[weakref.ref[Any]] = []
+    begin = kind.__init__
 
-    def counted(self: BandedRun, *args: Any, **more: Any) -> None:
+    def counted(self: Any, *args: Any, **more: Any) -> None:
         begin(self, *args, **more)
         runs.append(weakref.ref(self))
 
-    monkeypatch.setattr(BandedRun, "__init__", counted)
+    monkeypatch.setattr(kind, "__init__", counted)
     gc.collect()
     gc.disable()
     try:

@@ -159,10 +159,11 @@ class _Call:
     def begun(self, given: dict[str, Tensor], needs: tuple[bool, ...]) -> Traced:
         """A run of the segment's schedule, or of the calls that an earlier run of it made."""
         wanted, step, segment = self.wanted(needs), self.step, self.segment
+        graph, seed = step.program.graph, step.seed  # not the step: it knows its runs
 
         def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
             kind = PassesRun if segment.passes else BandedRun
-            return kind(step.program.graph, segment, tensors, wanted, step.seed, first_time=first_time)
+            return kind(graph, segment, tensors, wanted, seed, first_time=first_time)
 
         nodes = segment.part.nodes
         if step.lists is None or any(node.random or node.op == "dropout" for node in nodes):

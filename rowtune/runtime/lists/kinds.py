@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from rowtune.kernels.constants import TRACING
 from rowtune.plan.lower import uncollected
@@ -76,7 +77,7 @@ class Kind:
     ) -> None:
         """A backward for other outer gradients than were expected, if what forward left will do."""
         self.steps[place] = None
-        with contextlib.suppress(NotListed):
+        with contextlib.suppress(Exception):  # as in `written`
             listed = _traced(self.answer, place[0], tensors, begin, outer)[-1][1]
             if self.leaves >= {*listed.state}:
                 self.steps[place] = Step(compiled(rewritten(listed.listing)), listed)
@@ -97,8 +98,8 @@ def written(answer: Answer, tensors: dict[str, Tensor], begin: Begin) -> Kind:
     kind = Kind(answer, layout_of(tensors))
     try:
         lives = [_traced(answer, life, tensors, begin, None) for life in begin.lives]
-    except NotListed as why:
-        kind.why_not = str(why)
+    except Exception as why:  # an operator that does not run without data; on real tensors it may
+        kind.why_not = f"{type(why).__name__}: {why}" if not isinstance(why, NotListed) else str(why)
         return kind
     kept = dict.fromkeys(view for sections in lives for view in sections[0][1].leaves)
     kind.leaves = frozenset(kept)
@@ -136,8 +137,13 @@ def _traced(
     blank = device if casts else torch.device("meta")
     tracer = Tracer(device, blank, _asked if casts else answer)
     layouts = []
-    fake = FakeTensorMode() if casts else contextlib.nullcontext()
-    with without_modes(), fake, _tracing(tracer), uncollected():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_modes())
+        if casts:
+            stack.enter_context(FakeTensorMode())
+        stack.enter_context(saved_tensors_hooks(_itself, _itself))  # a checkpoint around counts what is saved
+        stack.enter_context(_tracing(tracer))
+        stack.enter_context(uncollected())
         given = _stand_ins(tensors, blank)
         run = begin.run(given, True)
         outputs: dict[str, Tensor] = {}
@@ -153,6 +159,10 @@ def _traced(
             del gradients
     places = [(life[: at + 1], layout) for at, layout in enumerate(layouts)]
     return list(zip(places, tracer.listed(), strict=True))
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 def _asked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -60,7 +60,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
     """Records sections of one run, for `device`; its tensors lie on the device `blank`."""
 
     def __init__(self, device: torch.device, blank: torch.device, answer: Answer) -> None:
-        super().__init__(answer)
+        super().__init__(lambda func, args, kwargs: answer(func, args, self._on_blank(kwargs)))
         self.device, self._blank = device, blank
         self.sections: list[Section] = []
         self._real: dict[int, Tensor] = {}  # constants, by buffer
@@ -95,6 +95,10 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         """These tensors go out of the section."""
         for key, tensor in results.items():
             section.results[key] = self.know(tensor, str(key), "activation")
+
+    def _on_blank(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A model may say itself where it makes a tensor."""
+        return {**kwargs, "device": self._blank} if kwargs.get("device") == self.device else kwargs
 
     def _allow(self, operator: str) -> None:
         if operator in READS_VALUES or not operator.startswith(("aten::", "prims::")):
