@@ -67,16 +67,17 @@ class Node:
     effect: str = ""
     random: bool = False
     region: Region | None = None
+    inputs: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """Names of the values read, in order of appearance, each once."""
+
+    def __post_init__(self) -> None:
+        read = dict.fromkeys(ref.name for ref in refs((self.args, self.kwargs)))
+        object.__setattr__(self, "inputs", tuple(read))
 
     @property
     def differentiable(self) -> bool:
         """Whether gradients pass: not where the model has turned them off."""
         return self.op != "detach" and (self.region is None or self.region.grad)
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the values read, in order of appearance, each once."""
-        return tuple(dict.fromkeys(ref.name for ref in refs((self.args, self.kwargs))))
 
 
 @dataclass(frozen=True, slots=True)

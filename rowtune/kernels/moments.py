@@ -58,12 +58,9 @@ def _shares(
     shape = [total.shape[1 + kept.index(d)] if d in kept else 1 for d in range(spread.dim())]
     n, mean, _ = (t.view(shape) for t in total.unbind())
     _, by_mean, by_m2 = (t.view(shape) for t in grad.unbind())
-    slope, shift = (torch.empty_like(mean, dtype=target.dtype) for _ in range(2))
-    torch.mul(by_m2, 2, out=slope)
-    torch.div(by_mean, n, out=shift)
+    slope = (by_m2 * 2).to(target.dtype)
+    shift = (by_mean / n).to(target.dtype) if centred else torch.zeros_like(mean, dtype=target.dtype)
     mean = mean.to(_wide(x)) if centred else torch.zeros_like(mean, dtype=_wide(x))
-    if not centred:
-        shift = torch.zeros_like(shift)
     all_of = (spread, mean, slope, shift, target)
     yield from zip(*(torch.split(t, _channels(spread), 1) for t in all_of), strict=True)
 
@@ -173,7 +170,8 @@ def _channels(spread: Tensor) -> int:
 def _squares(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
     """Not centred: the sum of squares in the place of M2."""
     total = wide.square().sum(dims).double()
-    return torch.stack((torch.full_like(total, count), torch.zeros_like(total), total))
+    counts = torch.full(total.shape, count, dtype=total.dtype, device=total.device)
+    return torch.stack((counts, torch.zeros_like(total), total))
 
 
 def by_one_kernel(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
@@ -192,7 +190,8 @@ def by_deviations(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
     rest = deviations.sum(dims).double()  # what rounding left of the mean
     squares = deviations.square_().sum(dims).double()
     mean = near.reshape(rest.shape).double() + rest / count
-    return torch.stack((torch.full_like(mean, count), mean, squares - rest * rest / count))
+    counts = torch.full(mean.shape, count, dtype=mean.dtype, device=mean.device)
+    return torch.stack((counts, mean, squares - rest * rest / count))
 
 
 class _Moments(torch.autograd.Function):
@@ -225,8 +224,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         dtype = weight.dtype if weight is not None else _wide(x)
-        narrow_mean, narrow_var = stats[1].to(dtype), torch.empty_like(stats[2], dtype=dtype)
-        torch.div(stats[2], stats[0], out=narrow_var)
+        narrow_mean, narrow_var = stats[1].to(dtype), (stats[2] / stats[0]).to(dtype)
         ctx.save_for_backward(x, stats, weight, narrow_mean, narrow_var)
         ctx.eps = eps
         return torch.batch_norm(x, weight, bias, narrow_mean, narrow_var, False, 0.0, eps, False)
@@ -242,11 +240,9 @@ class _Normalise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             n, _, m2 = stats.unbind()
             spread = torch.add(m2, n, alpha=ctx.eps)  # n (var + eps)
-            slope = (n / spread).sqrt_()
+            slope, by_scaled = (n / spread).sqrt(), by_weight
             if weight is not None:
-                slope, by_scaled = slope.mul_(weight), by_weight * weight
-            else:
-                by_scaled = by_weight
+                slope, by_scaled = slope * weight, by_weight * weight
             by_stats = torch.zeros_like(stats)
             by_stats[1].addcmul_(by_bias, slope, value=-1)
             by_stats[2].addcdiv_(by_scaled, spread, value=-0.5)

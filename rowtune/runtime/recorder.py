@@ -11,6 +11,7 @@ from rowtune.graph.graph import Graph, Value
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.recording import Recording, Role, check
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.writer import Recorder
@@ -50,7 +51,7 @@ class _Step:
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
-        step = Step(self.program)
+        step = Step(self.program, lists=Lists())
         for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
             self.recorder.place = (i, "forward")
             run_segment(step, segment, env)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,7 +131,7 @@ class _Call:
     def __init__(self, step: Step, segment: SegmentProgram, names: list[str], changed: Env) -> None:
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
-        self.autocast: Callable[[], Any] = _autocast_state()
+        self.autocast = autocast_key()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
         self.run: Traced | None = None
@@ -170,7 +171,7 @@ class _Call:
             return run(given, True)
         begin = Begin(run, self.lives(any(needs)), carried(nodes, wanted) - self.spared(), step.scale)
         scale = None if isinstance(step.scale, Tensor) else step.scale
-        key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *autocast_key())
+        key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *self.autocast)
         return step.lists.run(id(segment), key, given, begin)
 
     def lives(self, needs: bool) -> tuple[Life, ...]:
@@ -204,16 +205,18 @@ class _Call:
         return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
 
 
-def autocast_key() -> tuple[Any, ...]:
+def autocast_key() -> tuple[str, bool, torch.dtype]:
     """What autocast does now."""
     kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _autocast_state() -> Callable[[], Any]:
-    """A context that turns autocast on or off as it is now, for the recomputation in backward."""
-    kind, enabled, dtype = autocast_key()
-    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+def _autocast(key: tuple[str, bool, torch.dtype]) -> AbstractContextManager[Any]:
+    """Autocast as it was when forward ran, for what backward runs again."""
+    kind, enabled, dtype = key
+    if not enabled and not autocast_key()[1]:
+        return nullcontext()
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 class _BandedSegment(torch.autograd.Function):
@@ -223,7 +226,7 @@ class _BandedSegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         needs = tuple(ctx.needs_input_grad[1:]) if call.grad_enabled else (False,) * len(tensors)
-        with call.autocast():
+        with _autocast(call.autocast):
             outputs = call.forward(tensors, needs)
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
@@ -259,7 +262,7 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     tensors = call.recalled()
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
     run.recall(call.detached(tensors))
-    with call.autocast():
+    with _autocast(call.autocast):
         made = run.backward(given)
     call.done()
     return _in_order(call, made, tensors, ctx.needs, _reached(call, given) - _finished(call))
