@@ -5,7 +5,8 @@
     ├── ModelError          3   a model that cannot be imported or trained
     ├── InfeasibleError     4   no plan fits the budget
     ├── PlanError           5   a plan that is unreadable, or made for something else
-    └── DivergedError       6   a loss that is not a number any more
+    ├── DivergedError       6   a loss that is not a number any more
+    └── EnginesDifferError  7   recorded calls and the schedule that made them do not agree: a fault of ours
 
 A message states the rule, the actual value and the way out, in one line.
 """
@@ -47,3 +48,9 @@ class DivergedError(RowtuneError):
     """Training whose loss became infinite or not a number."""
 
     exit_code = 6
+
+
+class EnginesDifferError(RowtuneError):
+    """`run --verify-every`: the calls that were recorded, and the schedule that made them, do not agree."""
+
+    exit_code = 7

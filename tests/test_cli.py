@@ -165,6 +165,33 @@ def test_run_refuses(folder: Path, searched: Any, words: list[str], code: int) -
     assert call("run", "plan.json", *words, code=code)["status"] == "error"
 
 
+def test_run_compares_its_engines(folder: Path, searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = call("search", *MODEL, "--budget", "35%", "--trials", "3", "--device", "cpu", "-o", "rows.json")
+    assert any(
+        s["policy"] == "rows" for s in json.loads((folder / "rows.json").read_text())["plan"]["segments"]
+    )
+    made = call("run", "rows.json", "--steps", "4", "--verify-every", "2")
+    traced = call("run", "rows.json", "--steps", "4", "--engine", "traced")
+    assert made["loss"] == traced["loss"] and rows["status"] == "ok"
+    from rowtune.runtime.lists.rewrites import shared
+
+    broken = lambda listing: listing.with_calls(c for c in listing.calls if "add_" not in c.name)  # noqa: E731
+    monkeypatch.setattr("rowtune.runtime.lists.rewrites.REWRITES", (shared.rewrite, broken))
+    failed = call("run", "rows.json", "--steps", "2", "--verify-every", "1", code=7)
+    assert "engines" in failed["error"] and "--engine traced" in failed["error"]
+
+
+def test_report_packs_a_bundle(folder: Path, searched: Any) -> None:
+    import zipfile
+
+    call("report", "plan.json", "--bundle", "bug.zip")
+    with zipfile.ZipFile(folder / "bug.zip") as archive:
+        assert {"plan.json", "versions.json", "calls.json"} < set(archive.namelist())
+        assert json.loads(archive.read("calls.json"))["calls"]
+        assert json.loads(archive.read("versions.json"))["torch"] == torch.__version__
+    assert "--force" in call("report", "plan.json", "--bundle", "bug.zip", code=2)["error"]
+
+
 def test_verify(folder: Path, searched: Any) -> None:
     made = call("verify", "plan.json")
     assert made["status"] == "ok" and made["max_relative_error"] < 1e-3

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
 from rowtune.cli import options
@@ -23,6 +24,11 @@ CHOSEN, PLAIN, TABLE_ROWS = "★", "P", 12
 
 def command(
     plan: options.PlanPath = Path("plan.json"),
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="Pack what a bug report needs into this zip archive; no weights."),
+    ] = None,
+    force: options.Force = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -30,6 +36,10 @@ def command(
     """Show what was tried, what was chosen, and why."""
     screen = Screen(as_json, quiet, verbose)
     file = read_plan(plan)
+    if bundle is not None:
+        from rowtune.cli.bundle import write_bundle
+
+        write_bundle(screen, plan, file, bundle, force)
     records = _records(screen, file, plan)
     show(screen, file, records, str(plan))
     screen.json(as_dict(file, records, str(plan)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,14 @@ from rowtune.errors import UsageError
 if TYPE_CHECKING:
     from rowtune.plan.file import PlanFile
     from rowtune.tune.train import Trained
+
+
+class EngineName(StrEnum):
+    """What runs rows segments."""
+
+    listed = "listed"
+    traced = "traced"
+
 
 EXIT = {"ok": 0, "over_budget": 4, "interrupted": 130}
 
@@ -40,6 +49,13 @@ def command(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Train on when the loss is infinite or not a number.")
     ] = False,
+    engine: Annotated[
+        EngineName,
+        typer.Option("--engine", help="listed: run recorded calls; traced: run the schedule itself."),
+    ] = EngineName.listed,
+    verify_every: Annotated[
+        int, typer.Option("--verify-every", min=0, help="Compare both engines every so many steps; 0: never.")
+    ] = 0,
     shape: options.Shapes = None,
     device: options.Device = "auto",
     force: options.Force = False,
@@ -58,9 +74,8 @@ def command(
             raise UsageError(f"--save {save} exists: give --force to replace it, or another name")
     from rowtune.tune.train import Options
 
-    trained = train_shown(
-        screen, file, Options(steps, epochs, data, optimizer, lr, save, keep_going), device, shape or []
-    )
+    wanted = Options(steps, epochs, data, optimizer, lr, save, keep_going, engine.value, verify_every)
+    trained = train_shown(screen, file, wanted, device, shape or [])
     screen.json({**asdict(trained), "weights": str(trained.weights) if trained.weights else None})
     return EXIT[trained.status]
 

@@ -60,7 +60,7 @@ def trace(
             _traceable(model),
             regions_as_they_are(),
         ):
-            given = _without_data(model, (inputs, named or {}))
+            given = _without_data(model, _each_on_its_own((inputs, named or {})))
             exported = torch.export.export(model, *given, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -74,6 +74,18 @@ def trace(
         for module, flag in was_training:
             module.training = flag
     return replace(read(exported, model, training), notes=tuple(notes))
+
+
+def _each_on_its_own(inputs: Any) -> Any:
+    """One tensor given twice is traced as one input, and the graph is for calls with two as well."""
+    seen: set[int] = set()
+
+    def alone(t: Tensor) -> Tensor:
+        again = id(t) in seen
+        seen.add(id(t))
+        return torch.empty_like(t) if again else t
+
+    return pytree.tree_map_only(Tensor, alone, inputs)
 
 
 def _without_data(model: nn.Module, inputs: Any) -> Any:

@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from rowtune.cost.estimate import estimate
-from rowtune.errors import DivergedError, ModelError, PlanError, RowtuneError, UsageError
+from rowtune.errors import DivergedError, EnginesDifferError, ModelError, PlanError, RowtuneError, UsageError
 from rowtune.importers.source import parse_shape
 from rowtune.plan.file import PlanFile
-from rowtune.runtime.module import apply
+from rowtune.runtime.module import Engine, apply
 from rowtune.tune.device import cap_memory, resolve_device, synchronize, warm_up
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.output import ROOM, check_writable, keep
 from rowtune.tune.step import Batch, OptimizerSpec, Workload, parse_optimizer, prepare, run_step
-from rowtune.tune.verify import outcome
+from rowtune.tune.verify import compare, outcome
 
 
 @dataclass(frozen=True)
 class Options:
     """How long, on what, with which optimizer, and where the weights go; whether to train on when the loss is
-    not a number any more."""
+    not a number any more; what runs rows segments (see `apply`), and how often both ways are compared."""
 
     steps: int | None = None
     epochs: int | None = None
@@ -40,6 +40,8 @@ class Options:
     lr: float | None = None
     save: Path | None = None
     keep_going: bool = False
+    engine: Engine = "listed"
+    verify_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def train(
 
     Raises:
         DivergedError: the loss is not finite any more; nothing is saved.
+        EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
     """
     device = work.problem.device
     spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
@@ -129,7 +132,7 @@ def train(
     warm_up(device)
     cap_memory(device, limit)
     batches, total = _batches(work, options)
-    loop = _Loop(file, work, spec, total, watch, limit, options.keep_going)
+    loop = _Loop(file, work, spec, total, watch, limit, options)
     status = "ok"
     try:
         for batch in batches:
@@ -157,14 +160,16 @@ class _Loop:
         total: int | None,
         watch: Callable[[StepReport], None],
         limit: int,
-        keep_going: bool,
+        options: Options,
     ) -> None:
         self.work, self.total, self.watch = work, total, watch
-        self.limit, self.keep_going = limit, keep_going
+        self.limit, self.options = limit, options
         self.device = work.problem.device
         module = work.module.to(self.device)
         graph = work.traced if self.device == "cpu" else None  # a graph holds its device
-        self.runner = apply(module, file.plan, work.loss, graph=graph)
+        self.runner = apply(module, file.plan, work.loss, graph=graph, engine=options.engine)
+        other: Engine = "traced" if options.engine == "listed" else "listed"
+        self.second = apply(module, file.plan, work.loss, graph=graph, engine=other)
         self.optimizer = spec.make(module.parameters())
         self.done, self.peak, self.loss = 0, None, None  # type: tuple[int, int | None, float | None]
         self.times: list[float] = []
@@ -180,6 +185,8 @@ class _Loop:
 
         if self.total == 1:  # the first call also lowers the plan, which is not the step's memory
             outcome(self.work.module, self.runner, inputs, target)
+        if self.options.verify_every and self.done % self.options.verify_every == 0:
+            self._verify(batch)
         metered = self.done == min(1, (self.total or 2) - 1)
         start = time.perf_counter()
         try:
@@ -198,13 +205,26 @@ class _Loop:
         self.done += 1
         self.loss = float(loss)
         self.watch(StepReport(self.done, self.total, self.loss, self.times[-1], self.peak))
-        if not (math.isfinite(self.loss) or self.keep_going):
+        if not (math.isfinite(self.loss) or self.options.keep_going):
             raise DivergedError(
                 f"the loss is {self.loss} at step {self.done}: stopped, and nothing saved; try a smaller "
                 "--lr, look at the data, or give --keep-going"
             )
         if self.done == 1:  # the plan's own kernels are loaded now, and part of the context
             cap_memory(self.device, self.limit)
+
+    def _verify(self, batch: Batch) -> None:
+        """Raises EnginesDifferError where the two ways to run a plan do not agree on this batch."""
+        other, own = (outcome(self.work.module, runner, *batch) for runner in (self.second, self.runner))
+        dtype = next(p.dtype for p in self.work.module.parameters() if p.is_floating_point())
+        check = compare(other, own, dtype)
+        if not check.ok:
+            raise EnginesDifferError(
+                f"at step {self.done + 1} the engines listed and traced differ by "
+                f"{check.max_relative_error:.1e} in {check.worst}: this is a fault of rowtune's. Please "
+                "report it (rowtune report --bundle FILE packs what is needed, no weights); --engine traced "
+                "trains without lists meanwhile"
+            )
 
     def seconds(self) -> float | None:
         """Median of the steps after warm-up and metering, or of what there is."""

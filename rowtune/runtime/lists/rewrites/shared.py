@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
+
 from rowtune.graph.graph import numel
 from rowtune.runtime.lists.listing import Listing, is_pure, written
 from rowtune.runtime.recording import At, Call
 
+aten = torch.ops.aten
+
 SMALL = 1 << 14
-"""Bytes. What is shared lives longer: a joined window of rows is not to live till backward."""
+"""Bytes. What is shared lives longer."""
+
+ROWS = frozenset((aten.cat.default, aten.clone.default))
+"""Windows of rows are joined again in backward so as not to live till then, however small."""
 
 
 def rewrite(listing: Listing) -> Listing:
@@ -62,7 +69,7 @@ def _swapped(argument: Any, instead: dict[int, int]) -> Any:
 
 
 def _shareable(listing: Listing, call: Call, writes: dict[int, list[int]], outside: frozenset[int]) -> bool:
-    if not call.makes or not is_pure(call.op):
+    if not call.makes or not is_pure(call.op) or call.op in ROWS:
         return False
     read = {listing.buffer(v) for v in call.reads}
     for view in call.makes:
