@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rowtune.graph.graph import Graph, carried
+from rowtune.graph.training import NORMS
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
+from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.lines import Lines, PieceGradients
@@ -45,7 +47,7 @@ class BandedRun:
         segment: SegmentProgram,
         tensors: dict[str, Tensor],
         wanted: frozenset[str],
-        seed: int,
+        seed: Seed,
         *,
         first_time: bool = True,
         totals: Mapping[str, Tensor] | None = None,
@@ -69,9 +71,7 @@ class BandedRun:
         """Segment inputs and weights, for the backward of a call that let go of them."""
         self.tensors = self.sums.tensors = tensors
         weights = self.segment.part.weights
-        self.whole = {
-            n: t for n, t in tensors.items() if n in weights or self.graph.values[n].kind == "norms"
-        }
+        self.whole = {n: t for n, t in tensors.items() if n in weights or n == NORMS}
 
     def forget(self) -> None:
         """Let go of all tensors but those that forward kept for backward; autograd holds the inputs, or under

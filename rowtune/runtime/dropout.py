@@ -30,15 +30,26 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def node_seed(seed: int, node: str) -> int:
+Seed = int | Tensor
+"""Of a step: a number, or a whole number on the device, so that calls written down take another each time."""
+
+
+def node_seed(seed: Seed, node: str) -> Seed:
     return (seed * 1000003 + zlib.crc32(node.encode())) & 0x7FFFFFFF
 
 
+def _first(seed: Seed, like: Tensor) -> Tensor:
+    shape = (1,) * like.dim()
+    if isinstance(seed, Tensor):
+        return seed.to(torch.int32).view(shape)
+    return torch.full(shape, seed, dtype=torch.int32, device=like.device)
+
+
 def dropout_slab(
-    x: Tensor, p: float, seed: int, node: str, dim: int | None, rows: Rows, images: Rows
+    x: Tensor, p: float, seed: Seed, node: str, dim: int | None, rows: Rows, images: Rows
 ) -> Tensor:
     """Dropout of a slice: absolute rows `rows` along `dim`, batch entries `images` along dimension 0."""
-    h = torch.full((1,) * x.dim(), node_seed(seed, node), dtype=torch.int32, device=x.device)
+    h = _first(node_seed(seed, node), x)
     for d in range(x.dim()):
         start = rows.lo if d == dim else images.lo if d == 0 else 0
         index = torch.arange(start, start + x.shape[d], dtype=torch.int32, device=x.device)
@@ -52,12 +63,12 @@ def dropout_slab(
 
 
 @contextlib.contextmanager
-def seeded(seed: int, node: str, args: Any, kwargs: Any) -> Iterator[None]:
+def seeded(seed: Seed, node: str, args: Any, kwargs: Any) -> Iterator[None]:
     """Draw from a state of its own, so that recomputation draws the same."""
     devices = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda}
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "cuda":
         devices.add(torch.device(device))
     with torch.random.fork_rng(devices=sorted(devices, key=str), enabled=True):
-        torch.manual_seed(node_seed(seed, node))
+        torch.manual_seed(int(node_seed(seed, node)))
         yield

@@ -16,13 +16,13 @@ from rowtune.kernels.in_place import run_in_place
 from rowtune.kernels.known import with_value
 from rowtune.plan.groups import Group
 from rowtune.rows import Rows, need
-from rowtune.runtime.dropout import dropout_slab, seeded
+from rowtune.runtime.dropout import Seed, dropout_slab, seeded
 
 ALL_IMAGES = Rows(0, -1)
 NOTHING: Mapping[str, Tensor] = {}
 
 
-def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time: bool = True) -> Any:
+def run_whole(node: Node, lookup: Callable[[str], Any], seed: Seed, *, first_time: bool = True) -> Any:
     """One node on whole tensors. Where it has an effect on a buffer, only the first time has it, so that a
     recomputed batch norm updates its statistics once per forward call."""
     args, kwargs = replace(node.args, lookup), replace(node.kwargs, lookup)
@@ -30,7 +30,7 @@ def run_whole(node: Node, lookup: Callable[[str], Any], seed: int, *, first_time
         return _called(node, args, kwargs, seed, first_time)
 
 
-def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, first_time: bool) -> Any:
+def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: Seed, first_time: bool) -> Any:
     if node.op == "dropout":
         return _dropout(node, args, seed)
     if node.effect and not first_time:
@@ -44,7 +44,7 @@ def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     return node.target(*args, **kwargs)
 
 
-def _dropout(node: Node, args: tuple[Any, ...], seed: int) -> Tensor:
+def _dropout(node: Node, args: tuple[Any, ...], seed: Seed) -> Tensor:
     x: Tensor = args[0]
     p, train = float(args[1]), bool(args[2])
     if not train or p == 0.0:
@@ -57,7 +57,7 @@ class Evaluator:
     `totals`."""
 
     def __init__(
-        self, graph: Graph, bands: Banding, images: Banding, seed: int, device: torch.device
+        self, graph: Graph, bands: Banding, images: Banding, seed: Seed, device: torch.device
     ) -> None:
         self.graph, self.bands, self.image_bands, self.seed, self.device = graph, bands, images, seed, device
         self.totals: Mapping[str, Tensor] = {}

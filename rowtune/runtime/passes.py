@@ -9,6 +9,7 @@ from torch import Tensor
 from rowtune.graph.graph import Graph
 from rowtune.plan.program import SegmentProgram
 from rowtune.runtime.banded import BandedRun
+from rowtune.runtime.dropout import Seed
 from rowtune.runtime.gradients import Gradients, add, apart, finish, gather
 
 
@@ -21,7 +22,7 @@ class PassesRun:
         segment: SegmentProgram,
         tensors: dict[str, Tensor],
         wanted: frozenset[str],
-        seed: int,
+        seed: Seed,
         *,
         first_time: bool = True,
     ) -> None:

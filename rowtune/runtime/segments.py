@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
-from rowtune.graph.graph import carried
+from rowtune.graph.graph import Node, carried
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.evaluate import run_whole
@@ -104,7 +104,7 @@ def _run_banded(step: Step, segment: SegmentProgram, env: Env) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(step, segment, names, changed)
+    call = _Call(step, segment, names, changed, tensors[0].device)
     if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
         call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
@@ -128,9 +128,13 @@ class _Inputs(torch.autograd.Function):
 class _Call:
     """What one call of a rows segment carries from forward to backward."""
 
-    def __init__(self, step: Step, segment: SegmentProgram, names: list[str], changed: Env) -> None:
+    def __init__(
+        self, step: Step, segment: SegmentProgram, names: list[str], changed: Env, device: torch.device
+    ) -> None:
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
+        drawn = step.lists is not None and any(map(_draws, segment.part.nodes))
+        self.seed = torch.tensor(step.seed, device=device) if drawn else None
         self.autocast = autocast_key()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
@@ -163,13 +167,12 @@ class _Call:
         graph, seed = step.program.graph, step.seed  # not the step: it knows its runs
 
         def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
-            kind = PassesRun if segment.passes else BandedRun
-            return kind(graph, segment, tensors, wanted, seed, first_time=first_time)
+            kind, own = PassesRun if segment.passes else BandedRun, tensors.get(SEED, seed)
+            return kind(graph, segment, tensors, wanted, own, first_time=first_time)
 
-        nodes = segment.part.nodes
-        if step.lists is None or any(node.random or node.op == "dropout" for node in nodes):
+        if step.lists is None or any(n.random and n.op != "dropout" for n in segment.part.nodes):
             return run(given, True)
-        begin = Begin(run, self.lives(any(needs)), carried(nodes, wanted) - self.spared(), step.scale)
+        begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale)
         scale = None if isinstance(step.scale, Tensor) else step.scale
         key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *self.autocast)
         return step.lists.run(id(segment), key, given, begin)
@@ -183,9 +186,10 @@ class _Call:
         once = ("forward", "backward")
         return (once, ("forward", "again", "backward")) if self.step.twice else (once,)
 
-    def spared(self) -> frozenset[str]:
-        """Outputs whose gradients others finish."""
-        return self.segment.banded.spared if self.segment.banded else frozenset()
+    def carried(self, wanted: frozenset[str]) -> frozenset[str]:
+        """What may have a gradient: not outputs whose gradients others finish."""
+        found = carried(self.segment.part.nodes, wanted)
+        return found - self.segment.banded.spared if self.segment.banded else found
 
     def wanted(self, needs: tuple[bool, ...]) -> frozenset[str]:
         """What needs a gradient, of all that the segment reads."""
@@ -202,7 +206,17 @@ class _Call:
         self.earlier.pop(id(self.segment), None)
 
     def detached(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-        return {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
+        found = {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
+        return found if self.seed is None else {**found, SEED: self.seed}
+
+
+SEED = "seed of this step"
+"""A tensor beside those that a segment reads, where it draws masks and runs from lists."""
+
+
+def _draws(node: Node) -> bool:
+    """Whether a node draws a mask, as a function of the step's seed."""
+    return node.op == "dropout" and bool(node.args[1]) and bool(node.args[2])
 
 
 def autocast_key() -> tuple[str, bool, torch.dtype]:

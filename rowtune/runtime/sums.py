@@ -13,6 +13,7 @@ from rowtune.graph.graph import Graph, Node
 from rowtune.kernels.moments import add_processes, merge_processes
 from rowtune.plan.program import Banded
 from rowtune.rows import Rows
+from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, grad_dtype, run_whole
 from rowtune.runtime.gradients import add
 
@@ -30,7 +31,7 @@ class Sums:
         graph: Graph,
         program: Banded,
         tensors: Mapping[str, Tensor],
-        seed: int,
+        seed: Seed,
         totals: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.graph, self.program, self.tensors, self.seed = graph, program, tensors, seed
