@@ -166,18 +166,18 @@ class Program:
 
 def identity(program: Program) -> str:
     """Plans of one graph whose programs run alike, whatever the plans say, have this in common."""
-    return hashlib.sha256(repr([_steps(s) for s in program.segments]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([steps_of(s) for s in program.segments]).encode()).hexdigest()[:16]
 
 
-def _steps(segment: SegmentProgram) -> Any:
+def steps_of(segment: SegmentProgram) -> Any:
     """All that decides what a segment runs and keeps."""
     nodes = (segment.part.start, segment.part.stop, [node.name for node in segment.part.nodes])
     finishes = [finish[:2] for finish in segment.finishes]
     if segment.inner:
-        return "checkpoint", nodes, finishes, [_steps(inner) for inner in segment.inner]
+        return "checkpoint", nodes, finishes, [steps_of(inner) for inner in segment.inner]
     if segment.passes is not None:
         streamed = segment.passes.forward, segment.passes.backward
-        return "passes", nodes, finishes, [[_steps(one) for one in way] for way in streamed]
+        return "passes", nodes, finishes, [[steps_of(one) for one in way] for way in streamed]
     if segment.banded is None:
         return segment.decision.policy, nodes, finishes
     run = segment.banded

@@ -85,9 +85,10 @@ class _Known(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every aten call while it is entered, below autograd."""
+    """Writes down every aten call while it is entered, below autograd. Recorders that share their answers
+    ask PyTorch once."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Answers | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.place: tuple[int, Way] = (0, "forward")
         self._calls: list[Call] = []
@@ -95,7 +96,9 @@ class Recorder(TorchDispatchMode):
         self._buffers: list[Buffer] = []
         self._known: dict[int, _Known] = {}  # by storage
         self._ends: list[Any] = []
-        self._answers = Answers()
+        self.live = 0  # bytes
+        self._named: set[int] = set()
+        self._answers = Answers() if answers is None else answers
 
     def know(self, tensor: Tensor, name: str, role: Role) -> int:
         """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
@@ -106,6 +109,7 @@ class Recorder(TorchDispatchMode):
             known = self._known[key] = _Known(len(self._buffers), {})
             self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
             self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
+            self.live += storage.nbytes()
         seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         view = known.views.get(seen)
         if view is None:
@@ -114,9 +118,38 @@ class Recorder(TorchDispatchMode):
             self._views.append(View(known.buffer, int(offset), tuple(shape), stride, dtype))
         return view
 
-    def tag(self, tensor: Tensor, name: str, role: Role) -> None:
-        number = self._views[self.know(tensor, name, role)].buffer
+    def buffer_of(self, tensor: Tensor, name: str, role: Role) -> int:
+        """The number of a tensor's memory; a new one where that was not seen before."""
+        known = self._known.get(storage_of(tensor))
+        return self._views[self.know(tensor, name, role)].buffer if known is None else known.buffer
+
+    def tag(self, tensor: Tensor, name: str, role: Role) -> int:
+        number = self.buffer_of(tensor, name, role)
         self._buffers[number] = replace(self._buffers[number], name=name, role=role)
+        return number
+
+    def named(self, tensor: Tensor, name: str) -> int:
+        """The number of a tensor's memory, which has this name if it had none but an operator's."""
+        number = self.buffer_of(tensor, name, "activation")
+        found = self._buffers[number]
+        if found.role == "activation" and found.born >= 0 and number not in self._named:
+            self._buffers[number] = replace(found, name=name)
+            self._named.add(number)
+        return number
+
+    @property
+    def calls(self) -> int:
+        """So far."""
+        return len(self._calls)
+
+    @property
+    def buffers(self) -> int:
+        """So far, in the order of their birth."""
+        return len(self._buffers)
+
+    def alive(self, start: int) -> list[int]:
+        """Of the buffers from number `start` on, those that are still there."""
+        return [n for n in range(start, len(self._buffers)) if self._buffers[n].died is None]
 
     def recording(self) -> Recording:
         """What was recorded; what is alive now is never freed."""
@@ -124,7 +157,9 @@ class Recorder(TorchDispatchMode):
 
     def _gone(self, key: int, number: int, _: object) -> None:
         del self._known[key]
-        self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
+        gone = self._buffers[number]
+        self.live -= gone.bytes
+        self._buffers[number] = replace(gone, died=len(self._calls) - 1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads: list[int] = []

@@ -1,0 +1,275 @@
+"""The segments of one graph that were lowered and recorded before, and how a plan is put together of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+from rowtune.cost.compose import Linked
+from rowtune.cost.footprint import Footprint, footprint
+from rowtune.cost.time import segment_seconds
+from rowtune.graph.graph import Graph, Value
+from rowtune.plan.banded import by_policy
+from rowtune.plan.lower import Lowered, lower
+from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.policies.schedule import Request, Schedule
+from rowtune.plan.program import Program, SegmentProgram, steps_of
+from rowtune.plan.repeat import shortened
+from rowtune.runtime.blank import Answers
+from rowtune.runtime.segment_recorder import SegmentRun
+from rowtune.runtime.segment_recording import Crossing, SegmentRecording
+
+GIVEN = ("input", "target", "norms")
+
+
+class Step(NamedTuple):
+    """A training step: its segments, linked, and the names of the memory that they share."""
+
+    segments: list[Linked]
+    names: dict[int, str]
+    seconds: float
+    program: str
+
+
+class _At(NamedTuple):
+    """A tensor between segments, and the step's block that it lies in (None: the model's own)."""
+
+    crossing: Crossing
+    block: int | None
+
+
+Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...]]
+"""A segment's program, its inputs and the parameters that it shares with others."""
+
+
+class _Forward:
+    """A segment on certain inputs: a run whose backward is still to come, if there is one, and footprints by
+    the gradients that were handed to it."""
+
+    def __init__(self, run: SegmentRun) -> None:
+        self.run: SegmentRun | None = run
+        self.outputs = run.outputs
+        self.made_of = {buffer: name for name, buffer in run.given.items()}
+        self.footprints: dict[tuple[Crossing, ...], Footprint] = {}
+
+
+class Seen:
+    """Nothing here holds on to the graph."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.lowered: Lowered = {}
+        self._whole: set[Segment] = set()
+        self._answers = Answers()
+        self._forwards: dict[Key, _Forward] = {}
+        self._seconds: dict[str, float] = {}
+        self._digests: dict[int, tuple[object, str]] = {}
+
+    def step(self, graph: Graph, plan: Plan) -> Step:
+        while True:
+            program = lower(graph, plan, self._schedule, self.lowered)
+            try:
+                return _Linker(self, program).step()
+            except _Unlike as error:
+                self._in_full(error.segment)
+
+    # -- lowering ------------------------------------------------------------------------------------------
+
+    def _schedule(self, halo: str, ask: Request) -> Schedule:
+        return (by_policy if ask.decision in self._whole else shortened)(halo, ask)
+
+    def _in_full(self, decision: Segment) -> None:
+        """An operator does not run on a shortened image: all bands of the segment are to be recorded."""
+        self._whole.add(decision)
+        for key in [k for k in self.lowered if decision == k[0] or decision in k[0].inside]:
+            del self.lowered[key]
+
+    # -- recordings ----------------------------------------------------------------------------------------
+
+    def digest(self, segment: SegmentProgram) -> str:
+        """Segments that run alike have it in common."""
+        if segment.inner:
+            return _hash([segment.decision.policy, _finishes(segment), *map(self.digest, segment.inner)])
+        if segment.passes is not None:
+            passes = (*segment.passes.forward, *segment.passes.backward)
+            return _hash([_finishes(segment), *map(self.digest, passes)])
+        if segment.banded is None:
+            return _hash(steps_of(segment))
+        # Neighbours decide what is spared and finished; the bands are the same object all the while.
+        run = segment.banded
+        found = self._digests.get(id(run.pieces))
+        if found is None or found[0] is not run.pieces:
+            found = self._digests[id(run.pieces)] = run.pieces, _hash(steps_of(segment))
+        return _hash([found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)])
+
+    def seconds(self, graph: Graph, segment: SegmentProgram, digest: str) -> float:
+        if digest not in self._seconds:
+            self._seconds[digest] = segment_seconds(graph, segment)
+        return self._seconds[digest]
+
+    def forward(self, graph: Graph, segment: SegmentProgram, key: Key) -> _Forward:
+        found = self._forwards.get(key)
+        if found is None:
+            found = self._forwards[key] = _Forward(self._run(graph, segment, key))
+        return found
+
+    def footprint(
+        self, graph: Graph, segment: SegmentProgram, key: Key, outer: tuple[Crossing, ...]
+    ) -> Footprint:
+        known = self._forwards[key]
+        found = known.footprints.get(outer)
+        if found is None:
+            run = known.run or self._run(graph, segment, key)
+            known.run = None
+            self.recorded += 1
+            found = known.footprints[outer] = footprint(_recorded(segment, run, outer))
+        return found
+
+    def _run(self, graph: Graph, segment: SegmentProgram, key: Key) -> SegmentRun:
+        try:
+            return SegmentRun(graph, segment, key[1], dict(key[2]), self._answers)
+        except Exception as error:
+            raise _unlike(segment, error) from error
+
+
+def _recorded(segment: SegmentProgram, run: SegmentRun, outer: tuple[Crossing, ...]) -> SegmentRecording:
+    try:
+        return run.backward(outer)
+    except Exception as error:
+        raise _unlike(segment, error) from error
+
+
+class _Unlike(Exception):
+    """A segment does not run on fewer bands than it has."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment)
+        self.segment = segment
+
+
+def _unlike(segment: SegmentProgram, error: Exception) -> Exception:
+    found = next(_repeated(segment), None)
+    return error if found is None else _Unlike(found)
+
+
+def _repeated(segment: SegmentProgram) -> Iterable[Segment]:
+    if segment.banded is not None and segment.banded.repeat is not None:
+        yield segment.decision
+    for inner in segment.inner:
+        yield from _repeated(inner)
+    for one in (*segment.passes.forward, *segment.passes.backward) if segment.passes else ():
+        yield from _repeated(one)
+
+
+def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:
+    return [finish[:2] for finish in segment.finishes]
+
+
+def _hash(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+class _Linker:
+    """Walks through a step: forward for values, backward for their gradients."""
+
+    def __init__(self, seen: Seen, program: Program) -> None:
+        self.seen, self.program, self.graph = seen, program, program.graph
+        self.blocks = count()
+        self.names: dict[int, str] = {}
+        self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
+        self.gradients: dict[str, _At] = {}
+
+    def step(self) -> Step:
+        segments = self.program.segments
+        digests = [self.seen.digest(s) for s in segments]
+        shared = _shared(self.graph, segments)
+        keys = [
+            self._forward(*each) for each in zip(segments, digests, shared, strict=True)
+        ]
+        loss = self.graph.outputs[0]
+        self.gradients[loss] = self.values[loss]._replace(block=next(self.blocks))
+        linked = [
+            self._backward(*each)
+            for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
+        ]
+        seconds = sum(
+            self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True)
+        )
+        return Step(linked[::-1], self.names, seconds, _hash(digests))
+
+    def _given(self, value: Value) -> _At:
+        strides: list[int] = []
+        for size in reversed(value.shape):
+            strides.insert(0, strides[0] * after if strides else 1)
+            after = max(size, 1)
+        crossing = Crossing(value.name, value.shape, tuple(strides), 0, value.dtype, value.bytes, 0)
+        return _At(crossing, self._block(value.name))
+
+    def _block(self, name: str) -> int:
+        block = next(self.blocks)
+        self.names[block] = name
+        return block
+
+    def _forward(self, segment: SegmentProgram, digest: str, shared: tuple[tuple[str, bool], ...]) -> Key:
+        key = digest, _numbered(self.values[n] for n in segment.part.inputs), shared
+        known = self.seen.forward(self.graph, segment, key)
+        fresh: dict[int, int] = {}
+        for crossing in known.outputs:
+            name = known.made_of.get(crossing.memory)
+            if name is not None:
+                block = self.values[name].block if name in self.values else None
+            else:
+                if crossing.memory not in fresh:
+                    fresh[crossing.memory] = self._block(crossing.name)
+                block = fresh[crossing.memory]
+            self.values[crossing.name] = _At(crossing, block)
+        return key
+
+    def _backward(self, segment: SegmentProgram, key: Key, drops: Sequence[str]) -> Linked:
+        shared = [n for n, _ in key[2]]
+        there = (*segment.part.outputs, *segment.part.inputs)
+        names = [n for n in there if n in self.gradients and self.values[n].crossing.wanted]
+        names += [n for n in shared if n in self.gradients]
+        handed = [self.gradients.pop(n) for n in names]
+        made = self.seen.footprint(self.graph, segment, key, _numbered(handed, names))
+        blocks: dict[int, int | None] = {}
+        for name, buffer in made.inputs.items():
+            blocks[buffer] = self.values[name].block if name in self.values else None
+        for crossing in made.outputs:
+            blocks[crossing.memory] = self.values[crossing.name].block
+        for name, at in zip(names, handed, strict=True):
+            blocks[made.outer[name]] = at.block
+        for crossing in made.gradients:
+            number = crossing.memory
+            if number not in blocks:
+                known = number in made.shared
+                blocks[number] = self._block(f"the gradient of {crossing.name}") if known else None
+            self.gradients[crossing.name] = _At(crossing, blocks[number])
+        title = f"{segment.decision.first}..{segment.decision.last}"
+        return Linked(made, {n: b for n, b in blocks.items() if b is not None}, title, drops)
+
+
+def _numbered(found: Iterable[_At], names: Sequence[str] = ()) -> tuple[Crossing, ...]:
+    """Crossings whose memories are numbered in order, so that like ones are equal; called `names`."""
+    numbers: dict[Any, int] = {}
+    made = []
+    for i, (crossing, block) in enumerate(found):
+        at = numbers.setdefault(object() if block is None else block, len(numbers))
+        name = names[i] if names else crossing.name
+        made.append(crossing._replace(name=name, memory=at))
+    return tuple(made)
+
+
+def _shared(graph: Graph, segments: Sequence[SegmentProgram]) -> list[tuple[tuple[str, bool], ...]]:
+    """By segment, the parameters that others read as well, and whether an earlier one does."""
+    found: list[tuple[tuple[str, bool], ...]] = [() for _ in segments]
+    for value in graph.parameters():
+        places = graph.consumers[value.name]
+        if len(places) < 2 or not value.requires_grad:
+            continue
+        at = [k for k, s in enumerate(segments) if any(s.part.start <= c < s.part.stop for c in places)]
+        for k in at if len(at) > 1 else ():
+            found[k] += ((value.name, k > at[0]),)
+    return found
