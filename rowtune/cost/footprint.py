@@ -55,8 +55,9 @@ def footprint(made: SegmentRecording) -> Footprint:
     buffers, start, stop = made.recording.buffers, made.forward, len(made.recording.calls)
     given = {*made.inputs.values(), *made.outer.values()}
     crossing = (given | {c.memory for c in (*made.outputs, *made.gradients)}) - {*made.weights.values()}
-    own = _Curve([b for n, b in enumerate(buffers) if b.role == "activation" and n not in crossing], made)
-    state = _Curve([b for b in buffers if b.role == "gradient"], made)
+    mine = [b for n, b in enumerate(buffers) if b.role == "activation" and n not in crossing]
+    own = _Curve([*mine, *made.left_out], stop)
+    state = _Curve([b for b in buffers if b.role == "gradient"], stop)
     begins = {n: max(buffers[n].born, 0) for n in crossing - given}
     ends = {n: max(died + 1, start) for n in crossing if (died := buffers[n].died) is not None}
     forward = {n: at for n, at in begins.items() if at < start}
@@ -74,10 +75,7 @@ def footprint(made: SegmentRecording) -> Footprint:
 class _Curve:
     """Bytes of some of a recording's buffers."""
 
-    def __init__(self, buffers: Sequence[Buffer], made: SegmentRecording) -> None:
-        if made.left_out:
-            buffers = [*buffers, *made.left_out]
-        stop = len(made.recording.calls)
+    def __init__(self, buffers: Sequence[Buffer], stop: int) -> None:
         self.buffers = buffers
         self.bytes = np.array([b.bytes for b in buffers], np.int64)
         self.born = np.array([max(b.born, 0) for b in buffers], np.int64)
