@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from rowtune.plan.homes import homes_of
 from rowtune.plan.program import Banded, SegmentProgram, Stash, Step
 from rowtune.runtime.recorder import Recorder
 from rowtune.runtime.recording import Buffer
@@ -45,12 +46,16 @@ class LeftOut:
             return banded
         after = {} if stashes is None or banded.repeat is None else {stashes: banded.repeat.more}
 
+        homes = homes_of(banded)  # goes through the steps as well: now, and not when they run
+
         def steps(those: Sequence[Step]) -> tuple[Step, ...]:
             return _Marked(those, lambda: _Pass(self, len(images), more), after, self)
 
-        return replace(
+        made = replace(
             banded, image_ranges=images, forward=steps(banded.forward), backward=steps(banded.backward)
         )
+        made.__dict__["_homes"] = homes
+        return made
 
     def mark(self) -> _Mark:
         return _Mark(self.recorder.live, self.recorder.buffers, len(self.groups))
