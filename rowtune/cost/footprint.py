@@ -52,7 +52,7 @@ class Footprint:
 
 
 def footprint(made: SegmentRecording) -> Footprint:
-    buffers, start, stop = made.recording.buffers, made.forward, len(made.recording.calls)
+    buffers, start, stop = made.recording.buffers, made.forward, made.calls
     given = {*made.inputs.values(), *made.outer.values()}
     crossing = (given | {c.memory for c in (*made.outputs, *made.gradients)}) - {*made.weights.values()}
     mine = [b for n, b in enumerate(buffers) if b.role == "activation" and n not in crossing]

@@ -18,6 +18,7 @@ from rowtune.plan.policies.schedule import Request, Schedule
 from rowtune.plan.program import Program, SegmentProgram, steps_of
 from rowtune.plan.repeat import shortened
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.recorder import Lives
 from rowtune.runtime.segment_recorder import SegmentRun
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 
@@ -129,7 +130,7 @@ class Seen:
 
     def _run(self, graph: Graph, segment: SegmentProgram, key: Key) -> SegmentRun:
         try:
-            return SegmentRun(graph, segment, key[1], dict(key[2]), self._answers)
+            return SegmentRun(graph, segment, key[1], dict(key[2]), Lives(self._answers))
         except Exception as error:
             raise _unlike(segment, error) from error
 

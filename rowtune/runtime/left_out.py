@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from rowtune.plan.homes import homes_of
 from rowtune.plan.program import Banded, SegmentProgram, Stash, Step
-from rowtune.runtime.recorder import Recorder
+from rowtune.runtime.recorder import Lives
 from rowtune.runtime.recording import Buffer
 
 
 class LeftOut:
     """What the bands that a segment's program leaves out would leave behind."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Lives) -> None:
         self.recorder = recorder
         self.groups: list[_Group] = []
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way, check
 from rowtune.runtime.segments import run_segment
-from rowtune.runtime.storage import storage_of
 
 ROLES: dict[str, Role] = {
     "parameter": "parameter", "buffer": "buffer", "constant": "constant",
@@ -77,53 +75,41 @@ def _blank(value: Value) -> Tensor:
     return made.requires_grad_(wanted)
 
 
-class _Known(NamedTuple):
-    """A storage that is alive: its buffer, and the views of it that were seen."""
-
-    buffer: int
-    views: dict[tuple[Any, ...], int]
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down every aten call while it is entered, below autograd. Recorders that share their answers
-    ask PyTorch once."""
+class Lives(TorchDispatchMode):
+    """Counts calls below autograd while it is entered, and notes when memory is made and when it is gone.
+    Several that share their answers ask PyTorch once."""
 
     def __init__(self, answers: Answers | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.place: tuple[int, Way] = (0, "forward")
-        self._calls: list[Call] = []
-        self._views: list[View] = []
+        self.calls = self.live = 0  # so far; bytes
         self._buffers: list[Buffer] = []
-        self._known: dict[int, _Known] = {}  # by storage
-        self._ends: list[Any] = []
-        self.live = 0  # bytes
+        self._known: dict[int, _Life] = {}  # by storage
+        self._died: dict[int, int] = {}
         self._named: set[int] = set()
         self._answers = Answers() if answers is None else answers
 
-    def know(self, tensor: Tensor, name: str, role: Role) -> int:
-        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
-        storage = tensor.untyped_storage()
-        key = storage_of(tensor)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = _Known(len(self._buffers), {})
-            self._buffers.append(Buffer(name, storage.nbytes(), role, len(self._calls) - 1, None))
-            self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
-            self.live += storage.nbytes()
-        seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        view = known.views.get(seen)
-        if view is None:
-            view = known.views[seen] = len(self._views)
-            offset, shape, stride, dtype = seen
-            self._views.append(View(known.buffer, int(offset), tuple(shape), stride, dtype))
-        return view
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nobody compiles this, and to keep a compiler off every call takes longer than the call."""
+        return False
 
     def buffer_of(self, tensor: Tensor, name: str, role: Role) -> int:
         """The number of a tensor's memory; a new one where that was not seen before."""
-        known = self._known.get(storage_of(tensor))
-        return self._views[self.know(tensor, name, role)].buffer if known is None else known.buffer
+        storage = tensor.untyped_storage()
+        known = self._known.get(storage._cdata)
+        if known is not None:
+            return known.number
+        number = len(self._buffers)
+        life = self._known[storage._cdata] = _Life(storage, self._gone)
+        life.key, life.number = storage._cdata, number
+        size = storage.nbytes()
+        self._buffers.append(Buffer(name, size, role, self.calls - 1, None))
+        self.live += size
+        return number
 
     def tag(self, tensor: Tensor, name: str, role: Role) -> int:
+        """This is a tensor's name and role, and has been since it was made."""
         number = self.buffer_of(tensor, name, role)
         self._buffers[number] = replace(self._buffers[number], name=name, role=role)
         return number
@@ -138,39 +124,81 @@ class Recorder(TorchDispatchMode):
         return number
 
     @property
-    def calls(self) -> int:
-        """So far."""
-        return len(self._calls)
-
-    @property
     def buffers(self) -> int:
         """So far, in the order of their birth."""
         return len(self._buffers)
 
     def alive(self, start: int) -> list[int]:
         """Of the buffers from number `start` on, those that are still there."""
-        return [n for n in range(start, len(self._buffers)) if self._buffers[n].died is None]
+        return [n for n in range(start, len(self._buffers)) if n not in self._died]
+
+    def finished(self) -> tuple[Buffer, ...]:
+        """All buffers; what is alive now is never freed."""
+        died = self._died
+        return tuple(replace(b, died=died[n]) if n in died else b for n, b in enumerate(self._buffers))
 
     def recording(self) -> Recording:
-        """What was recorded; what is alive now is never freed."""
-        return Recording(tuple(self._calls), tuple(self._views), tuple(self._buffers))
+        """What was recorded."""
+        return Recording((), (), self.finished())
 
-    def _gone(self, key: int, number: int, _: object) -> None:
-        del self._known[key]
-        gone = self._buffers[number]
-        self.live -= gone.bytes
-        self._buffers[number] = replace(gone, died=len(self._calls) - 1)
+    def _gone(self, life: _Life) -> None:
+        del self._known[life.key]
+        self.live -= self._buffers[life.number].bytes
+        self._died[life.number] = self.calls - 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._answers.call(func, args, kwargs or {})
+        self.calls += 1
+        if isinstance(out, Tensor):
+            self.buffer_of(out, func._opname, "activation")
+        elif isinstance(out, (list, tuple)):
+            for t in out:
+                if isinstance(t, Tensor):
+                    self.buffer_of(t, func._opname, "activation")
+        return out
+
+
+class _Life(weakref.ref[torch.UntypedStorage]):
+    """Calls back when a storage is gone, and knows which it was."""
+
+    __slots__ = ("key", "number")
+    key: int
+    number: int
+
+
+class Recorder(Lives):
+    """Writes down every aten call as well, with the views of buffers that it reads and makes."""
+
+    def __init__(self, answers: Answers | None = None) -> None:
+        super().__init__(answers)
+        self._calls: list[Call] = []
+        self._views: list[View] = []
+        self._seen: dict[tuple[Any, ...], int] = {}
+
+    def know(self, tensor: Tensor, name: str, role: Role) -> int:
+        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
+        buffer = self.buffer_of(tensor, name, role)
+        seen = (buffer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = self._seen.get(seen)
+        if view is None:
+            view = self._seen[seen] = len(self._views)
+            _, offset, shape, stride, dtype = seen
+            self._views.append(View(buffer, int(offset), tuple(shape), stride, dtype))
+        return view
+
+    def recording(self) -> Recording:
+        return Recording(tuple(self._calls), tuple(self._views), self.finished())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads: list[int] = []
         given = tuple(self._given(a, reads) for a in args)
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answers.call(func, args, kwargs or {})
-        number = len(self._calls)
         self._calls.append(Call(func, given, named, tuple(reads), (), *self.place))
+        self.calls += 1
         makes = self._made(out, func._schema.name.partition("::")[2])
         if makes:
-            self._calls[number] = self._calls[number]._replace(makes=makes)
+            self._calls[-1] = self._calls[-1]._replace(makes=makes)
         return out
 
     def _given(self, argument: Any, reads: list[int]) -> Any:

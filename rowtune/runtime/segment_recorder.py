@@ -17,9 +17,8 @@ from rowtune.graph.graph import Graph
 from rowtune.plan.lower import uncollected
 from rowtune.plan.plan import Plan
 from rowtune.plan.program import Program, SegmentProgram
-from rowtune.runtime.blank import Answers
 from rowtune.runtime.left_out import LeftOut
-from rowtune.runtime.recorder import ROLES, Recorder
+from rowtune.runtime.recorder import ROLES, Lives, Recorder
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import run_segment
 
@@ -34,7 +33,7 @@ class SegmentRun:
         inputs: what it reads, but for the model's own tensors.
         shared: parameters that other segments read as well; of those that an earlier one reads (True), the
             gradient is handed on.
-        answers: what PyTorch was asked before.
+        recorder: a `Lives` notes no calls, and takes half the time.
     """
 
     def __init__(
@@ -43,10 +42,10 @@ class SegmentRun:
         segment: SegmentProgram,
         inputs: Collection[Crossing],
         shared: Mapping[str, bool] = NOTHING,
-        answers: Answers | None = None,
+        recorder: Lives | None = None,
     ) -> None:
         self.graph = graph
-        self.recorder = Recorder(answers)
+        self.recorder = Recorder() if recorder is None else recorder
         self.caught: dict[str, Tensor] = {}
         self.tails: dict[str, _Tail] = {}
         self.weights: dict[str, Tensor] = {}
@@ -120,7 +119,7 @@ class SegmentRun:
         recording = self.recorder.recording()
         self.caught.clear()
         return SegmentRecording(
-            recording, self.forward,
+            recording, self.forward, self.recorder.calls,
             inputs={n: b for n, b in self.given.items() if n not in self.weights},
             weights={n: self.given[n] for n in self.weights},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,

@@ -26,7 +26,8 @@ class Crossing(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentRecording:
-    """The first `forward` calls are the segment's forward, the others its backward.
+    """The first `forward` calls are the segment's forward, the others, up to `calls`, its backward. (Where only
+    the buffers' lives were asked for, the recording does not list them.)
 
     By the names of values, the buffers of what it reads, of the model's own tensors, of the gradients that it
     is handed (of its outputs, and of inputs that later segments read as well) and of those that it adds to
@@ -37,6 +38,7 @@ class SegmentRecording:
 
     recording: Recording
     forward: int
+    calls: int
     inputs: dict[str, int]
     weights: dict[str, int]
     outputs: tuple[Crossing, ...]
