@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-
-import rowtune
 from rowtune.cost.estimate import estimate
 from rowtune.cost.memory import Cost, predict
+
+import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss

@@ -24,10 +24,17 @@ class Peak(NamedTuple):
     at: str
 
 
-def compose(step: Sequence[Linked], batch: Iterable[int], fixed: int, names: Mapping[int, str]) -> Peak:
+def compose(
+    step: Sequence[Linked],
+    outer: Mapping[int, int],
+    batch: Iterable[int],
+    fixed: int,
+    names: Mapping[int, str],
+) -> Peak:
     """The most that is alive at any time.
 
     Args:
+        outer: blocks, with their bytes, that backward begins with.
         batch: bytes of what the caller holds.
         fixed: bytes of parameters, buffers and the optimizer's state.
         names: of blocks, for people.
@@ -35,6 +42,8 @@ def compose(step: Sequence[Linked], batch: Iterable[int], fixed: int, names: Map
     walk = _Walk(sum(batch), fixed, names)
     for linked in step:
         walk.forward(linked)
+    for block, size in outer.items():
+        walk.begin(block, size)
     for linked in reversed(step):
         walk.backward(linked)
     return Peak(walk.peak, walk.activations, walk.where)

@@ -67,9 +67,7 @@ def footprint(made: SegmentRecording) -> Footprint:
     ]
     kept = frozenset(made.kept) & crossing - {*made.outer.values()}
     sizes = {n: buffers[n].bytes for n in crossing}
-    return Footprint(
-        sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients
-    )
+    return Footprint(sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients)
 
 
 class _Curve:

@@ -36,7 +36,7 @@ def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | N
     """Peak and time of one training step in steady state (gradients set to None between steps).
 
     Args:
-        graph: with a loss.
+        graph: with a loss, or without one: then every output has a gradient.
         optimizer: whose state is counted as well, or how many parameter-sized tensors it keeps (SGD with
             momentum 1, Adam 2).
 
@@ -49,7 +49,7 @@ def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | N
     step = seen.step(graph, plan)
     weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
-    peak = compose(step.segments, batch, weights + state_bytes(graph, optimizer), step.names)
+    peak = compose(step.segments, step.outer, batch, weights + state_bytes(graph, optimizer), step.names)
     return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program)
 
 

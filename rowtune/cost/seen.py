@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Step(NamedTuple):
 
     segments: list[Linked]
     names: dict[int, str]
+    outer: dict[int, int]
+    """Bytes of the gradients that backward begins with, by block."""
     seconds: float
     program: str
 
@@ -155,7 +157,7 @@ def _unlike(segment: SegmentProgram, error: Exception) -> Exception:
     return error if found is None else _Unlike(found)
 
 
-def _repeated(segment: SegmentProgram) -> Iterable[Segment]:
+def _repeated(segment: SegmentProgram) -> Iterator[Segment]:
     if segment.banded is not None and segment.banded.repeat is not None:
         yield segment.decision
     for inner in segment.inner:
@@ -186,27 +188,27 @@ class _Linker:
         segments = self.program.segments
         digests = [self.seen.digest(s) for s in segments]
         shared = _shared(self.graph, segments)
-        keys = [
-            self._forward(*each) for each in zip(segments, digests, shared, strict=True)
-        ]
-        loss = self.graph.outputs[0]
-        self.gradients[loss] = self.values[loss]._replace(block=next(self.blocks))
+        keys = [self._forward(*each) for each in zip(segments, digests, shared, strict=True)]
+        outer = {self._outer(name): self.graph.values[name].bytes for name in dict.fromkeys(self._trained())}
         linked = [
             self._backward(*each)
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
-        seconds = sum(
-            self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True)
-        )
-        return Step(linked[::-1], self.names, seconds, _hash(digests))
+        seconds = sum(self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True))
+        return Step(linked[::-1], self.names, outer, seconds, _hash(digests))
 
     def _given(self, value: Value) -> _At:
-        strides: list[int] = []
-        for size in reversed(value.shape):
-            strides.insert(0, strides[0] * after if strides else 1)
-            after = max(size, 1)
-        crossing = Crossing(value.name, value.shape, tuple(strides), 0, value.dtype, value.bytes, 0)
-        return _At(crossing, self._block(value.name))
+        return _At(_dense(value), self._block(value.name))
+
+    def _trained(self) -> list[str]:
+        """The outputs that backward begins with: the loss, or all that have a gradient."""
+        outputs = self.graph.outputs[: 1 if self.graph.loss is not None else None]
+        return [n for n in outputs if n in self.values and self.values[n].crossing.wanted]
+
+    def _outer(self, name: str) -> int:
+        block = self._block(f"the gradient of {name}")
+        self.gradients[name] = _At(_dense(self.graph.values[name]), block)
+        return block
 
     def _block(self, name: str) -> int:
         block = next(self.blocks)
@@ -250,6 +252,15 @@ class _Linker:
             self.gradients[crossing.name] = _At(crossing, blocks[number])
         title = f"{segment.decision.first}..{segment.decision.last}"
         return Linked(made, {n: b for n, b in blocks.items() if b is not None}, title, drops)
+
+
+def _dense(value: Value) -> Crossing:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(value.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return Crossing(value.name, value.shape, tuple(strides[::-1]), 0, value.dtype, value.bytes, 0)
 
 
 def _numbered(found: Iterable[_At], names: Sequence[str] = ()) -> tuple[Crossing, ...]:

@@ -21,7 +21,6 @@ from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Program, SegmentProgram
 
-
 Lowered = dict[Any, list[SegmentProgram]]
 """Segments lowered before, of one graph and by one scheduler."""
 
@@ -41,9 +40,7 @@ def lower(
     """
     spans = _spans(graph, plan)
     with uncollected():
-        segments = tuple(
-            made for span in spans for made in _known(graph, plan, *span, scheduler, lowered)
-        )
+        segments = tuple(made for span in spans for made in _known(graph, plan, *span, scheduler, lowered))
     segments = finished(graph, segments)
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 

@@ -64,9 +64,7 @@ class LeftOut:
         """What is alive now and was not at `mark` is there `more` times more."""
         now = self.recorder
         inside = self.groups[mark.groups :]
-        self.groups.append(
-            _Group(now.live - mark.live, now.alive(mark.buffers), inside, more, now.calls - 1)
-        )
+        self.groups.append(_Group(now.live - mark.live, now.alive(mark.buffers), inside, more, now.calls - 1))
 
     def buffers(self, made: Sequence[Buffer]) -> tuple[Buffer, ...]:
         """Of a finished recording."""
@@ -94,7 +92,7 @@ class _Group(NamedTuple):
 
     def buffer(self, made: Sequence[Buffer]) -> Buffer | None:
         own = [b for n in self.alive if (b := made[n]).role == "activation" and b.died is not None]
-        more = [b for group in self.inside if (b := group.buffer(made)) is not None]
+        more = [found for group in self.inside if (found := group.buffer(made)) is not None]
         growth, own = self.growth + sum(b.bytes for b in more), own + more
         if growth <= 0 or not own:
             return None

@@ -166,7 +166,7 @@ class _Life(weakref.ref[torch.UntypedStorage]):
     number: int
 
 
-class Recorder(Lives):
+class Recorder(Lives):  # type: ignore[no-untyped-call]
     """Writes down every aten call as well, with the views of buffers that it reads and makes."""
 
     def __init__(self, answers: Answers | None = None) -> None:

@@ -87,9 +87,7 @@ class SegmentRun:
         return _Head.apply(token, box, self.caught, name)  # type: ignore[no-untyped-call, no-any-return]
 
     def _know(self, name: str, tensor: Tensor) -> int:
-        return self.recorder.buffer_of(
-            tensor, name, ROLES.get(self.graph.values[name].kind, "activation")
-        )
+        return self.recorder.buffer_of(tensor, name, ROLES.get(self.graph.values[name].kind, "activation"))
 
     def _crossing(self, name: str, title: str, tensor: Tensor) -> Crossing:
         number = self.recorder.named(tensor, title)
@@ -155,7 +153,7 @@ def _like(crossing: Crossing, memory: dict[int, Tensor]) -> Tensor:
         memory[crossing.memory] = torch.empty(crossing.bytes, dtype=torch.uint8, device="meta")
     storage = memory[crossing.memory].untyped_storage()
     made = torch.empty(0, dtype=crossing.dtype, device="meta")
-    return made.set_(storage, crossing.offset, crossing.shape, crossing.stride)  # type: ignore[call-overload, no-any-return]
+    return made.set_(storage, crossing.offset, crossing.shape, crossing.stride)
 
 
 class _Head(torch.autograd.Function):

@@ -12,7 +12,7 @@ from rowtune.runtime.recording import Buffer, Recording
 
 class Crossing(NamedTuple):
     """A tensor that goes into a segment or comes out of it: a value, or a gradient of one. It lies in memory
-    of `bytes` bytes; crossings with the same number `memory` share it. `wanted`: gradients flow through it."""
+    of `bytes` bytes; crossings with one number `memory` share it. `wanted`: gradients flow through it."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,8 +26,8 @@ class Crossing(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentRecording:
-    """The first `forward` calls are the segment's forward, the others, up to `calls`, its backward. (Where only
-    the buffers' lives were asked for, the recording does not list them.)
+    """The first `forward` calls are the segment's forward, the others, up to `calls`, its backward. (The
+    recording lists none where only the lives of buffers were asked for.)
 
     By the names of values, the buffers of what it reads, of the model's own tensors, of the gradients that it
     is handed (of its outputs, and of inputs that later segments read as well) and of those that it adds to
