@@ -1,6 +1,6 @@
 """The program: what runs, on which rows, what is kept and dropped.
 
-The runtime executes it and the predictor adds up its sizes, so both speak of the same thing.
+The runtime executes it; what it does then is recorded, and predictions are made of that.
 """
 
 from __future__ import annotations
