@@ -10,10 +10,12 @@ from rowtune.cost.footprint import Footprint, Side
 
 class Linked(NamedTuple):
     """A segment in a step: `blocks` tells which memory of the step each of its shared buffers is (not those
-    of the model's own tensors), `title` names it, `drops` are the values that no later segment reads."""
+    of the model's own tensors), `names` what its values are called in the step, `title` what it is called;
+    `drops` are the values that no later segment reads."""
 
     footprint: Footprint
     blocks: Mapping[int, int]
+    names: Mapping[str, str]
     title: str
     drops: Sequence[str]
 
@@ -85,7 +87,7 @@ class _Walk:
         for crossing in made.outputs:
             block = blocks.get(crossing.memory)
             if block is not None:
-                self.values[crossing.name] = block
+                self.values[linked.names[crossing.name]] = block
                 self.hold(block)
         for n in made.kept - fresh:
             self.hold(blocks[n])
@@ -102,7 +104,7 @@ class _Walk:
         self.total -= made.forward.total
         held = {*made.kept}
         for name, n in made.outer.items():
-            block = self.gradients.pop(name, None)
+            block = self.gradients.pop(linked.names[name], None)
             if n in held:  # two gradients in one memory
                 self.let_go(block)
             held.add(n)
@@ -110,7 +112,7 @@ class _Walk:
         for crossing in made.gradients:
             block = blocks.get(crossing.memory)
             if block is not None:
-                self.gradients[crossing.name] = block
+                self.gradients[linked.names[crossing.name]] = block
                 self.hold(block)
         for n in held:
             self.let_go(blocks.get(n))

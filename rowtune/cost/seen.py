@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
 
+from rowtune.cost.alike import Alike, alike, digest
 from rowtune.cost.compose import Linked
 from rowtune.cost.footprint import Footprint, footprint
 from rowtune.cost.time import segment_seconds
@@ -20,7 +21,7 @@ from rowtune.plan.repeat import shortened
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.recorder import Lives
 from rowtune.runtime.segment_recorder import SegmentRun
-from rowtune.runtime.segment_recording import Crossing, SegmentRecording
+from rowtune.runtime.segment_recording import Crossing
 
 GIVEN = ("input", "target", "norms")
 
@@ -44,18 +45,54 @@ class _At(NamedTuple):
 
 
 Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...]]
-"""A segment's program, its inputs and the parameters that it shares with others."""
+"""A segment's program, its inputs and the parameters that it shares with others, by the names that they
+have in all segments like it."""
 
 
 class _Forward:
     """A segment on certain inputs: a run whose backward is still to come, if there is one, and footprints by
-    the gradients that were handed to it."""
+    the gradients that were handed to it. The run is that of the first of all segments like it."""
 
-    def __init__(self, run: SegmentRun) -> None:
-        self.run: SegmentRun | None = run
+    def __init__(self, run: _Run) -> None:
+        self.run: _Run | None = run
         self.outputs = run.outputs
-        self.made_of = {buffer: name for name, buffer in run.given.items()}
+        self.made_of = {buffer: run.names[name] for name, buffer in run.made.given.items()}
         self.footprints: dict[tuple[Crossing, ...], Footprint] = {}
+
+
+class _Run:
+    """A run of a segment, by the names that its values have in all segments like it."""
+
+    def __init__(
+        self, graph: Graph, segment: SegmentProgram, key: Key, names: dict[str, str], answers: Answers
+    ) -> None:
+        self.segment, self.names = segment, names
+        self.own = {common: name for name, common in names.items()}
+        inputs, shared = self._own(key[1]), {self.own[n]: earlier for n, earlier in key[2]}
+        try:
+            self.made = SegmentRun(graph, segment, inputs, shared, Lives(answers))
+        except Exception as error:
+            raise _unlike(segment, error) from error
+        self.outputs = self._common(self.made.outputs)
+
+    def backward(self, outer: tuple[Crossing, ...]) -> Footprint:
+        try:
+            found = footprint(self.made.backward(self._own(outer)))
+        except Exception as error:
+            raise _unlike(self.segment, error) from error
+        return replace(
+            found,
+            inputs={self.names[n]: b for n, b in found.inputs.items()},
+            outer={self.names[n]: b for n, b in found.outer.items()},
+            outputs=self.outputs,
+            gradients=self._common(found.gradients),
+        )
+
+    def _own(self, crossings: Iterable[Crossing]) -> tuple[Crossing, ...]:
+        return tuple(c._replace(name=self.own[c.name]) for c in crossings)
+
+    def _common(self, crossings: Iterable[Crossing]) -> tuple[Crossing, ...]:
+        return tuple(c._replace(name=self.names[c.name]) for c in crossings)
 
 
 class Seen:
@@ -69,6 +106,7 @@ class Seen:
         self._forwards: dict[Key, _Forward] = {}
         self._seconds: dict[str, float] = {}
         self._digests: dict[int, tuple[object, str]] = {}
+        self._alike: dict[str, Alike] = {}
 
     def step(self, graph: Graph, plan: Plan) -> Step:
         while True:
@@ -94,54 +132,55 @@ class Seen:
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
         if segment.inner:
-            return _hash([segment.decision.policy, _finishes(segment), *map(self.digest, segment.inner)])
+            return digest([segment.decision.policy, _finishes(segment), *map(self.digest, segment.inner)])
         if segment.passes is not None:
             passes = (*segment.passes.forward, *segment.passes.backward)
-            return _hash([_finishes(segment), *map(self.digest, passes)])
+            return digest([_finishes(segment), *map(self.digest, passes)])
         if segment.banded is None:
-            return _hash(steps_of(segment))
+            return digest(steps_of(segment))
         # Neighbours decide what is spared and finished; the bands are the same object all the while.
         run = segment.banded
         found = self._digests.get(id(run.pieces))
         if found is None or found[0] is not run.pieces:
-            found = self._digests[id(run.pieces)] = run.pieces, _hash(steps_of(segment))
-        return _hash([found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)])
+            bare = replace(run, spared=frozenset(), unread=frozenset())
+            steps = steps_of(replace(segment, banded=bare, finishes=()))
+            found = self._digests[id(run.pieces)] = run.pieces, digest(steps)
+        return digest(
+            [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]
+        )
 
     def seconds(self, graph: Graph, segment: SegmentProgram, digest: str) -> float:
         if digest not in self._seconds:
             self._seconds[digest] = segment_seconds(graph, segment)
         return self._seconds[digest]
 
-    def forward(self, graph: Graph, segment: SegmentProgram, key: Key) -> _Forward:
+    def alike(self, graph: Graph, segment: SegmentProgram, known: str) -> Alike:
+        if known not in self._alike:
+            self._alike[known] = alike(graph, segment)
+        return self._alike[known]
+
+    def forward(self, graph: Graph, segment: SegmentProgram, key: Key, names: dict[str, str]) -> _Forward:
         found = self._forwards.get(key)
         if found is None:
-            found = self._forwards[key] = _Forward(self._run(graph, segment, key))
+            found = self._forwards[key] = _Forward(_Run(graph, segment, key, names, self._answers))
         return found
 
     def footprint(
-        self, graph: Graph, segment: SegmentProgram, key: Key, outer: tuple[Crossing, ...]
+        self,
+        graph: Graph,
+        segment: SegmentProgram,
+        key: Key,
+        names: dict[str, str],
+        outer: tuple[Crossing, ...],
     ) -> Footprint:
         known = self._forwards[key]
         found = known.footprints.get(outer)
         if found is None:
-            run = known.run or self._run(graph, segment, key)
+            run = known.run or _Run(graph, segment, key, names, self._answers)
             known.run = None
             self.recorded += 1
-            found = known.footprints[outer] = footprint(_recorded(segment, run, outer))
+            found = known.footprints[outer] = run.backward(outer)
         return found
-
-    def _run(self, graph: Graph, segment: SegmentProgram, key: Key) -> SegmentRun:
-        try:
-            return SegmentRun(graph, segment, key[1], dict(key[2]), Lives(self._answers))
-        except Exception as error:
-            raise _unlike(segment, error) from error
-
-
-def _recorded(segment: SegmentProgram, run: SegmentRun, outer: tuple[Crossing, ...]) -> SegmentRecording:
-    try:
-        return run.backward(outer)
-    except Exception as error:
-        raise _unlike(segment, error) from error
 
 
 class _Unlike(Exception):
@@ -170,10 +209,6 @@ def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:
     return [finish[:2] for finish in segment.finishes]
 
 
-def _hash(what: Any) -> str:
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-
-
 class _Linker:
     """Walks through a step: forward for values, backward for their gradients."""
 
@@ -195,7 +230,7 @@ class _Linker:
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
         seconds = sum(self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True))
-        return Step(linked[::-1], self.names, outer, seconds, _hash(digests))
+        return Step(linked[::-1], self.names, outer, seconds, digest(digests))
 
     def _given(self, value: Value) -> _At:
         return _At(_dense(value), self._block(value.name))
@@ -215,43 +250,53 @@ class _Linker:
         self.names[block] = name
         return block
 
-    def _forward(self, segment: SegmentProgram, digest: str, shared: tuple[tuple[str, bool], ...]) -> Key:
-        key = digest, _numbered(self.values[n] for n in segment.part.inputs), shared
-        known = self.seen.forward(self.graph, segment, key)
+    def _forward(
+        self, segment: SegmentProgram, known: str, shared: tuple[tuple[str, bool], ...]
+    ) -> tuple[Key, dict[str, str]]:
+        common, names = self.seen.alike(self.graph, segment, known)
+        inputs = segment.part.inputs
+        given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
+        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names)
+        forward = self.seen.forward(self.graph, segment, key, names)
+        own = {common: name for name, common in names.items()}
         fresh: dict[int, int] = {}
-        for crossing in known.outputs:
-            name = known.made_of.get(crossing.memory)
-            if name is not None:
-                block = self.values[name].block if name in self.values else None
+        for crossing in forward.outputs:
+            name, source = own[crossing.name], forward.made_of.get(crossing.memory)
+            if source is not None:
+                block = self.values[own[source]].block if own[source] in self.values else None
             else:
                 if crossing.memory not in fresh:
-                    fresh[crossing.memory] = self._block(crossing.name)
+                    fresh[crossing.memory] = self._block(name)
                 block = fresh[crossing.memory]
-            self.values[crossing.name] = _At(crossing, block)
-        return key
+            self.values[name] = _At(crossing, block)
+        return key, names
 
-    def _backward(self, segment: SegmentProgram, key: Key, drops: Sequence[str]) -> Linked:
-        shared = [n for n, _ in key[2]]
+    def _backward(
+        self, segment: SegmentProgram, key: tuple[Key, dict[str, str]], drops: Sequence[str]
+    ) -> Linked:
+        (_, _, shared), names = key
+        own = {common: name for name, common in names.items()}
         there = (*segment.part.outputs, *segment.part.inputs)
-        names = [n for n in there if n in self.gradients and self.values[n].crossing.wanted]
-        names += [n for n in shared if n in self.gradients]
-        handed = [self.gradients.pop(n) for n in names]
-        made = self.seen.footprint(self.graph, segment, key, _numbered(handed, names))
+        reached = [n for n in there if n in self.gradients and self.values[n].crossing.wanted]
+        reached += [own[n] for n, _ in shared if own[n] in self.gradients]
+        handed = [self.gradients.pop(n) for n in reached]
+        outer = _numbered(handed, [names[n] for n in reached])
+        made = self.seen.footprint(self.graph, segment, key[0], names, outer)
         blocks: dict[int, int | None] = {}
         for name, buffer in made.inputs.items():
-            blocks[buffer] = self.values[name].block if name in self.values else None
+            blocks[buffer] = self.values[own[name]].block if own[name] in self.values else None
         for crossing in made.outputs:
-            blocks[crossing.memory] = self.values[crossing.name].block
-        for name, at in zip(names, handed, strict=True):
-            blocks[made.outer[name]] = at.block
+            blocks[crossing.memory] = self.values[own[crossing.name]].block
+        for name, at in zip(reached, handed, strict=True):
+            blocks[made.outer[names[name]]] = at.block
         for crossing in made.gradients:
-            number = crossing.memory
+            number, name = crossing.memory, own[crossing.name]
             if number not in blocks:
                 known = number in made.shared
-                blocks[number] = self._block(f"the gradient of {crossing.name}") if known else None
-            self.gradients[crossing.name] = _At(crossing, blocks[number])
+                blocks[number] = self._block(f"the gradient of {name}") if known else None
+            self.gradients[name] = _At(crossing, blocks[number])
         title = f"{segment.decision.first}..{segment.decision.last}"
-        return Linked(made, {n: b for n, b in blocks.items() if b is not None}, title, drops)
+        return Linked(made, {n: b for n, b in blocks.items() if b is not None}, own, title, drops)
 
 
 def _dense(value: Value) -> Crossing:
@@ -263,13 +308,12 @@ def _dense(value: Value) -> Crossing:
     return Crossing(value.name, value.shape, tuple(strides[::-1]), 0, value.dtype, value.bytes, 0)
 
 
-def _numbered(found: Iterable[_At], names: Sequence[str] = ()) -> tuple[Crossing, ...]:
+def _numbered(found: Iterable[_At], names: Sequence[str]) -> tuple[Crossing, ...]:
     """Crossings whose memories are numbered in order, so that like ones are equal; called `names`."""
     numbers: dict[Any, int] = {}
     made = []
-    for i, (crossing, block) in enumerate(found):
+    for (crossing, block), name in zip(found, names, strict=True):
         at = numbers.setdefault(object() if block is None else block, len(numbers))
-        name = names[i] if names else crossing.name
         made.append(crossing._replace(name=name, memory=at))
     return tuple(made)
 
