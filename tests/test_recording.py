@@ -124,9 +124,14 @@ def test_what_a_recording_may_not_be() -> None:
 
 def in_one_piece(graph: Graph, plan: Plan) -> tuple[int, int]:
     """(activations, all) of a recording of the whole step, but for the tables of operators."""
-    whole = record(rowtune.lower(graph, plan))
-    tables = sum(b.bytes for b in whole.buffers if b.name == "a constant")
-    return whole.activation_bytes - tables, whole.peak_bytes - tables
+    whole = without_tables(record(rowtune.lower(graph, plan)))
+    return whole.activation_bytes, whole.peak_bytes
+
+
+def without_tables(made: Recording) -> Recording:
+    """They are made once for a program, not in a step, and only some of the bands' are seen."""
+    buffers = tuple(replace(b, bytes=0) if b.name == "a constant" else b for b in made.buffers)
+    return replace(made, buffers=buffers)
 
 
 def assert_sums_up(graph: Graph, plan: Plan) -> None:
@@ -198,8 +203,8 @@ def test_a_segment_is_recorded_once() -> None:
     assert seen.recorded == 3
     first = rowtune.predict(graph, plan(4, 8))
     assert seen.recorded == 3 and first == rowtune.predict(graph, plan(4, 8))
-    rowtune.predict(graph, plan(4, 6, 8))  # two new ones
-    assert seen.recorded == 5
+    rowtune.predict(graph, plan(4, 6, 8))  # two new ones, alike but for their names
+    assert seen.recorded == 4
 
 
 def test_a_graph_is_let_go_of() -> None:

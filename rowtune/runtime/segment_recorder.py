@@ -50,7 +50,8 @@ class SegmentRun:
         self.tails: dict[str, _Tail] = {}
         self.weights: dict[str, Tensor] = {}
         self.left_out = LeftOut(self.recorder)
-        env = self._environment(segment, inputs, shared)
+        self.model = _model(segment)
+        env = self._environment(inputs, shared)
         self.given = {n: self._know(n, t) for n, t in env.items()}
         one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
         with uncollected():
@@ -64,15 +65,13 @@ class SegmentRun:
             env.clear()
             tensor = None
 
-    def _environment(
-        self, segment: SegmentProgram, inputs: Collection[Crossing], shared: Mapping[str, bool]
-    ) -> dict[str, Any]:
+    def _environment(self, inputs: Collection[Crossing], shared: Mapping[str, bool]) -> dict[str, Any]:
         env: dict[str, Any] = {}
         memory: dict[int, Tensor] = {}
         for crossing in inputs:
             box = [_like(crossing, memory)]
             env[crossing.name] = self._head(crossing.name, box) if crossing.wanted else box.pop()
-        for name in _model(segment):
+        for name in self.model:
             value = self.graph.values[name]
             made = torch.empty(value.shape, dtype=value.dtype, device="meta")
             wanted = value.kind == "parameter" and value.requires_grad and made.is_floating_point()
@@ -118,8 +117,8 @@ class SegmentRun:
         self.caught.clear()
         return SegmentRecording(
             recording, self.forward, self.recorder.calls,
-            inputs={n: b for n, b in self.given.items() if n not in self.weights},
-            weights={n: self.given[n] for n in self.weights},
+            inputs={n: b for n, b in self.given.items() if n not in self.model},
+            weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers),
         )  # fmt: skip
