@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 import rowtune
-from rowtune.cost.estimate import estimate
 from rowtune.graph.losses import parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers.source import parse_source
@@ -214,7 +213,9 @@ def predict(results: Results, given: argparse.Namespace) -> None:
         for policy, plan in [("plain", None), *policies(work).items()]:
 
             def one(plan: Plan | None = plan, work: Workload = work, bench: Bench = bench) -> dict[str, Any]:
-                cost = estimate(work.graph, plan or uniform_plan(work.graph, "keep"), work.optimizer.slots)
+                cost = rowtune.predict(
+                    work.graph, plan or uniform_plan(work.graph, "keep"), work.optimizer.slots
+                )
                 made = bench.measure(plan, worth_seconds=20.0)
                 peak = made.allocator_peak_bytes or made.peak_bytes
                 return {

@@ -1,13 +1,13 @@
-"""How long a prediction takes at 8192 x 8192, and what lowering every band would take.
+"""How long a prediction takes at 8192 x 8192, first and again, and what recording every band would take.
 
-    python benchmarks/prediction.py                  estimates alone: a minute
-    python benchmarks/prediction.py --full           all bands lowered as well: ten minutes
+    python benchmarks/prediction.py                  predictions alone: some minutes
+    python benchmarks/prediction.py --full           all bands recorded as well: an hour
     python benchmarks/prediction.py edsr --bands 8   one network, one band height
 
 Networks are at full width, traced and predicted without data. Times are one run each, after a first
-prediction of the same graph (which asks PyTorch what each operator saves, once a graph). Band heights are
-rows of the network's output: vgg16_features ends 32 times lower than it begins. With --full, results are
-written to benchmarks/results/.
+prediction of the same graph (plain); `again` is the same plan once more, whose segments are known. Band
+heights are rows of the network's output: vgg16_features ends 32 times lower than it begins. With --full,
+results are written to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from pathlib import Path
 import torch
 
 import rowtune
-from rowtune.cost.estimate import estimate
-from rowtune.cost.memory import Cost, predict
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
 from rowtune.plan.lower import lower
 from rowtune.plan.repeat import shortened
+from rowtune.runtime.recorder import record
 from rowtune.zoo import build
 
 NETWORKS = ("vgg16_features", "unet", "edsr")
@@ -39,14 +38,15 @@ WAYS = (("recompute", "split"), ("cache", "split"), ("sweep", "split"), ("sweep"
 
 @dataclass
 class Row:
-    """`off` is the relative difference of the two peaks; None where only the estimate was made."""
+    """`off` is the relative difference of the two peaks; None where only the prediction was made."""
 
     network: str
     halo: str
     tapes: str
     band_rows: int
     pieces: int
-    estimate_seconds: float
+    seconds: float
+    again_seconds: float
     full_seconds: float | None = None
     off: float | None = None
 
@@ -64,15 +64,16 @@ def measure(graph: Graph, name: str, way: tuple[str, str], band: int, full: bool
     plan = rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes)  # type: ignore[arg-type]
     program = lower(graph, plan, shortened)
     pieces = sum(len(s.banded.pieces) for s in program.segments if s.banded is not None)
-    ours, seconds = timed(lambda: estimate(graph, plan))
-    row = Row(name, halo, tapes, band, pieces, seconds)
+    ours, seconds = timed(lambda: rowtune.predict(graph, plan).activation_bytes)
+    again = timed(lambda: rowtune.predict(graph, plan).activation_bytes)[1]
+    row = Row(name, halo, tapes, band, pieces, seconds, again)
     if full:
-        theirs, row.full_seconds = timed(lambda: predict(lower(graph, plan)))
-        row.off = ours.peak_bytes / theirs.peak_bytes - 1
+        theirs, row.full_seconds = timed(lambda: record(lower(graph, plan)).activation_bytes)
+        row.off = ours / theirs - 1
     return row
 
 
-def timed(work) -> tuple[Cost, float]:  # type: ignore[no-untyped-def]
+def timed(work) -> tuple[int, float]:  # type: ignore[no-untyped-def]
     gc.collect()
     start = time.perf_counter()
     return work(), time.perf_counter() - start
@@ -80,10 +81,10 @@ def timed(work) -> tuple[Cost, float]:  # type: ignore[no-untyped-def]
 
 def shown(row: Row) -> str:
     line = f"{row.network:16}{row.halo:10}{row.tapes:7}{row.band_rows:5}{row.pieces:8}"
-    line += f"{row.estimate_seconds:10.3f}"
+    line += f"{row.seconds:10.3f}{row.again_seconds * 1e3:9.2f} ms"
     if row.full_seconds is None:
         return line
-    return f"{line}{row.full_seconds:9.2f}{row.full_seconds / row.estimate_seconds:8.0f}x{row.off:10.1e}"
+    return f"{line}{row.full_seconds:9.2f}{row.full_seconds / row.seconds:8.0f}x{row.off:10.1e}"
 
 
 def main() -> None:
@@ -97,17 +98,17 @@ def main() -> None:
     given = parser.parse_args()
     print(
         f"{'network':16}{'halo':10}{'tapes':7}{'band':>5}{'pieces':>8}"
-        f"{'estimate':>10}{'full':>9}{'ratio':>9}{'off':>10}"
+        f"{'predict':>10}{'again':>12}{'full':>9}{'ratio':>9}{'off':>10}"
     )
     rows: list[Row] = []
     for name in given.networks:
         graph = traced(name, given.size)
-        estimate(graph, rowtune.uniform_plan(graph, "keep"))
+        rowtune.predict(graph, rowtune.uniform_plan(graph, "keep"))
         for way in WAYS:
             for band in map(int, given.bands.split(",")):
                 rows.append(measure(graph, name, way, band, given.full))
                 print(shown(rows[-1]), flush=True)
-    print(f"slowest estimate {max(r.estimate_seconds for r in rows):.2f} s")
+    print(f"slowest {max(r.seconds for r in rows):.2f} s")
     if not given.full:
         return
     out = Path(__file__).parent / "results" / f"{datetime.date.today()}-prediction.json"

@@ -2,6 +2,7 @@
 
     graph = rowtune.trace(model, inputs)                       what is computed
     plan = rowtune.uniform_plan(graph, "rows", band_rows=16)   how (or `rowtune search` finds one)
+    cost = rowtune.predict(graph, plan)                        what it takes (of a graph with a loss)
     module = rowtune.apply(model, plan)                        an nn.Module that computes it that way
 
 Importing this package does not import torch; the names below do, when they are first used.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rowtune import zoo as zoo
+    from rowtune.cost.predict import predict as predict
     from rowtune.importers.trace import trace as trace
     from rowtune.plan.lower import lower as lower
     from rowtune.plan.plan import Plan as Plan
@@ -28,11 +30,12 @@ _HOMES = {
     "Segment": "rowtune.plan.plan",
     "apply": "rowtune.runtime.module",
     "lower": "rowtune.plan.lower",
+    "predict": "rowtune.cost.predict",
     "trace": "rowtune.importers.trace",
     "uniform_plan": "rowtune.plan.uniform",
 }
 
-__all__ = ["Plan", "Segment", "__version__", "apply", "lower", "trace", "uniform_plan", "zoo"]
+__all__ = ["Plan", "Segment", "__version__", "apply", "lower", "predict", "trace", "uniform_plan", "zoo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
-from rowtune.cost.estimate import estimate
+from rowtune.cost.predict import predict
 from rowtune.importers.source import parse_source
 from rowtune.plan.uniform import uniform_plan
 from rowtune.runtime.module import apply
@@ -55,7 +55,7 @@ def test_the_allocator_agrees_with_the_prediction() -> None:
     plan = uniform_plan(work.graph, "keep")
     made = Bench(work.problem, work=work).measure(plan)
     assert made.allocator_peak_bytes is not None
-    assert made.allocator_peak_bytes == pytest.approx(estimate(work.graph, plan).peak_bytes, rel=0.5)
+    assert made.allocator_peak_bytes == pytest.approx(predict(work.graph, plan, 1).peak_bytes, rel=0.5)
 
 
 def test_bf16_autocast_trains_in_bands() -> None:

@@ -1,4 +1,4 @@
-"""Plans predicted from some dozens of bands, against the same plans with every band lowered."""
+"""Plans predicted from some dozens of bands, against recordings of the same steps with every band."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_recording import without_tables
 from torch import nn
 
 import rowtune
-from rowtune.cost.estimate import estimate
-from rowtune.cost.memory import Cost, predict
 from rowtune.graph.bands import banding
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
@@ -22,6 +21,7 @@ from rowtune.plan import repeat
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, Segment
 from rowtune.rows import Chained
+from rowtune.runtime.recorder import record
 from rowtune.tune.space import space
 from rowtune.zoo import build
 
@@ -55,32 +55,32 @@ def shortened(graph: Graph, plan: Plan) -> bool:
     return any(s.banded is not None and s.banded.repeat is not None for s in program.segments)
 
 
-def assert_same(ours: Cost, full: Cost) -> None:
-    assert (ours.peak_bytes, ours.activation_bytes) == (full.peak_bytes, full.activation_bytes)
-    assert ours.peak_at == full.peak_at
-    assert ours.seconds == pytest.approx(full.seconds)
+def assert_same(graph: Graph, plan: Plan, within: float = 1e-4) -> None:
+    """As a recording of the whole step, but for the tables of operators, which no step makes."""
+    ours, full = rowtune.predict(graph, plan), without_tables(record(lower(graph, plan)))
+    assert ours.activation_bytes == pytest.approx(full.activation_bytes, rel=within, abs=64)
+    assert ours.peak_bytes == pytest.approx(full.peak_bytes, rel=within, abs=64)
 
 
 @pytest.mark.parametrize("halo, tapes", WAYS)
 @pytest.mark.parametrize(
-    "name, rows, band", [("edsr", 640, 8), ("unet", 768, 8), ("vgg16_features", 1024, 1)]
+    "name, rows, band", [("edsr", 384, 8), ("unet", 448, 8), ("vgg16_features", 1024, 1)]
 )
 def test_interior_bands_are_alike(name, rows, band, halo, tapes):
     graph = zoo_graph(name, rows)
     plan = rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes)
     assert shortened(graph, plan)
-    assert_same(estimate(graph, plan), predict(lower(graph, plan)))
+    assert_same(graph, plan)
 
 
-@pytest.mark.parametrize("name, rows", [("edsr", 256), ("unet", 640), ("vgg16_features", 1000)])
+@pytest.mark.parametrize("name, rows", [("edsr", 128), ("unet", 320), ("vgg16_features", 500)])
 def test_random_plans(name, rows):
     graph = zoo_graph(name, rows)
     knobs, rng = space(graph), random.Random(rows)
-    plans = [knobs.plan({k.name: rng.choice(k.choices) for k in knobs.knobs}) for _ in range(12)]
+    plans = [knobs.plan({k.name: rng.choice(k.choices) for k in knobs.knobs}) for _ in range(6)]
     assert any(shortened(graph, plan) for plan in plans)
     for plan in plans:
-        for slots in (0, 2):
-            assert_same(estimate(graph, plan, slots), predict(lower(graph, plan), slots))
+        assert_same(graph, plan)
 
 
 @pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
@@ -88,7 +88,7 @@ def test_bands_of_rows_inside_bands_of_images(halo):
     graph = zoo_graph("unet", 512, images=3)
     plan = rowtune.uniform_plan(graph, "rows", 8, halo, images=2)
     assert shortened(graph, plan)
-    assert_same(estimate(graph, plan), predict(lower(graph, plan)))
+    assert_same(graph, plan)
 
 
 @pytest.mark.parametrize("halo", ["recompute", "cache", "sweep"])
@@ -105,7 +105,7 @@ def test_many_bands_of_images(name, halo):
         )
     )
     for made in (plan, rowtune.uniform_plan(graph, "rows", 8, halo, images=2)):
-        assert_same(estimate(graph, made), predict(lower(graph, made)))
+        assert_same(graph, made)
 
 
 def test_rows_that_a_band_or_a_pool_leaves_over():
@@ -114,7 +114,7 @@ def test_rows_that_a_band_or_a_pool_leaves_over():
         graph = zoo_graph("vgg16_features", rows)
         plan = rowtune.uniform_plan(graph, "rows", band, "sweep")
         assert shortened(graph, plan)
-        assert_same(estimate(graph, plan), predict(lower(graph, plan)))
+        assert_same(graph, plan)
 
 
 class Resampled(nn.Module):
@@ -147,11 +147,7 @@ def test_tables_of_rows(options, exact):
     for halo, tapes in WAYS:
         plan = rowtune.uniform_plan(graph, "rows", 6, halo, tapes=tapes)
         assert shortened(graph, plan) or "size" in options  # its table comes round after 31 rows, or never
-        ours, full = estimate(graph, plan), predict(lower(graph, plan))
-        if exact:
-            assert_same(ours, full)
-        assert ours.peak_bytes == pytest.approx(full.peak_bytes, rel=0.005)
-        assert ours.activation_bytes == pytest.approx(full.activation_bytes, rel=0.005)
+        assert_same(graph, plan, 1e-4 if exact else 0.005)
 
 
 class Pooled(nn.Module):
@@ -176,7 +172,7 @@ def test_outputs_of_unlike_heights_are_lowered_in_full(rows):
     cut = next(i for i, node in enumerate(graph.nodes) if node.op.startswith("max_pool")) + 1
     plan = Plan((Segment(names[0], names[cut - 1], "rows", 4), Segment(names[cut], names[-1])))
     assert shortened(graph, plan) == (rows == 512)
-    assert_same(estimate(graph, plan), predict(lower(graph, plan)))
+    assert_same(graph, plan)
 
 
 @pytest.mark.parametrize("halo, tapes", WAYS)
@@ -215,4 +211,4 @@ def test_windows_on_windows(halo):
     )  # fmt: skip
     plan = rowtune.uniform_plan(graph, "rows", 8, halo)
     assert shortened(graph, plan)
-    assert_same(estimate(graph, plan), predict(lower(graph, plan)))
+    assert_same(graph, plan)

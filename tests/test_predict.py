@@ -1,4 +1,4 @@
-"""Predicted memory against measured memory: the predictor reads the program that the runtime executes."""
+"""Predicted memory against measured memory: the prediction is made of recordings of what runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import rowtune
-from rowtune.cost.estimate import estimate
-from rowtune.cost.memory import Cost, predict
+from rowtune.cost.predict import Cost
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
@@ -75,7 +74,7 @@ class Bench:
         self.space: PlanSpace = space(self.training)
 
     def predict(self, plan: Plan, slots: int = 1) -> Cost:
-        return predict(rowtune.lower(self.training, plan), slots)
+        return rowtune.predict(self.training, plan, slots)
 
     def measure(self, plan: Plan, slots: int = 1) -> Memory:
         module = rowtune.apply(self.model, plan, self.loss)
@@ -123,14 +122,14 @@ def draw(space: PlanSpace, count: int, seed: int = 0) -> list[Plan]:
 
 
 def test_random_plans():
-    """The project's promise for predictions: 2% in the median and 10% at worst (issue 2)."""
+    """The project's promise for predictions: 0.1% in the median and 1% at worst (issue 10)."""
     found = {
         (name, plan): bench(name).errors(plan) for name in SAMPLED for plan in draw(bench(name).space, 11)
     }
     assert len(found) > 28
     peak, activations = zip(*found.values(), strict=True)
-    assert median(peak) <= 0.005 and max(peak) <= 0.05, max(found, key=lambda k: found[k][0])
-    assert median(activations) <= 0.01 and max(activations) <= 0.1, max(found, key=lambda k: found[k][1])
+    assert median(peak) <= 0.001 and max(peak) <= 0.01, max(found, key=lambda k: found[k][0])
+    assert median(activations) <= 0.001 and max(activations) <= 0.01, max(found, key=lambda k: found[k][1])
     # Not because all plans are alike: the least takes far less than the most.
     for name in SAMPLED:
         sizes = [bench(name).predict(plan).activation_bytes for n, plan in found if n == name]
@@ -143,7 +142,7 @@ def test_plans_that_run_alike_are_known_for_it():
 
     def program(band: int, halo: str, tapes: str) -> str:
         plan = rowtune.uniform_plan(made.training, "rows", band, halo, tapes=tapes)
-        return estimate(made.training, plan).program
+        return rowtune.predict(made.training, plan).program
 
     for halo in ("recompute", "cache"):
         assert len({program(32, halo, tapes) for tapes in ("split", "whole", "late")}) == 1
@@ -154,24 +153,21 @@ def test_plans_that_run_alike_are_known_for_it():
 
 @pytest.mark.parametrize("name", [*NETS, *MORE])
 def test_every_warm_start(name):
-    """What a search tries first. In networks of several branches the gradients that meet are added in an
-    order that the prediction does not know: up to 14% too high, up to 12% too low."""
+    """What a search tries first, and some random plans."""
     found = {}
-    for values in bench(name).space.guesses():
-        plan = bench(name).space.plan(values)
+    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()]
+    for plan in (*plans, *draw(bench(name).space, 3, seed=1)):
         ours, real = bench(name).predict(plan).activation_bytes, bench(name).measure(plan).activation_bytes
-        found[str(values)] = ours / real - 1
+        found[str(plan)] = ours / real - 1
     off = [abs(error) for error in found.values()]
-    branched = name in ("deeplabv3plus", "hrnet_w18")
-    assert median(off) <= (0.1 if branched else 0.03), found
-    assert max(off) <= (0.15 if branched else 0.09), found
+    assert median(off) <= 0.001, found
+    assert max(off) <= 0.01, found
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_plain_training(name):
     peak, activations = bench(name).errors(rowtune.uniform_plan(bench(name).training, "keep"))
-    assert peak < 0.005
-    assert activations < 0.01
+    assert max(peak, activations) < 0.001
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -179,8 +175,7 @@ def test_plain_training(name):
 def test_rows_everywhere(name, halo):
     plan = rowtune.uniform_plan(bench(name).training, "rows", 16, halo)
     peak, activations = bench(name).errors(plan)
-    assert peak < 0.02
-    assert activations < 0.05
+    assert max(peak, activations) < 0.005
 
 
 @pytest.mark.parametrize("name", ["resnet50", "unet_bn"])
@@ -191,8 +186,7 @@ def test_barriers(name, way):
         plan = rowtune.uniform_plan(bench(name).training, "rows", 16, halo, barriers=way)  # type: ignore[arg-type]
         found[halo] = bench(name).predict(plan).activation_bytes
         peak, activations = bench(name).errors(plan)
-        assert peak < 0.02
-        assert activations < 0.02
+        assert max(peak, activations) < 0.005
     stored = rowtune.uniform_plan(bench(name).training, "rows", 16, "recompute", barriers="store")
     if way == "narrow":
         assert found["recompute"] < 0.85 * bench(name).predict(stored).activation_bytes
@@ -204,8 +198,7 @@ def test_checkpoint(name):
     plan = knobs.plan(knobs.guesses()[1])
     assert all(s.policy == "checkpoint" for s in plan.segments)
     peak, activations = bench(name).errors(plan)
-    assert peak < 0.005
-    assert activations < 0.005
+    assert max(peak, activations) < 0.001
 
 
 @pytest.mark.parametrize("slots", OPTIMIZERS)
@@ -213,13 +206,13 @@ def test_checkpoint(name):
 def test_optimizers(name, slots):
     """vgg16's state is what counts, edsr's is nothing beside its activations."""
     peak, _ = bench(name).errors(rowtune.uniform_plan(bench(name).training, "rows", 16, "sweep"), slots)
-    assert peak < 0.01
+    assert peak < 0.001
 
 
 def test_images_one_at_a_time():
     plan = rowtune.uniform_plan(bench("edsr").training, "rows", 16, "sweep", images=1)
     peak, activations = bench("edsr").errors(plan)
-    assert max(peak, activations) < 0.01
+    assert max(peak, activations) < 0.001
 
 
 def test_frozen_layers():
@@ -233,7 +226,7 @@ def test_frozen_layers():
         patch.setattr("rowtune.runtime.module.trace", lambda *_, **__: made.graph)
         for policy in ("keep", "rows"):
             peak, activations = made.errors(rowtune.uniform_plan(made.training, policy, 16))
-            assert peak < 0.02 and activations < 0.05, policy
+            assert max(peak, activations) < 0.005, policy
 
 
 def test_a_prediction_at_8192_needs_no_data():
@@ -251,10 +244,7 @@ def test_a_prediction_at_8192_needs_no_data():
     plain = rowtune.uniform_plan(graphs[0], "keep")
     banded = rowtune.uniform_plan(graphs[0], "rows", 32, "sweep")
     costs: list[Cost] = []
-    assert (
-        allocator_peak(lambda: costs.extend(predict(rowtune.lower(graphs[0], p)) for p in (plain, banded)))
-        < 1e6
-    )
+    assert allocator_peak(lambda: costs.extend(rowtune.predict(graphs[0], p) for p in (plain, banded))) < 1e6
     assert costs[0].activation_bytes > 80e9  # 64 channels of 8192 x 8192 take 17 GB, and there are four
     assert costs[1].activation_bytes < 0.2 * costs[0].activation_bytes
 

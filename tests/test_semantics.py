@@ -16,7 +16,7 @@ from exactness import TOLERANCE, error, step
 from torch import Tensor, nn
 
 import rowtune
-from rowtune.cost.estimate import estimate
+from rowtune.cost.predict import predict
 from rowtune.errors import ModelError, PlanError, UsageError
 from rowtune.graph.cuts import stretches
 from rowtune.graph.losses import parse
@@ -475,7 +475,7 @@ def test_a_loss_leaves_out_the_other_outputs(plan: str) -> None:
     assert error(got, want) < TOLERANCE
     graph = with_loss(rowtune.trace(model, (x,)), parse("mse"))
     options = {"band_rows": 3, **PLANS[plan]}
-    assert estimate(graph, rowtune.uniform_plan(rowtune.trace(model, (x,)), **options)).peak_bytes > 0
+    assert predict(graph, rowtune.uniform_plan(rowtune.trace(model, (x,)), **options)).peak_bytes > 0
 
 
 class Side(Region):

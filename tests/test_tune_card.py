@@ -9,7 +9,7 @@ import torch
 from simulated_card import Card, insert
 from torch import nn
 
-from rowtune.cost.estimate import estimate
+from rowtune.cost.predict import predict
 from rowtune.importers.source import parse_source
 from rowtune.plan.file import PlanFile
 from rowtune.plan.plan import Plan
@@ -49,7 +49,7 @@ def test_search_verify_and_run_under_a_cap(monkeypatch: pytest.MonkeyPatch, name
         bench = Bench(work.problem, limit)
         task = Task(
             space=space(work.graph),
-            predict=lambda plan: estimate(work.graph, plan, work.optimizer.slots),
+            predict=lambda plan: predict(work.graph, plan, work.optimizer.slots),
             measure=lambda plan, effort, timeout, worth: bench.measure(plan, "quick", worth),
             records=RecordFile(None, {}),
             limit=limit,

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import rowtune
 from rowtune.cli.progress import policies
 from rowtune.cli.report import nested, segments_table
-from rowtune.cost.memory import predict
 from rowtune.errors import PlanError
 from rowtune.graph.cuts import legal_cut, why_not
 from rowtune.graph.graph import Graph
@@ -137,7 +136,7 @@ def test_predicted_and_measured_peaks_are_equal(like):
 
         train()
         real = measure_memory(train, module, optimizer, [x, target], "cpu")
-        ours = predict(rowtune.lower(graph, plan))
+        ours = rowtune.predict(graph, plan, 1)
         assert abs(ours.activation_bytes / real.activation_bytes - 1) < 0.02
         found.append(ours.activation_bytes)
     assert found[1] < found[0]
@@ -213,8 +212,8 @@ def test_a_search_divides_regions_into_turns():
     assert [s for s in inner if s.inside[-1].policy == "rows"], "a region of rows ends in rows"
     flat = knobs.plan({**guess, "turns": "no"})
     assert not any(s.inside for s in flat.segments)
-    assert predict(rowtune.lower(graph, plan)).activation_bytes < 0.9 * (
-        predict(rowtune.lower(graph, flat)).activation_bytes
+    assert rowtune.predict(graph, plan, 1).activation_bytes < 0.9 * (
+        rowtune.predict(graph, flat, 1).activation_bytes
     )
 
 

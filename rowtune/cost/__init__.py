@@ -1,1 +1,1 @@
-"""PREDICTED: bytes and seconds of a program, from sizes alone."""
+"""PREDICTED: bytes and seconds of a program, from recordings of its segments."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rowtune.cost.passes import wanted_in
 from rowtune.graph.graph import Graph, Node
-from rowtune.plan.program import Banded, Program, Replay, Run, SegmentProgram, Step
+from rowtune.plan.program import Banded, Passes, Program, Replay, Run, SegmentProgram, Step
 
 # Orders of magnitude of a laptop core; a ratio between plans is all that is read from them.
 OPERATIONS_PER_SECOND = 5e10
@@ -36,13 +35,14 @@ def _node_seconds(graph: Graph, node: Node) -> float:
 
 def seconds(program: Program) -> float:
     """Forward, backward (twice a forward) and recomputation of one step."""
-    return sum(_segment(program.graph, segment) for segment in program.segments)
+    return sum(segment_seconds(program.graph, segment) for segment in program.segments)
 
 
-def _segment(graph: Graph, segment: SegmentProgram) -> float:
+def segment_seconds(graph: Graph, segment: SegmentProgram) -> float:
+    """Its share of a step."""
     once = {n.name: _node_seconds(graph, n) for n in segment.part.nodes}
     if segment.inner:
-        parts = sum(_segment(graph, inner) for inner in segment.inner)
+        parts = sum(segment_seconds(graph, inner) for inner in segment.inner)
         return parts + sum(_forward(graph, inner) for inner in segment.inner[:-1])
     if segment.passes is not None:
         return _passes(graph, segment, once)
@@ -73,7 +73,7 @@ def _passes(graph: Graph, segment: SegmentProgram, once: dict[str, float]) -> fl
         assert one.banded is not None
         total += _steps(graph, one.banded, one.banded.forward, once, None)
     twins = {twin: once[name] for name, twin in segment.passes.twins.items()}
-    for one, wanted in zip(segment.passes.backward, wanted_in(graph, segment.passes), strict=True):
+    for one, wanted in zip(segment.passes.backward, _wanted_in(graph, segment.passes), strict=True):
         assert one.banded is not None
         given = {**once, **twins}
         total += _steps(segment.passes.twin_graph, one.banded, one.banded.backward, given, wanted)
@@ -109,3 +109,19 @@ def _steps(
                 back = 2 if tape and (wanted is None or name in wanted) else 0
                 total += times * share * (back + (name not in valueless))
     return total + count * 2 * SECONDS_PER_STEP * len(banded.image_ranges)
+
+
+def _wanted_in(graph: Graph, passes: Passes) -> list[frozenset[str]]:
+    """Values that carry a gradient in each backward pass: what follows one barrier's reductions, and in the
+    last pass everything."""
+    found = []
+    for at, one in zip(range(len(passes.levels) - 1, -1, -1), passes.backward, strict=True):
+        if not at:
+            found.append(graph.needs_grad | frozenset(passes.twins.values()))
+            continue
+        reached = set(passes.levels[at - 1])
+        for node in one.part.nodes:
+            if any(n in reached for n in node.inputs):
+                reached.add(node.name)
+        found.append(frozenset(reached))
+    return found

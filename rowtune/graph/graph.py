@@ -185,11 +185,6 @@ class Graph:
         return {name: tuple(found) for name, found in readers.items()}
 
     @cached_property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """Inputs of each node, looked up once: the predictor asks millions of times."""
-        return {node.name: node.inputs for node in self.nodes}
-
-    @cached_property
     def needs_grad(self) -> frozenset[str]:
         """Values through which a gradient flows in training."""
         floating = [n for n in self.nodes if self.values[n.name].dtype.is_floating_point]

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from rowtune.errors import PlanError
 from rowtune.graph.bands import banding
@@ -20,13 +21,18 @@ from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Program, SegmentProgram
 
+Lowered = dict[Any, list[SegmentProgram]]
+"""Segments lowered before, of one graph and by one scheduler."""
 
-def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program:
+
+def lower(
+    graph: Graph, plan: Plan, scheduler: Scheduler = by_policy, lowered: Lowered | None = None
+) -> Program:
     """The program of a plan on a graph.
 
     A plan made with a loss serves calls without one, where the loss is left out, and the other way round,
     where the loss joins the last segment if it can be banded with it. Another `scheduler` may schedule fewer
-    bands, for a program that is only predicted.
+    bands, for a program that is only predicted. What is in `lowered` is not lowered again.
 
     Raises:
         PlanError: segments do not cover the nodes in order, or a rows segment holds an operator that cannot
@@ -34,7 +40,7 @@ def lower(graph: Graph, plan: Plan, scheduler: Scheduler = by_policy) -> Program
     """
     spans = _spans(graph, plan)
     with uncollected():
-        segments = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
+        segments = tuple(made for span in spans for made in _known(graph, plan, *span, scheduler, lowered))
     segments = finished(graph, segments)
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 
@@ -96,6 +102,23 @@ def _with_loss(graph: Graph, plan: Plan, spans: list[Span]) -> list[Span]:
     if segment.policy == "rows" and not why_not(graph, start, end, plan.axis):
         return [*spans[:-1], (segment, start, end)]
     return [*spans, (Segment(SUMS, LOSS), stop, end)]
+
+
+def _known(
+    graph: Graph,
+    plan: Plan,
+    decision: Segment,
+    start: int,
+    stop: int,
+    scheduler: Scheduler,
+    lowered: Lowered | None,
+) -> list[SegmentProgram]:
+    if lowered is None:
+        return _segments(graph, plan, decision, start, stop, scheduler)
+    key = decision, start, stop, plan.axis
+    if key not in lowered:
+        lowered[key] = _segments(graph, plan, decision, start, stop, scheduler)
+    return lowered[key]
 
 
 def _segments(

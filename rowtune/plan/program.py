@@ -1,11 +1,11 @@
 """The program: what runs, on which rows, what is kept and dropped.
 
-The runtime executes it and the predictor adds up its sizes, so both speak of the same thing.
+The runtime executes it; what it does then is recorded, and predictions are made of that.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,25 +164,42 @@ class Program:
     """Per segment: the activations that no later segment reads."""
 
 
-def identity(program: Program) -> str:
-    """Plans of one graph whose programs run alike, whatever the plans say, have this in common."""
-    return hashlib.sha256(repr([_steps(s) for s in program.segments]).encode()).hexdigest()[:16]
-
-
-def _steps(segment: SegmentProgram) -> Any:
-    """All that decides what a segment runs and keeps."""
-    nodes = (segment.part.start, segment.part.stop, [node.name for node in segment.part.nodes])
-    finishes = [finish[:2] for finish in segment.finishes]
+def steps_of(segment: SegmentProgram, called: Callable[[str], str] = str) -> Any:
+    """All that decides what a segment runs and keeps, with values `called` by other names."""
+    nodes = [called(node.name) for node in segment.part.nodes]
+    nodes += [*map(called, segment.part.inputs), *map(called, segment.part.outputs)]
+    finishes = [[called(n) for n in finish[:2]] for finish in segment.finishes]
     if segment.inner:
-        return "checkpoint", nodes, finishes, [_steps(inner) for inner in segment.inner]
+        return "checkpoint", nodes, finishes, [steps_of(inner, called) for inner in segment.inner]
     if segment.passes is not None:
         streamed = segment.passes.forward, segment.passes.backward
-        return "passes", nodes, finishes, [[_steps(one) for one in way] for way in streamed]
+        return "passes", nodes, finishes, [[steps_of(one, called) for one in way] for way in streamed]
     if segment.banded is None:
         return segment.decision.policy, nodes, finishes
     run = segment.banded
-    groups = [([node.name for node in g.nodes], g.replay) for g in run.groups]
-    pieces = [(p.group, p.outputs, sorted(p.ranges.items())) for p in run.pieces]
+
+    def several(names: Iterable[str]) -> list[str]:
+        return sorted(map(called, names))
+
+    groups = [
+        ([called(n.name) for n in g.nodes],
+         g.replay and [several(g.replay.unread), several(g.replay.blank), several(g.replay.known)])
+        for g in run.groups
+    ]  # fmt: skip
+    pieces = [
+        (p.group, [(called(n), rows) for n, rows in p.outputs],
+         sorted((called(n), rows) for n, rows in p.ranges.items()))
+        for p in run.pieces
+    ]  # fmt: skip
     repeat = run.repeat and (run.repeat.more, sorted(run.repeat.pieces), run.repeat.stashes)
-    order = (run.forward, run.backward, run.image_ranges, run.single_sweep)
-    return nodes, finishes, groups, pieces, order, repeat, sorted(run.spared), sorted(run.unread)
+    ways = [[_called(step, called) for step in way] for way in (run.forward, run.backward)]
+    order = (*ways, run.image_ranges, run.single_sweep)
+    return nodes, finishes, groups, pieces, order, repeat, several(run.spared), several(run.unread)
+
+
+def _called(step: Step, called: Callable[[str], str]) -> Step:
+    if type(step) is Drop:
+        return Drop(called(step.value), step.below)
+    if type(step) is Stash:
+        return Stash(step.band, tuple(map(called, step.values)))
+    return step

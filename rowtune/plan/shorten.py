@@ -3,7 +3,7 @@
 Interior bands are alike: the same steps on as many rows, some rows further down. Once a short schedule has
 passed through one *period*, a stretch of rows after which everything that is alive stands as before but for
 its place, a longer one only repeats that period. So plans of tall images are predicted from some dozens of
-bands (cost/estimate.py). Whole tensors keep their true sizes: those are the graph's, not the banding's.
+bands (runtime/left_out.py). Whole tensors keep their true sizes: those are the graph's, not the banding's.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
@@ -16,15 +16,8 @@ from rowtune.torch_private import TorchDispatchMode, key_of
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-class _Known(NamedTuple):
-    """A storage that is alive: its buffer, and the views of it that were seen."""
-
-    buffer: int
-    views: dict[tuple[Any, ...], int]
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down every aten call while it is entered, below autograd.
+class Lives(TorchDispatchMode):
+    """Counts calls below autograd while it is entered, and notes when memory is made and when it is gone.
 
     Args:
         answer: runs an operator.
@@ -34,41 +27,111 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._answer = answer
         self.place: tuple[int, Way] = (0, "forward")
-        self._calls: list[Call] = []
-        self._views: list[View] = []
+        self.calls = self.live = 0  # so far; bytes
         self._buffers: list[Buffer] = []
-        self._known: dict[int, _Known] = {}  # by storage
-        self._ends: list[Any] = []
+        self._known: dict[int, _Life] = {}  # by storage
+        self._died: dict[int, int] = {}
+        self._named: set[int] = set()
 
-    def know(self, tensor: Tensor, name: str, role: Role, born: int | None = None) -> int:
-        """The number of a tensor as a view; of a new buffer where its memory was not seen before, `born` at
-        the end of the last call if nothing else is said."""
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nobody compiles this, and to keep a compiler off every call takes longer than the call."""
+        return False
+
+    def buffer_of(self, tensor: Tensor, name: str, role: Role) -> int:
+        """The number of a tensor's memory; a new one where that was not seen before."""
         storage = tensor.untyped_storage()
         key = key_of(storage)
         known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = _Known(len(self._buffers), {})
-            born = len(self._calls) - 1 if born is None else born
-            self._buffers.append(Buffer(name, storage.nbytes(), role, born, None))
-            self._ends.append(weakref.ref(storage, partial(self._gone, key, known.buffer)))
-        seen = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        view = known.views.get(seen)
-        if view is None:
-            view = known.views[seen] = len(self._views)
-            self._views.append(View(known.buffer, *seen))  # type: ignore[arg-type]
-        return view
+        if known is not None:
+            return known.number
+        number = len(self._buffers)
+        life = self._known[key] = _Life(storage, self._gone)
+        life.key, life.number = key, number
+        size = storage.nbytes()
+        self._buffers.append(Buffer(name, size, role, self.calls - 1, None))
+        self.live += size
+        return number
 
-    def tag(self, tensor: Tensor, name: str, role: Role) -> None:
-        number = self._views[self.know(tensor, name, role)].buffer
+    def tag(self, tensor: Tensor, name: str, role: Role) -> int:
+        """This is a tensor's name and role, and has been since it was made."""
+        number = self.buffer_of(tensor, name, role)
         self._buffers[number] = replace(self._buffers[number], name=name, role=role)
+        return number
+
+    def named(self, tensor: Tensor, name: str) -> int:
+        """The number of a tensor's memory, which has this name if it had none but an operator's."""
+        number = self.buffer_of(tensor, name, "activation")
+        found = self._buffers[number]
+        if found.role == "activation" and found.born >= 0 and number not in self._named:
+            self._buffers[number] = replace(found, name=name)
+            self._named.add(number)
+        return number
+
+    @property
+    def buffers(self) -> int:
+        """So far, in the order of their birth."""
+        return len(self._buffers)
+
+    def alive(self, start: int) -> list[int]:
+        """Of the buffers from number `start` on, those that are still there."""
+        return [n for n in range(start, len(self._buffers)) if n not in self._died]
+
+    def finished(self) -> tuple[Buffer, ...]:
+        """All buffers; what is alive now is never freed."""
+        died = self._died
+        return tuple(replace(b, died=died[n]) if n in died else b for n, b in enumerate(self._buffers))
 
     def recording(self) -> Recording:
-        """What was recorded; what is alive now is never freed."""
-        return Recording(tuple(self._calls), tuple(self._views), tuple(self._buffers))
+        """What was recorded."""
+        return Recording((), (), self.finished())
 
-    def _gone(self, key: int, number: int, _: object) -> None:
-        del self._known[key]
-        self._buffers[number] = replace(self._buffers[number], died=len(self._calls) - 1)
+    def _gone(self, life: _Life) -> None:
+        del self._known[life.key]
+        self.live -= self._buffers[life.number].bytes
+        self._died[life.number] = self.calls - 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._answer(func, args, kwargs or {})
+        self.calls += 1
+        if isinstance(out, Tensor):
+            self.buffer_of(out, func._opname, "activation")
+        elif isinstance(out, (list, tuple)):
+            for t in out:
+                if isinstance(t, Tensor):
+                    self.buffer_of(t, func._opname, "activation")
+        return out
+
+
+class _Life(weakref.ref[torch.UntypedStorage]):
+    """Calls back when a storage is gone, and knows which it was."""
+
+    __slots__ = ("key", "number")
+    key: int
+    number: int
+
+
+class Recorder(Lives):  # type: ignore[no-untyped-call]
+    """Writes down every aten call as well, with the views of buffers that it reads and makes."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self._calls: list[Call] = []
+        self._views: list[View] = []
+        self._seen: dict[tuple[Any, ...], int] = {}
+
+    def know(self, tensor: Tensor, name: str, role: Role) -> int:
+        """The number of a tensor as a view; of a new buffer where its memory was not seen before."""
+        buffer = self.buffer_of(tensor, name, role)
+        seen = (buffer, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = self._seen.get(seen)
+        if view is None:
+            view = self._seen[seen] = len(self._views)
+            self._views.append(View(*seen))  # type: ignore[arg-type]
+        return view
+
+    def recording(self) -> Recording:
+        return Recording(tuple(self._calls), tuple(self._views), self.finished())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -79,8 +142,8 @@ class Recorder(TorchDispatchMode):
         given = tuple([self._given(a, reads) for a in args])
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answer(func, args, kwargs or {})
-        makes = self._made(out, name)
-        self._calls.append(Call(func, given, named, tuple(reads), makes, *self.place))
+        self.calls += 1
+        self._calls.append(Call(func, given, named, tuple(reads), self._made(out, name), *self.place))
         return out
 
     def _allow(self, operator: str) -> None:
@@ -96,11 +159,9 @@ class Recorder(TorchDispatchMode):
         return argument
 
     def _made(self, out: Any, operator: str) -> tuple[int, ...]:
-        name, now = operator.partition("::")[2], len(self._calls)
+        name = operator.partition("::")[2]
         if isinstance(out, Tensor):
-            return (self.know(out, name, "activation", now),)
+            return (self.know(out, name, "activation"),)
         if isinstance(out, (list, tuple)):
-            return tuple(
-                [self.know(t, name, "activation", now) if isinstance(t, Tensor) else -1 for t in out]
-            )
+            return tuple([self.know(t, name, "activation") if isinstance(t, Tensor) else -1 for t in out])
         return ()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rowtune.cost.estimate import estimate
+from rowtune.cost.predict import predict
 from rowtune.errors import InfeasibleError, UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
@@ -118,7 +118,7 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
         result = search(
             Task(
                 space=space(work.graph),
-                predict=lambda plan: estimate(work.graph, plan, slots),
+                predict=lambda plan: predict(work.graph, plan, slots),
                 measure=worker.measure,
                 records=records,
                 limit=limit,
@@ -153,7 +153,7 @@ def _plan_file(request: Request, budget: int, result: SearchResult) -> PlanFile:
     work, best, plain = request.work, result.best, result.plain
     assert best.decisions is not None
     plan = Plan.from_dict(dict(best.decisions))
-    cost = estimate(work.graph, plan, work.optimizer.slots)
+    cost = predict(work.graph, plan, work.optimizer.slots)
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rowtune.cost.estimate import estimate
+from rowtune.cost.predict import predict
 from rowtune.errors import ModelError
 from rowtune.plan.uniform import uniform_plan
 from rowtune.problem import TensorSpec
@@ -31,7 +31,7 @@ class Place:
 def plain_peak(work: Workload) -> int:
     """Predicted peak of the network as PyTorch runs it."""
     keep = uniform_plan(work.graph, "keep")
-    return int(estimate(work.graph, keep, work.optimizer.slots).peak_bytes)
+    return int(predict(work.graph, keep, work.optimizer.slots).peak_bytes)
 
 
 def places(work: Workload) -> Iterator[Place]:

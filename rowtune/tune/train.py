@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.cost.estimate import estimate
+from rowtune.cost.predict import predict
 from rowtune.errors import DivergedError, EnginesDifferError, ModelError, PlanError, RowtuneError, UsageError
 from rowtune.importers.source import parse_shape
 from rowtune.plan.file import PlanFile
@@ -95,7 +95,7 @@ def open_plan(file: PlanFile, device: str = "auto", shapes: Sequence[str] = ()) 
             f"the plan was made for a model with fingerprint {file.fingerprint}, but {problem.model} "
             f"now has {work.graph.fingerprint}; search again"
         )
-    return work, int(estimate(work.graph, file.plan, work.optimizer.slots).peak_bytes)
+    return work, int(predict(work.graph, file.plan, work.optimizer.slots).peak_bytes)
 
 
 def _reshaped(file: PlanFile, shapes: Sequence[str]) -> Any:

@@ -79,8 +79,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
     @contextmanager
     def section(self, given: Named) -> Iterator[Section]:
         """Write down what happens inside."""
-        for key, known in self._known.items():  # a section makes its own views, of an input say
-            self._known[key] = known._replace(views={})
+        self._seen.clear()  # a section makes its own views, of an input say
         made = Section(len(self._calls))
         for name, tensor in given.items():
             made.given[name] = self.know(tensor, str(name), "batch")

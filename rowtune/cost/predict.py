@@ -1,0 +1,57 @@
+"""What a step of a plan takes, from recordings of its segments.
+
+A segment is recorded once for a graph and for what its neighbours make of it: which of its inputs want
+gradients, how they lie in memory, which of its outputs have gradients. A plan of segments that were seen
+before is a matter of adding up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from rowtune.cost.compose import compose
+from rowtune.cost.seen import GIVEN, Seen
+from rowtune.cost.state import state_bytes
+from rowtune.graph.graph import Graph
+from rowtune.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`activation_bytes` leaves out parameters, gradients and optimizer state; `peak_at` names the largest
+    tensor of the moment and the segment whose forward or backward sets the peak. Plans of one graph that run
+    alike have the same `program`."""
+
+    peak_bytes: int
+    activation_bytes: int
+    seconds: float
+    peak_at: str
+    program: str = ""
+
+
+def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None) -> Cost:
+    """Peak and time of one training step in steady state (gradients set to None between steps).
+
+    Args:
+        graph: with a loss, or without one: then every output has a gradient.
+        optimizer: whose state is counted as well, or how many parameter-sized tensors it keeps (SGD with
+            momentum 1, Adam 2).
+
+    Raises:
+        PlanError: the plan is not one of this graph.
+    """
+    seen = _SEEN.get(graph)
+    if seen is None:
+        seen = _SEEN[graph] = Seen()
+    step = seen.step(graph, plan)
+    weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
+    batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
+    peak = compose(step.segments, step.outer, batch, weights + state_bytes(graph, optimizer), step.names)
+    return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program)
+
+
+_FIXED = ("parameter", "buffer")
+_SEEN: WeakKeyDictionary[Graph, Seen] = WeakKeyDictionary()

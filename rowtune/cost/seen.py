@@ -1,0 +1,331 @@
+"""The segments of one graph that were lowered and recorded before, and how a plan is put together of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any, NamedTuple
+
+from rowtune.cost.alike import Alike, alike, digest
+from rowtune.cost.compose import Linked
+from rowtune.cost.footprint import Footprint, footprint
+from rowtune.cost.time import segment_seconds
+from rowtune.graph.graph import Graph, Value
+from rowtune.plan.banded import by_policy
+from rowtune.plan.lower import Lowered, lower
+from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.program import Program, SegmentProgram, steps_of
+from rowtune.plan.repeat import shortened
+from rowtune.plan.schedules.schedule import Request, Schedule
+from rowtune.runtime.blank import Answers
+from rowtune.runtime.segment_recorder import SegmentRun
+from rowtune.runtime.segment_recording import Crossing
+from rowtune.runtime.writer import Lives
+
+GIVEN = ("input", "target", "norms")
+
+
+class Step(NamedTuple):
+    """A training step: its segments, linked, and the names of the memory that they share."""
+
+    segments: list[Linked]
+    names: dict[int, str]
+    outer: dict[int, int]
+    """Bytes of the gradients that backward begins with, by block."""
+    seconds: float
+    program: str
+
+
+class _At(NamedTuple):
+    """A tensor between segments, and the step's block that it lies in (None: the model's own)."""
+
+    crossing: Crossing
+    block: int | None
+
+
+Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...]]
+"""A segment's program, its inputs and the parameters that it shares with others, by the names that they
+have in all segments like it."""
+
+
+class _Forward:
+    """A segment on certain inputs: a run whose backward is still to come, if there is one, and footprints by
+    the gradients that were handed to it. The run is that of the first of all segments like it."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run: _Run | None = run
+        self.outputs = run.outputs
+        self.made_of = {buffer: run.names[name] for name, buffer in run.made.given.items()}
+        self.footprints: dict[tuple[Crossing, ...], Footprint] = {}
+
+
+class _Run:
+    """A run of a segment, by the names that its values have in all segments like it."""
+
+    def __init__(
+        self, graph: Graph, segment: SegmentProgram, key: Key, names: dict[str, str], answers: Answers
+    ) -> None:
+        self.segment, self.names = segment, names
+        self.own = {common: name for name, common in names.items()}
+        inputs, shared = self._own(key[1]), {self.own[n]: earlier for n, earlier in key[2]}
+        try:
+            self.made = SegmentRun(graph, segment, inputs, shared, Lives(answers.call))
+        except Exception as error:
+            raise _unlike(segment, error) from error
+        self.outputs = self._common(self.made.outputs)
+
+    def backward(self, outer: tuple[Crossing, ...]) -> Footprint:
+        try:
+            found = footprint(self.made.backward(self._own(outer)))
+        except Exception as error:
+            raise _unlike(self.segment, error) from error
+        return replace(
+            found,
+            inputs={self.names[n]: b for n, b in found.inputs.items()},
+            outer={self.names[n]: b for n, b in found.outer.items()},
+            outputs=self.outputs,
+            gradients=self._common(found.gradients),
+        )
+
+    def _own(self, crossings: Iterable[Crossing]) -> tuple[Crossing, ...]:
+        return tuple(c._replace(name=self.own[c.name]) for c in crossings)
+
+    def _common(self, crossings: Iterable[Crossing]) -> tuple[Crossing, ...]:
+        return tuple(c._replace(name=self.names[c.name]) for c in crossings)
+
+
+class Seen:
+    """Nothing here holds on to the graph."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.lowered: Lowered = {}
+        self._whole: set[Segment] = set()
+        self._answers = Answers()
+        self._forwards: dict[Key, _Forward] = {}
+        self._seconds: dict[str, float] = {}
+        self._digests: dict[int, tuple[object, str]] = {}
+        self._alike: dict[str, Alike] = {}
+
+    def step(self, graph: Graph, plan: Plan) -> Step:
+        while True:
+            program = lower(graph, plan, self._schedule, self.lowered)
+            try:
+                return _Linker(self, program).step()
+            except _Unlike as error:
+                self._in_full(error.segment)
+
+    # -- lowering ------------------------------------------------------------------------------------------
+
+    def _schedule(self, halo: str, ask: Request) -> Schedule:
+        return (by_policy if ask.decision in self._whole else shortened)(halo, ask)
+
+    def _in_full(self, decision: Segment) -> None:
+        """An operator does not run on a shortened image: all bands of the segment are to be recorded."""
+        self._whole.add(decision)
+        for key in [k for k in self.lowered if decision == k[0] or decision in k[0].inside]:
+            del self.lowered[key]
+
+    # -- recordings ----------------------------------------------------------------------------------------
+
+    def digest(self, segment: SegmentProgram) -> str:
+        """Segments that run alike have it in common."""
+        if segment.inner:
+            return digest([segment.decision.policy, _finishes(segment), *map(self.digest, segment.inner)])
+        if segment.passes is not None:
+            passes = (*segment.passes.forward, *segment.passes.backward)
+            return digest([_finishes(segment), *map(self.digest, passes)])
+        if segment.banded is None:
+            return digest(steps_of(segment))
+        # Neighbours decide what is spared and finished; the bands are the same object all the while.
+        run = segment.banded
+        found = self._digests.get(id(run.pieces))
+        if found is None or found[0] is not run.pieces:
+            bare = replace(run, spared=frozenset(), unread=frozenset())
+            steps = steps_of(replace(segment, banded=bare, finishes=()))
+            found = self._digests[id(run.pieces)] = run.pieces, digest(steps)
+        return digest(
+            [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]
+        )
+
+    def seconds(self, graph: Graph, segment: SegmentProgram, digest: str) -> float:
+        if digest not in self._seconds:
+            self._seconds[digest] = segment_seconds(graph, segment)
+        return self._seconds[digest]
+
+    def alike(self, graph: Graph, segment: SegmentProgram, known: str) -> Alike:
+        if known not in self._alike:
+            self._alike[known] = alike(graph, segment)
+        return self._alike[known]
+
+    def forward(self, graph: Graph, segment: SegmentProgram, key: Key, names: dict[str, str]) -> _Forward:
+        found = self._forwards.get(key)
+        if found is None:
+            found = self._forwards[key] = _Forward(_Run(graph, segment, key, names, self._answers))
+        return found
+
+    def footprint(
+        self,
+        graph: Graph,
+        segment: SegmentProgram,
+        key: Key,
+        names: dict[str, str],
+        outer: tuple[Crossing, ...],
+    ) -> Footprint:
+        known = self._forwards[key]
+        found = known.footprints.get(outer)
+        if found is None:
+            run = known.run or _Run(graph, segment, key, names, self._answers)
+            known.run = None
+            self.recorded += 1
+            found = known.footprints[outer] = run.backward(outer)
+        return found
+
+
+class _Unlike(Exception):
+    """A segment does not run on fewer bands than it has."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment)
+        self.segment = segment
+
+
+def _unlike(segment: SegmentProgram, error: Exception) -> Exception:
+    found = next(_repeated(segment), None)
+    return error if found is None else _Unlike(found)
+
+
+def _repeated(segment: SegmentProgram) -> Iterator[Segment]:
+    if segment.banded is not None and segment.banded.repeat is not None:
+        yield segment.decision
+    for inner in segment.inner:
+        yield from _repeated(inner)
+    for one in (*segment.passes.forward, *segment.passes.backward) if segment.passes else ():
+        yield from _repeated(one)
+
+
+def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:
+    return [finish[:2] for finish in segment.finishes]
+
+
+class _Linker:
+    """Walks through a step: forward for values, backward for their gradients."""
+
+    def __init__(self, seen: Seen, program: Program) -> None:
+        self.seen, self.program, self.graph = seen, program, program.graph
+        self.blocks = count()
+        self.names: dict[int, str] = {}
+        self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
+        self.gradients: dict[str, _At] = {}
+
+    def step(self) -> Step:
+        segments = self.program.segments
+        digests = [self.seen.digest(s) for s in segments]
+        shared = _shared(self.graph, segments)
+        keys = [self._forward(*each) for each in zip(segments, digests, shared, strict=True)]
+        outer = {self._outer(name): self.graph.values[name].bytes for name in dict.fromkeys(self._trained())}
+        linked = [
+            self._backward(*each)
+            for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
+        ]
+        seconds = sum(self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True))
+        return Step(linked[::-1], self.names, outer, seconds, digest(digests))
+
+    def _given(self, value: Value) -> _At:
+        return _At(_dense(value), self._block(value.name))
+
+    def _trained(self) -> list[str]:
+        """The outputs that backward begins with: the loss, or all that have a gradient."""
+        outputs = self.graph.outputs[: 1 if self.graph.loss is not None else None]
+        return [n for n in outputs if n in self.values and self.values[n].crossing.wanted]
+
+    def _outer(self, name: str) -> int:
+        block = self._block(f"the gradient of {name}")
+        self.gradients[name] = _At(_dense(self.graph.values[name]), block)
+        return block
+
+    def _block(self, name: str) -> int:
+        block = next(self.blocks)
+        self.names[block] = name
+        return block
+
+    def _forward(
+        self, segment: SegmentProgram, known: str, shared: tuple[tuple[str, bool], ...]
+    ) -> tuple[Key, dict[str, str]]:
+        common, names = self.seen.alike(self.graph, segment, known)
+        inputs = segment.part.inputs
+        given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
+        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names)
+        forward = self.seen.forward(self.graph, segment, key, names)
+        own = {common: name for name, common in names.items()}
+        fresh: dict[int, int] = {}
+        for crossing in forward.outputs:
+            name, source = own[crossing.name], forward.made_of.get(crossing.memory)
+            if source is not None:
+                block = self.values[own[source]].block if own[source] in self.values else None
+            else:
+                if crossing.memory not in fresh:
+                    fresh[crossing.memory] = self._block(name)
+                block = fresh[crossing.memory]
+            self.values[name] = _At(crossing, block)
+        return key, names
+
+    def _backward(
+        self, segment: SegmentProgram, key: tuple[Key, dict[str, str]], drops: Sequence[str]
+    ) -> Linked:
+        (_, _, shared), names = key
+        own = {common: name for name, common in names.items()}
+        there = (*segment.part.outputs, *segment.part.inputs)
+        reached = [n for n in there if n in self.gradients and self.values[n].crossing.wanted]
+        reached += [own[n] for n, _ in shared if own[n] in self.gradients]
+        handed = [self.gradients.pop(n) for n in reached]
+        outer = _numbered(handed, [names[n] for n in reached])
+        made = self.seen.footprint(self.graph, segment, key[0], names, outer)
+        blocks: dict[int, int | None] = {}
+        for name, buffer in made.inputs.items():
+            blocks[buffer] = self.values[own[name]].block if own[name] in self.values else None
+        for crossing in made.outputs:
+            blocks[crossing.memory] = self.values[own[crossing.name]].block
+        for name, at in zip(reached, handed, strict=True):
+            blocks[made.outer[names[name]]] = at.block
+        for crossing in made.gradients:
+            number, name = crossing.memory, own[crossing.name]
+            if number not in blocks:
+                known = number in made.shared
+                blocks[number] = self._block(f"the gradient of {name}") if known else None
+            self.gradients[name] = _At(crossing, blocks[number])
+        title = f"{segment.decision.first}..{segment.decision.last}"
+        return Linked(made, {n: b for n, b in blocks.items() if b is not None}, own, title, drops)
+
+
+def _dense(value: Value) -> Crossing:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(value.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return Crossing(value.name, value.shape, tuple(strides[::-1]), 0, value.dtype, value.bytes, 0)
+
+
+def _numbered(found: Iterable[_At], names: Sequence[str]) -> tuple[Crossing, ...]:
+    """Crossings whose memories are numbered in order, so that like ones are equal; called `names`."""
+    numbers: dict[Any, int] = {}
+    made = []
+    for (crossing, block), name in zip(found, names, strict=True):
+        at = numbers.setdefault(object() if block is None else block, len(numbers))
+        made.append(crossing._replace(name=name, memory=at))
+    return tuple(made)
+
+
+def _shared(graph: Graph, segments: Sequence[SegmentProgram]) -> list[tuple[tuple[str, bool], ...]]:
+    """By segment, the parameters that others read as well, and whether an earlier one does."""
+    found: list[tuple[tuple[str, bool], ...]] = [() for _ in segments]
+    for value in graph.parameters():
+        places = graph.consumers[value.name]
+        if len(places) < 2 or not value.requires_grad:
+            continue
+        at = [k for k, s in enumerate(segments) if any(s.part.start <= c < s.part.stop for c in places)]
+        for k in at if len(at) > 1 else ():
+            found[k] += ((value.name, k > at[0]),)
+    return found

@@ -1,0 +1,163 @@
+"""Bands that are like others are not recorded. What they would leave behind is counted all the same.
+
+A shortened program (rowtune/plan/repeat.py) says which bands stand for others. Here its steps are marked, so
+that the recorder is told when such a band begins and ends: what one leaves behind, the others leave as well,
+and it lives as long as the last of what is left behind by the band that stands for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from rowtune.plan.homes import homes_of
+from rowtune.plan.program import Banded, SegmentProgram, Stash, Step
+from rowtune.runtime.recording import Buffer
+from rowtune.runtime.writer import Lives
+
+
+class LeftOut:
+    """What the bands that a segment's program leaves out would leave behind."""
+
+    def __init__(self, recorder: Lives) -> None:
+        self.recorder = recorder
+        self.groups: list[_Group] = []
+
+    def marked(self, segment: SegmentProgram) -> SegmentProgram:
+        """The same segment, telling when it leaves bands out, and without the bands of images that are like
+        the second."""
+        if segment.inner:
+            return replace(segment, inner=tuple(self.marked(inner) for inner in segment.inner))
+        if segment.passes is not None:
+            forward = tuple(self.marked(one) for one in segment.passes.forward)
+            backward = tuple(self.marked(one) for one in segment.passes.backward)
+            return replace(segment, passes=replace(segment.passes, forward=forward, backward=backward))
+        if segment.banded is None:
+            return segment
+        return replace(segment, banded=self._marked(segment.banded))
+
+    def _marked(self, banded: Banded) -> Banded:
+        images, more = banded.image_ranges, 0
+        if banded.sketch and len(images) > 3 and not _by_images(banded):
+            images, more = (*images[:2], images[-1]), len(images) - 3
+        stashes = banded.repeat.stashes if banded.repeat else None
+        if not more and stashes is None:
+            return banded
+        after = {} if stashes is None or banded.repeat is None else {stashes: banded.repeat.more}
+
+        homes = homes_of(banded)  # goes through the steps as well: now, and not when they run
+
+        def steps(those: Sequence[Step]) -> tuple[Step, ...]:
+            return _Marked(those, lambda: _Pass(self, len(images), more), after, self)
+
+        made = replace(
+            banded, image_ranges=images, forward=steps(banded.forward), backward=steps(banded.backward)
+        )
+        made.__dict__["_homes"] = homes
+        return made
+
+    def mark(self) -> _Mark:
+        return _Mark(self.recorder.live, self.recorder.buffers, len(self.groups))
+
+    def since(self, mark: _Mark, more: int) -> None:
+        """What is alive now and was not at `mark` is there `more` times more."""
+        now = self.recorder
+        inside = self.groups[mark.groups :]
+        self.groups.append(_Group(now.live - mark.live, now.alive(mark.buffers), inside, more, now.calls - 1))
+
+    def buffers(self, made: Sequence[Buffer]) -> tuple[Buffer, ...]:
+        """Of a finished recording."""
+        found = (group.buffer(made) for group in self.groups)
+        return tuple(b for b in found if b is not None)
+
+
+class _Mark(NamedTuple):
+    """What there was at one time: bytes alive, and the numbers of buffers and groups."""
+
+    live: int
+    buffers: int
+    groups: int
+
+
+class _Group(NamedTuple):
+    """Bytes that were left behind between two times, the buffers that they may lie in, and other such groups
+    in between."""
+
+    growth: int
+    alive: list[int]
+    inside: list[_Group]
+    more: int
+    born: int
+
+    def buffer(self, made: Sequence[Buffer]) -> Buffer | None:
+        own = [b for n in self.alive if (b := made[n]).role == "activation" and b.died is not None]
+        more = [found for group in self.inside if (found := group.buffer(made)) is not None]
+        growth, own = self.growth + sum(b.bytes for b in more), own + more
+        if growth <= 0 or not own:
+            return None
+        died = max(b.died for b in own if b.died is not None)
+        return Buffer("rows of bands like others", self.more * growth, "activation", self.born, died)
+
+
+def _by_images(banded: Banded) -> bool:
+    """Whether reductions are put together from those of all images."""
+    return any(banded.images.dims.get(name) is not None for name in banded.sums)
+
+
+class _Pass:
+    """One time through all bands of images: the second stands for `more` others."""
+
+    def __init__(self, left_out: LeftOut, images: int, more: int) -> None:
+        self.left_out, self.images, self.more = left_out, images, more
+        self.at = 0
+        self.second = left_out.mark()
+
+    def begin(self) -> None:
+        if self.at == 1:
+            self.second = self.left_out.mark()
+        elif self.more and self.at == 2:
+            self.left_out.since(self.second, self.more)
+        self.at += 1
+
+    @property
+    def done(self) -> bool:
+        return self.at == self.images
+
+
+class _Marked(tuple[Step, ...]):
+    """Steps that say how far they have been run, each time they are gone through."""
+
+    _begin: Callable[[], _Pass]
+    _after: dict[tuple[int, int], int]
+    _left_out: LeftOut
+    _pass: _Pass | None
+
+    def __new__(
+        cls,
+        steps: Sequence[Step],
+        begin: Callable[[], _Pass],
+        after: dict[tuple[int, int], int],
+        left_out: LeftOut,
+    ) -> _Marked:
+        made = super().__new__(cls, steps)
+        made._begin, made._after, made._left_out, made._pass = begin, after, left_out, None
+        return made
+
+    def __iter__(self) -> Iterator[Step]:
+        if self._pass is None or self._pass.done:
+            self._pass = self._begin()
+        self._pass.begin()
+        return self._steps()
+
+    def _steps(self) -> Iterator[Step]:
+        """What is stashed between two bands is stashed as often again as bands between are left out."""
+        mark = self._left_out.mark()
+        for step in super().__iter__():
+            yield step
+            if type(step) is Stash:
+                for (first, last), more in self._after.items():
+                    if step.band == first:
+                        mark = self._left_out.mark()
+                    elif step.band == last:
+                        self._left_out.since(mark, more)
