@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from rowtune.plan.space import space
 from torch import nn
 
 import rowtune
@@ -27,6 +26,7 @@ from rowtune.runtime.recording import Recording, check
 from rowtune.runtime.segment_recorder import SegmentRun
 from rowtune.runtime.segment_recording import Crossing
 from rowtune.tune.meter import measure_memory
+from rowtune.tune.space import space
 from rowtune.zoo import build
 
 LOSS = parse("cross_entropy")
@@ -124,7 +124,7 @@ def test_what_a_recording_may_not_be() -> None:
 
 def in_one_piece(graph: Graph, plan: Plan) -> tuple[int, int]:
     """(activations, all) of a recording of the whole step, but for the tables of operators."""
-    whole = without_tables(record(rowtune.lower(graph, plan)))
+    whole = without_tables(record(rowtune.lower(graph, plan), "traced"))
     return whole.activation_bytes, whole.peak_bytes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
 from rowtune.runtime.lists.run import Lists
+from rowtune.runtime.segments import Engine as Engine
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.torch_private import pytree
 
-Engine = Literal["listed", "traced"]
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 
 

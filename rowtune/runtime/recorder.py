@@ -13,7 +13,7 @@ from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.recording import Recording, Role, check
-from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.segments import Engine, Step, run_segment
 from rowtune.runtime.writer import Recorder
 
 ROLES: dict[str, Role] = {
@@ -22,15 +22,15 @@ ROLES: dict[str, Role] = {
 }  # fmt: skip
 
 
-def record(program: Program) -> Recording:
+def record(program: Program, engine: Engine = "listed") -> Recording:
     """The calls of one step of a program whose graph ends in a loss: forward, then backward.
 
     The runtime itself runs, on PyTorch's meta tensors. What a first step alone does (tables that are made
-    once) and the optimizer's step are outside.
+    once) and the optimizer's step are outside. `engine` is what runs rows segments.
     """
     graph = program.graph
     with uncollected():  # the collector would end buffers at any call; nothing here waits for it
-        step = _Step(graph, program)
+        step = _Step(graph, program, engine)
         with step.recorder:
             step.run()
         step.gradients()
@@ -42,8 +42,8 @@ def record(program: Program) -> Recording:
 class _Step:
     """Tensors without data for all that a step is given, and the step."""
 
-    def __init__(self, graph: Graph, program: Program) -> None:
-        self.graph, self.program = graph, program
+    def __init__(self, graph: Graph, program: Program, engine: Engine) -> None:
+        self.graph, self.program, self.engine = graph, program, engine
         self.given = {v.name: _blank(v) for v in graph.values.values() if v.kind in ROLES}
         self.recorder = Recorder(Answers().call)
         for name, tensor in self.given.items():
@@ -51,7 +51,7 @@ class _Step:
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
-        step = Step(self.program, lists=Lists())
+        step = Step(self.program, lists=Lists() if self.engine == "listed" else None)
         for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
             self.recorder.place = (i, "forward")
             run_segment(step, segment, env)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from rowtune.runtime.passes import PassesRun
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
+Engine = Literal["listed", "traced"]
+"""What runs rows segments: the calls that a run of their schedule made, or the schedule itself."""
+
 Earlier = dict[int, Traced | None]
 """What the first forward of a step left, by segment (its id), for a checkpoint around it to run it again:
 None for segments without rows."""

@@ -20,11 +20,11 @@ MOST_KINDS = 8
 
 
 class Lists:
-    """All that was written down for one module."""
+    """All that was written down for one module. Several may share what PyTorch answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Answers | None = None) -> None:
         self.kinds: dict[Hashable, dict[Hashable, Kind]] = {}
-        self.answers = Answers()
+        self.answers = answers or Answers()
 
     def run(self, segment: Hashable, key: Hashable, tensors: dict[str, Tensor], begin: Begin) -> Traced:
         """A run of a segment; `key` is what its calls depend on beside its tensors."""
