@@ -137,7 +137,7 @@ class _Call:
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
         drawn = step.lists is not None and any(map(_draws, segment.part.nodes))
-        self.seed = torch.tensor(step.seed, device=device) if drawn else None
+        self.seed = torch.full((), step.seed, device=device) if drawn else None
         self.autocast = autocast_key()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None

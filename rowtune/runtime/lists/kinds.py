@@ -7,6 +7,7 @@ tensors share memory, autocast.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -52,10 +53,18 @@ class Begin(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A section that can be run again."""
+    """A section that can be run again: `function` takes what is given and then the state, and returns the
+    results and then what is left for later sections. (The listing that it was made of is gone.)"""
 
     function: Function
-    listed: Listed
+    given: tuple[Key, ...]
+    state: tuple[View, ...]
+    results: tuple[Key, ...]
+    leaves: tuple[View, ...]
+
+
+def _step(listed: Listed) -> Step:
+    return Step(compiled(rewritten(listed.listing)), *listed[1:])
 
 
 Place = tuple[Life, Any]
@@ -80,7 +89,7 @@ class Kind:
         with contextlib.suppress(Exception):  # as in `written`
             listed = _traced(self.answer, place[0], tensors, begin, outer)[-1][1]
             if self.leaves >= {*listed.state}:
-                self.steps[place] = Step(compiled(rewritten(listed.listing)), listed)
+                self.steps[place] = _step(listed)
 
 
 def layout_of(tensors: Mapping[Any, Tensor]) -> Any:
@@ -106,7 +115,7 @@ def written(answer: Answer, tensors: dict[str, Tensor], begin: Begin) -> Kind:
     for place, listed in (each for sections in lives for each in sections):
         if place not in kind.steps:
             listed = _leaving(listed, kept) if len(place[0]) == 1 else listed
-            kind.steps[place] = Step(compiled(rewritten(listed.listing)), listed)
+            kind.steps[place] = _step(listed)
     return kind
 
 
@@ -139,6 +148,7 @@ def _traced(
     layouts = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_modes())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # the user has had them, or will
         if casts:
             stack.enter_context(FakeTensorMode())
         stack.enter_context(saved_tensors_hooks(_itself, _itself))  # a checkpoint around counts what is saved

@@ -92,14 +92,13 @@ class Run:
         if step is None:
             return None
         self.life = life
-        _, _, state, results, leaves = step.listed
         given = {**named("in", self.tensors), **named(name, more)}
-        tensors = [*(given[key] for key in step.listed.given), *(self.state[view] for view in state)]
+        tensors = [*(given[key] for key in step.given), *(self.state[view] for view in step.state)]
         del given
         made = _called(step.function, tensors)
-        self.state |= zip(leaves, made[len(results) :], strict=True)
+        self.state |= zip(step.leaves, made[len(step.results) :], strict=True)
         found: dict[str, dict[str, Tensor]] = {"out": {}, "input": {}, "weight": {}}
-        for (kind, key), t in zip(results, made, strict=False):
+        for (kind, key), t in zip(step.results, made, strict=False):
             found[kind][key] = t
         return found
 
