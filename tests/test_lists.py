@@ -369,6 +369,20 @@ def test_what_is_written_to_is_not_shared() -> None:
     assert torch.equal(kinds.compiled(found)([X])[0], torch.ones(2, 3))
 
 
+def test_results_that_are_told_where_to_lie_are_shared() -> None:
+    def function(x: Tensor) -> Tensor:
+        a, b, c = torch.empty(3), torch.empty(3), torch.empty(3)
+        torch.div(x[0], 2, out=a)
+        torch.div(x[0], 2, out=b)
+        torch.div(x[0], 2, out=c)
+        c.add_(1)
+        return a + b * 2 + c
+
+    found = rewritten(listing(function, X))
+    assert names(found).count("div") == 2 and names(found).count("empty") == 2
+    assert torch.equal(kinds.compiled(found)([X])[0], function(X))
+
+
 def test_constants_are_the_real_ones() -> None:
     table = torch.tensor([2.0, 3.0, 4.0])
     found = rewritten(listing(lambda x, t: x * t[1:].sum(), X, constants=(table,)))

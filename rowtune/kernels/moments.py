@@ -58,9 +58,12 @@ def _shares(
     shape = [total.shape[1 + kept.index(d)] if d in kept else 1 for d in range(spread.dim())]
     n, mean, _ = (t.view(shape) for t in total.unbind())
     _, by_mean, by_m2 = (t.view(shape) for t in grad.unbind())
-    slope = (by_m2 * 2).to(target.dtype)
-    shift = (by_mean / n).to(target.dtype) if centred else torch.zeros_like(mean, dtype=target.dtype)
+    slope, shift = (torch.empty_like(mean, dtype=target.dtype) for _ in range(2))
+    torch.mul(by_m2, 2, out=slope)
+    torch.div(by_mean, n, out=shift)
     mean = mean.to(_wide(x)) if centred else torch.zeros_like(mean, dtype=_wide(x))
+    if not centred:
+        shift = torch.zeros_like(shift)
     all_of = (spread, mean, slope, shift, target)
     yield from zip(*(torch.split(t, _channels(spread), 1) for t in all_of), strict=True)
 
@@ -224,7 +227,8 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         dtype = weight.dtype if weight is not None else _wide(x)
-        narrow_mean, narrow_var = stats[1].to(dtype), (stats[2] / stats[0]).to(dtype)
+        narrow_mean, narrow_var = stats[1].to(dtype), torch.empty_like(stats[2], dtype=dtype)
+        torch.div(stats[2], stats[0], out=narrow_var)
         ctx.save_for_backward(x, stats, weight, narrow_mean, narrow_var)
         ctx.eps = eps
         return torch.batch_norm(x, weight, bias, narrow_mean, narrow_var, False, 0.0, eps, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,11 +22,8 @@ ROWS = frozenset((aten.cat.default, aten.clone.default))
 
 def rewrite(listing: Listing) -> Listing:
     """A call is left out where one before returned the same: no argument was written to since, and what it
-    returned is never written to, nor handed out."""
-    writes: defaultdict[int, list[int]] = defaultdict(list)
-    for call in listing.calls:
-        for view in written(call):
-            writes[listing.buffer(view)].append(1)
+    returned is never written to (but by the call itself, where it is told where to), nor handed out."""
+    writes = Counter(listing.buffer(v) for call in listing.calls for v in written(call))
     version = dict.fromkeys(writes, 0)
     outside = listing.outside()
     instead: dict[int, int] = {}
@@ -68,10 +65,11 @@ def _swapped(argument: Any, instead: dict[int, int]) -> Any:
     return argument
 
 
-def _shareable(listing: Listing, call: Call, writes: dict[int, list[int]], outside: frozenset[int]) -> bool:
-    if not call.makes or not is_pure(call.op) or call.op in ROWS:
+def _shareable(listing: Listing, call: Call, writes: Counter[int], outside: frozenset[int]) -> bool:
+    told = _told(call)
+    if not call.makes or call.op in ROWS or not (is_pure(call.op) or told):
         return False
-    read = {listing.buffer(v) for v in call.reads}
+    read = {listing.buffer(v) for v in call.reads if v not in told}
     for view in call.makes:
         if view < 0:
             continue
@@ -79,15 +77,25 @@ def _shareable(listing: Listing, call: Call, writes: dict[int, list[int]], outsi
         if found.buffer in read:
             return False  # a view: seen by number, where it is one
         large = numel(found.shape) * found.dtype.itemsize > SMALL
-        if large or found.buffer in writes or found.buffer in outside:
+        if large or writes[found.buffer] > len(told) or found.buffer in outside:
             return False
     return True
 
 
+def _told(call: Call) -> tuple[int, ...]:
+    """The view that a call writes its result to, where it is told to and writes nothing else."""
+    out = call.kwargs.get("out")
+    own = isinstance(out, At) and call.makes == (out.view,) and {*written(call)} == {out.view}
+    return call.makes if own else ()
+
+
 def _key(listing: Listing, call: Call, version: dict[int, int]) -> Any:
-    now = tuple(version.get(listing.buffer(v), 0) for v in call.reads)
+    told = _told(call)
+    now = tuple(version.get(listing.buffer(v), 0) for v in call.reads if v not in told)
+    where = [listing.views[v][1:] for v in told]  # how the result lies in memory
+    named = tuple((k, a) for k, a in call.kwargs.items() if not told or k != "out")
     try:
-        key = call.op, _frozen(call.args), _frozen(tuple(call.kwargs.items())), now
+        key = call.op, _frozen(call.args), _frozen(named), now, tuple(where)
         hash(key)
     except TypeError:
         return None
