@@ -51,7 +51,7 @@ class _Step:
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
-        step = Step(self.program, lists=Lists() if self.engine == "listed" else None)
+        step = Step(self.program, lists=Lists(after=0) if self.engine == "listed" else None)
         for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
             self.recorder.place = (i, "forward")
             run_segment(step, segment, env)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -20,11 +21,18 @@ MOST_KINDS = 8
 
 
 class Lists:
-    """All that was written down for one module. Several may share what PyTorch answered."""
+    """All that was written down for one module.
 
-    def __init__(self, answers: Answers | None = None) -> None:
+    Args:
+        after: runs of a kind that are traced before it is written down. To write takes longer than to trace,
+            and what runs once (a verification, an odd batch) need not be written.
+    """
+
+    def __init__(self, after: int = 1) -> None:
+        self.after = after
         self.kinds: dict[Hashable, dict[Hashable, Kind]] = {}
-        self.answers = answers or Answers()
+        self.answers = Answers()
+        self._seen: Counter[Hashable] = Counter()
 
     def run(self, segment: Hashable, key: Hashable, tensors: dict[str, Tensor], begin: Begin) -> Traced:
         """A run of a segment; `key` is what its calls depend on beside its tensors."""
@@ -33,10 +41,15 @@ class Lists:
             return begin.run(tensors, True)
         kinds = self.kinds.setdefault(segment, {})
         key = (key, begin.lives, *devices, layout_of(tensors))
-        if key not in kinds and len(kinds) < MOST_KINDS:
+        if key not in kinds and len(kinds) < MOST_KINDS and self._often(hash((segment, key))):
             kinds[key] = written(self.answers.call, tensors, begin)
         kind = kinds.get(key)
         return begin.run(tensors, True) if kind is None or kind.why_not else Run(kind, tensors, begin)
+
+    def _often(self, kind: int) -> bool:
+        """Whether a kind has come often enough to be written down."""
+        self._seen[kind] += 1
+        return self._seen[kind] > self.after
 
     def why_not(self) -> set[str]:
         """Why some runs are traced each time."""
