@@ -41,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def applied(model: nn.Module, plan: Plan, loss: Any = None, engine: Any = "listed") -> Any:
     """The module, writing its lists down at once."""
     module = rowtune.apply(model, plan, loss, engine=engine)
-    module._lists.after = 0
+    module.lists.after = 0
     return module
 
 
@@ -99,7 +99,7 @@ def test_the_zoo_runs_from_lists_bit_for_bit(name: str, way: str) -> None:
     except rowtune.RowtuneError:
         pytest.skip("this network has no such plan")
     module = both(model, plan, lambda m: m(x, targets=target), x, loss)
-    assert module._lists.kinds and not module._lists.why_not()
+    assert module.lists.kinds and not module.lists.why_not()
 
 
 def build(name: str, options: dict[str, Any]) -> nn.Module:
@@ -113,12 +113,9 @@ def test_checkpoints_of_rows_run_from_lists() -> None:
     inside = (Segment(first, last, "rows", 8),)
     module = both(model, Plan((Segment(first, last, "checkpoint", inside=inside),)), lambda m: m(x), x)
     lives = {
-        place[0]
-        for by_key in module._lists.kinds.values()
-        for kind in by_key.values()
-        for place in kind.steps
+        place[0] for by_key in module.lists.kinds.values() for kind in by_key.values() for place in kind.steps
     }
-    assert ("forward", "again") in lives and not module._lists.why_not()
+    assert ("forward", "again") in lives and not module.lists.why_not()
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
@@ -138,7 +135,7 @@ def test_random_networks_run_from_lists(layers, batch, height, band, halo, tapes
     )
     module = both(net, plan, lambda m: m(x), x)
     assume(any(s.policy == "rows" for s in plan.segments))
-    assert not module._lists.why_not()
+    assert not module.lists.why_not()
 
 
 class TwoHeads(nn.Module):
@@ -178,7 +175,7 @@ def test_any_outer_gradients() -> None:
             SEEDS[name](*module(x)).backward()
             found[engine] = [x.grad, *(p.grad for p in model.parameters())]
         assert same_bits(found["traced"], found["listed"]), name
-    assert not modules["listed"]._lists.why_not()
+    assert not modules["listed"].lists.why_not()
 
 
 def test_calls_alive_at_once_and_inputs_that_lie_elsewhere() -> None:
@@ -191,7 +188,7 @@ def test_calls_alive_at_once_and_inputs_that_lie_elsewhere() -> None:
         sum(SEEDS["both"](*out) for out in outs).backward()
         found[engine] = [p.grad for p in model.parameters()]
     assert same_bits(found["traced"], found["listed"])
-    assert sum(map(len, modules["listed"]._lists.kinds.values())) == 1
+    assert sum(map(len, modules["listed"].lists.kinds.values())) == 1
 
 
 def test_weights_may_be_replaced() -> None:
@@ -219,7 +216,7 @@ def test_one_tensor_as_two_inputs() -> None:
     listed = applied(model, plan)
     for pair in ((x, x), (x, y), (y, y), (x, x)):
         torch.testing.assert_close(listed(*pair), model(*pair))
-    assert sum(map(len, listed._lists.kinds.values())) == 2
+    assert sum(map(len, listed.lists.kinds.values())) == 2
 
 
 def test_autocast_is_part_of_a_kind() -> None:
@@ -233,7 +230,7 @@ def test_autocast_is_part_of_a_kind() -> None:
         SEEDS["both"](*out).backward()
         found[engine] = [out[0], *(p.grad for p in model.parameters())]
     assert found["listed"][0].dtype == torch.bfloat16
-    assert same_bits(found["traced"], found["listed"]) and not modules["listed"]._lists.why_not()
+    assert same_bits(found["traced"], found["listed"]) and not modules["listed"].lists.why_not()
 
 
 def per_pixel() -> tuple[nn.Module, Tensor, Tensor, Plan]:
@@ -276,7 +273,7 @@ def test_what_cannot_be_written_down_is_traced(monkeypatch: pytest.MonkeyPatch) 
     module = applied(model, plan, "cross_entropy")
     expected = applied(model, plan, "cross_entropy", engine="traced")(x, targets=target)
     assert torch.equal(module(x, targets=target), expected)
-    assert module._lists.why_not() == {"more than 10 calls"}
+    assert module.lists.why_not() == {"more than 10 calls"}
 
 
 def test_masks_are_drawn_anew_in_every_step() -> None:
@@ -289,7 +286,7 @@ def test_masks_are_drawn_anew_in_every_step() -> None:
         module = applied(model, plan, engine=engine)  # type: ignore[arg-type]
         found[engine] = results(module, lambda m: m(x), x)
     assert same_bits(found["traced"], found["listed"])
-    assert module._lists.kinds and not module._lists.why_not()
+    assert module.lists.kinds and not module.lists.why_not()
     assert not torch.equal(module(x), module(x))
 
 
@@ -299,14 +296,14 @@ def test_not_more_kinds_than_these() -> None:
     for i in range(MOST_KINDS + 3):
         module.loss_scale = 1.0 + i
         module(x, targets=target)
-    assert {len(by_key) for by_key in module._lists.kinds.values()} == {MOST_KINDS}
+    assert {len(by_key) for by_key in module.lists.kinds.values()} == {MOST_KINDS}
 
 
 def test_copies_and_pickles_hold_no_code() -> None:
     _, x, modules = two_heads()
     expected = modules["listed"](x)[0]
     for twin in (copy.deepcopy(modules["listed"]), pickle.loads(pickle.dumps(modules["listed"]))):
-        assert not twin._lists.kinds and torch.equal(twin(x)[0], expected)
+        assert not twin.lists.kinds and torch.equal(twin(x)[0], expected)
 
 
 def test_a_kind_is_written_down_when_it_comes_again() -> None:
@@ -314,10 +311,10 @@ def test_a_kind_is_written_down_when_it_comes_again() -> None:
     module = rowtune.apply(model, plan, "cross_entropy")
     for kinds_then in (0, 1, 1):
         module(x, targets=target)
-        assert sum(map(len, module._lists.kinds.values())) == kinds_then
+        assert sum(map(len, module.lists.kinds.values())) == kinds_then
     with torch.no_grad():
         module(x, targets=target)
-    assert sum(map(len, module._lists.kinds.values())) == 1
+    assert sum(map(len, module.lists.kinds.values())) == 1
 
 
 def test_fewer_calls_and_no_more_memory() -> None:

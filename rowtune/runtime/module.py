@@ -87,11 +87,11 @@ class RowtuneModule(nn.Module):
         self.loss_scale: float | Tensor = 1.0
         self._fingerprint, self._graph = fingerprint, graph
         self._programs: dict[Any, Program] = {}
-        self._lists = Lists()
+        self.lists = Lists()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their programs anew."""
-        return {**self.__dict__, "_programs": {}, "_graph": None, "_lists": Lists()}
+        return {**self.__dict__, "_programs": {}, "_graph": None, "lists": Lists()}
 
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)
@@ -169,7 +169,7 @@ class RowtuneModule(nn.Module):
             with torch.no_grad():
                 norms = self.loss.norms(targets, graph.values[graph.loss_output].shape)
             env[NORMS] = norms.to(graph.values[NORMS].dtype)
-        lists = self._lists if self.engine == "listed" else None
+        lists = self.lists if self.engine == "listed" else None
         step = Step(program, _step_seed(graph), self.loss_scale, lists)
         flat.clear()
         for segment, dead in zip(program.segments, program.drops, strict=True):

@@ -168,6 +168,7 @@ class _Loop:
         module = work.module.to(self.device)
         graph = work.traced if self.device == "cpu" else None  # a graph holds its device
         self.runner = apply(module, file.plan, work.loss, graph=graph, engine=options.engine)
+        self.runner.lists.after = 0 if options.verify_every else 1  # what is compared is what trains
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(module, file.plan, work.loss, graph=graph, engine=other)
         self.optimizer = spec.make(module.parameters())
