@@ -224,7 +224,11 @@ def moved(model: nn.Module, device: str) -> nn.Module:
 
 
 def measured(
-    network: str, known: dict[Any, Any], device: str = "meta", chosen: Iterable[str] = ()
+    network: str,
+    known: dict[Any, Any],
+    device: str = "meta",
+    chosen: Iterable[str] = (),
+    engine: Any = "traced",
 ) -> Iterator[Found]:
     """A warm step of the network under every plan, or those chosen."""
     options, size = NETS[network]
@@ -244,7 +248,9 @@ def measured(
         for name, plan in plans(training, band):
             if chosen and name not in chosen:
                 continue
-            runner: Any = Plain(model, loss) if plan is None else rowtune.apply(model, plan, loss)
+            runner: Any = (
+                Plain(model, loss) if plan is None else rowtune.apply(model, plan, loss, engine=engine)
+            )
             if plan is not None:
                 runner._programs = _Always(rowtune.lower(training, plan))
             watches = Watch(device, known), Watch(device, known)

@@ -55,6 +55,15 @@ def test_a_warm_step_waits_for_nothing(network):
     assert copies <= most_copies
 
 
+@pytest.mark.parametrize("network", ["per_pixel", "unet_bn"])
+def test_lists_wait_for_nothing_and_launch_less(network):
+    """Their second step, which writes them down on tensors without data, and runs them."""
+    most, _ = MOST[network]
+    for found, traced in zip(measured(network, KNOWN, engine="listed"), most, strict=True):
+        assert not found.faults, (found.plan, found.faults)
+        assert found.launches <= traced, found.plan
+
+
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch cannot name a device",
