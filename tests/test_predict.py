@@ -152,11 +152,11 @@ def test_plans_that_run_alike_are_known_for_it():
 
 
 @pytest.mark.parametrize("name", [*NETS, *MORE])
-def test_every_warm_start(name):
-    """What a search tries first, and some random plans."""
+def test_warm_starts(name):
+    """A third of what a search tries first, and random plans."""
     found = {}
-    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()]
-    for plan in (*plans, *draw(bench(name).space, 3, seed=1)):
+    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()[1::3]]
+    for plan in (*plans, *draw(bench(name).space, 2, seed=1)):
         ours, real = bench(name).predict(plan).activation_bytes, bench(name).measure(plan).activation_bytes
         found[str(plan)] = ours / real - 1
     off = [abs(error) for error in found.values()]
@@ -167,7 +167,7 @@ def test_every_warm_start(name):
 @pytest.mark.parametrize("name", ["per_pixel", "unet_bn", "resnet50", "edsr"])
 def test_lists_take_what_is_predicted_or_less(name):
     """They let go of tensors after their last use. (Small results that calls share live a little longer.)"""
-    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()]
+    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()[::4]]
     found = []
     for plan in plans:
         predicted = bench(name).predict(plan).activation_bytes
