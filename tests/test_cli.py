@@ -166,9 +166,9 @@ def test_run_refuses(folder: Path, searched: Any, words: list[str], code: int) -
 
 
 def test_run_compares_its_engines(folder: Path, searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = call("search", *MODEL, "--budget", "35%", "--trials", "3", "--device", "cpu", "-o", "rows.json")
+    rows = call("search", *MODEL, "--budget", "50%", "--trials", "3", "--device", "cpu", "-o", "rows.json")
     assert any(
-        s["policy"] == "rows" for s in json.loads((folder / "rows.json").read_text())["plan"]["segments"]
+        s["policy"] == "rows" for s in json.loads((folder / "rows.json").read_text())["decisions"]["segments"]
     )
     made = call("run", "rows.json", "--steps", "4", "--verify-every", "2")
     traced = call("run", "rows.json", "--steps", "4", "--engine", "traced")

@@ -168,7 +168,8 @@ def _traced(
             run.forget()
             del gradients
     places = [(life[: at + 1], layout) for at, layout in enumerate(layouts)]
-    return list(zip(places, tracer.listed(), strict=True))
+    with without_modes():
+        return list(zip(places, tracer.listed(), strict=True))
 
 
 def _itself(t: Tensor) -> Tensor:
