@@ -166,13 +166,13 @@ def test_warm_starts(name):
 
 @pytest.mark.parametrize("name", ["per_pixel", "unet_bn", "resnet50", "edsr"])
 def test_lists_take_what_is_predicted_or_less(name):
-    """They let go of tensors after their last use. (Small results that calls share live a little longer.)"""
+    """They let go of tensors after their last use; a stash of boundary rows may hold on to some more."""
     plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()[::4]]
     found = []
     for plan in plans:
         predicted = bench(name).predict(plan).activation_bytes
         found.append(bench(name).measure(plan, engine="listed").activation_bytes / predicted - 1)
-    assert -0.3 < min(found) and max(found) < 0.01, found
+    assert -0.3 < min(found) and max(found) < 0.03, found
 
 
 @pytest.mark.parametrize("name", NETS)
