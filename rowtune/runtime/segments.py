@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -157,12 +157,19 @@ class _Call:
             run = self.begun(given, needs)
             if banded and banded.single_sweep and any(needs):
                 outputs, self.stored = run.single_sweep(self.step.scale)
+                self.complete(self.stored, given, needs)
                 return outputs
             outputs = run.forward()
             self.run = self.earlier[key] = run
         run.forget()
         # The run keeps its statistics, and autograd writes into what it is handed where that comes from.
         return {n: t.detach() for n, t in outputs.items()}
+
+    def complete(self, stored: Gradients, given: Mapping[str, Tensor], needs: tuple[bool, ...]) -> None:
+        """Zeros for what the loss depends on, though no row of it reads any: windows that lie in padding."""
+        reached = _reached(self, [self.segment.part.nodes[-1].name])
+        for name in self.wanted(needs) & reached - stored.inputs.keys() - stored.weights.keys():
+            stored.weights[name] = torch.zeros_like(given[name])
 
     def begun(self, given: dict[str, Tensor], needs: tuple[bool, ...]) -> Traced:
         """A run of the segment's schedule, or of the calls that an earlier run of it made."""
