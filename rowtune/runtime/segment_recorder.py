@@ -1,7 +1,7 @@
 """Record one segment by itself: its forward, then its backward, on tensors without data.
 
 The schedule itself runs, not the lists that it leaves (rowtune/runtime/lists): writing those takes longer
-than a prediction may. They let go of tensors earlier: a step takes what is predicted, or less.
+than a prediction may. They let go of tensors earlier: a step mostly takes less than is predicted.
 
 Its neighbours are two kinds of nodes in autograd's graph. A *head* is where a value comes from that wants a
 gradient: it catches that gradient. A *tail* is where a value goes: it hands over the gradient, which the
