@@ -255,16 +255,40 @@ def test_a_single_sweep_is_scaled_as_asked(scale: Any) -> None:
     assert same_bits(found["traced"], found["listed"])
 
 
-def test_class_weights_may_change() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_class_weights_may_change(dtype: torch.dtype) -> None:
+    """Also where the loss reads a copy of them, in another type."""
     model, x, target, plan = per_pixel()
-    weight = torch.tensor([1.0, 2.0])[: model(x).shape[1]]
+    model, x = model.to(dtype), x.to(dtype)
     weight = torch.ones(model(x).shape[1])
     module = applied(model, plan, nn.CrossEntropyLoss(weight=weight))
-    before = module(x, targets=target)
-    weight[0] = 7.0
-    plain = nn.functional.cross_entropy(model(x), target, weight)
-    torch.testing.assert_close(module(x, targets=target), plain)
-    assert before != plain
+    for first in (1.0, 7.0, 3.0):
+        weight[0] = first
+        plain = nn.functional.cross_entropy(model(x), target, weight.to(dtype))
+        torch.testing.assert_close(module(x, targets=target), plain)
+
+
+class OwnAutocast(nn.Module):
+    """Casts by itself, whatever the caller does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.a(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            return self.b(y.float())
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_models_own_autocast_is_written_down(around: bool) -> None:
+    model, x = OwnAutocast(), torch.randn(1, 3, 24, 8, requires_grad=True)
+    plan = rowtune.uniform_plan(rowtune.trace(model, (x,)), "rows", 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        module = both(model, plan, lambda m: m(x), x)
+    assert module.lists.kinds and not module.lists.why_not()
 
 
 def test_what_cannot_be_written_down_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,9 @@ class Tracing(Protocol):
     def stand_in(self, constant: Tensor) -> Tensor:
         """A tensor without data in the place of a constant."""
 
+    def keep_fresh(self, key: Hashable, renew: Callable[[], object]) -> None:
+        """To be called before what was traced runs: a constant is a copy of what the user may change."""
+
 
 TRACING: ContextVar[Tracing | None] = ContextVar("TRACING", default=None)
 
@@ -76,6 +79,8 @@ class Copies:
     def like(self, other: Tensor, dtype: torch.dtype) -> Tensor:
         """On the device of `other`."""
         if (tracing := TRACING.get()) is not None:
+            renew = functools.partial(self._on, tracing.device, dtype)
+            tracing.keep_fresh((id(self), dtype), renew)
             return tracing.stand_in(self._on(tracing.device, dtype))
         return (
             self.original.to(other.device, dtype) if _without_data(other) else self._on(other.device, dtype)
@@ -87,7 +92,7 @@ class Copies:
         if found is None:
             with _apart():
                 found = version, self.original.to(device, dtype)
-        elif found[0] != version:
+        elif found[0] != version and found[1] is not self.original:
             with _apart():  # in its place: who wrote down calls has this very tensor
                 found = version, found[1].copy_(self.original)
         self.made[device, dtype] = found

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.graph.graph import Node
 from rowtune.rows import Rows
 from rowtune.torch_private import pytree
 
@@ -32,6 +33,11 @@ def _mix(h: Tensor) -> Tensor:
 
 Seed = int | Tensor
 """Of a step: a number, or a whole number on the device, so that calls written down take another each time."""
+
+
+def draws(node: Node) -> bool:
+    """Whether a node is a dropout that draws a mask."""
+    return node.op == "dropout" and bool(node.args[1]) and bool(node.args[2])
 
 
 def node_seed(seed: Seed, node: str) -> Seed:

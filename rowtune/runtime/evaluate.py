@@ -16,7 +16,7 @@ from rowtune.kernels.in_place import run_in_place
 from rowtune.kernels.known import with_value
 from rowtune.plan.groups import Group
 from rowtune.rows import Rows, need
-from rowtune.runtime.dropout import Seed, dropout_slab, seeded
+from rowtune.runtime.dropout import Seed, draws, dropout_slab, seeded
 
 ALL_IMAGES = Rows(0, -1)
 NOTHING: Mapping[str, Tensor] = {}
@@ -46,10 +46,9 @@ def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: See
 
 def _dropout(node: Node, args: tuple[Any, ...], seed: Seed) -> Tensor:
     x: Tensor = args[0]
-    p, train = float(args[1]), bool(args[2])
-    if not train or p == 0.0:
+    if not draws(node):
         return x
-    return dropout_slab(x, p, seed, node.name, None, Rows(0, 0), ALL_IMAGES)
+    return dropout_slab(x, float(args[1]), seed, node.name, None, Rows(0, 0), ALL_IMAGES)
 
 
 class Evaluator:
@@ -140,7 +139,7 @@ class Evaluator:
         if over is not None and (done := run_in_place(node.op, over, tensors)) is not None:
             return done
         shape = self._shape(node, rule.dim, rows, images)
-        if node.op == "dropout" and bool(node.args[2]) and node.args[1]:
+        if draws(node):
             x = tensors[node.inputs[0]]
             return dropout_slab(x, float(node.args[1]), self.seed, node.name, rule.dim, rows, images)
         slab = Slab(node, tensors, rows, reads, shape, images)

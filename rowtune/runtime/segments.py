@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
-from rowtune.graph.graph import Node, carried
+from rowtune.graph.graph import carried
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
+from rowtune.runtime.dropout import draws
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
@@ -136,7 +137,7 @@ class _Call:
     ) -> None:
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
-        drawn = step.lists is not None and any(map(_draws, segment.part.nodes))
+        drawn = step.lists is not None and any(map(draws, segment.part.nodes))
         self.seed = torch.full((), step.seed, device=device) if drawn else None
         self.autocast = autocast_key()
         self.grad_enabled = torch.is_grad_enabled()
@@ -180,9 +181,11 @@ class _Call:
             kind, own = PassesRun if segment.passes else BandedRun, tensors.get(SEED, seed)
             return kind(graph, segment, tensors, wanted, own, first_time=first_time)
 
-        if step.lists is None or any(n.random and n.op != "dropout" for n in segment.part.nodes):
+        nodes = segment.part.nodes
+        if step.lists is None or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
-        begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale)
+        casts = any(n.region is not None and n.region.autocast for n in nodes)
+        begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale, casts)
         scale = None if isinstance(step.scale, Tensor) else step.scale
         key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *self.autocast)
         return step.lists.run(id(segment), key, given, begin)
@@ -222,11 +225,6 @@ class _Call:
 
 SEED = "seed of this step"
 """A tensor beside those that a segment reads, where it draws masks and runs from lists."""
-
-
-def _draws(node: Node) -> bool:
-    """Whether a node draws a mask, as a function of the step's seed."""
-    return node.op == "dropout" and bool(node.args[1]) and bool(node.args[2])
 
 
 def autocast_key() -> tuple[str, bool, torch.dtype]:

@@ -44,23 +44,27 @@ class Traced(Protocol):
 
 class Begin(NamedTuple):
     """How runs of a segment begin: `run(tensors, first_time)` is one of the schedule itself; only the first
-    time do buffers change. Outputs `carried` may get gradients; a sweep's are for `scale` times the loss."""
+    time do buffers change. Outputs `carried` may get gradients; a sweep's are for `scale` times the loss.
+    `casts`: the model turns autocast on or off by itself somewhere in the segment."""
 
     run: Callable[[dict[str, Tensor], bool], Traced]
     lives: tuple[Life, ...]
     carried: frozenset[str]
     scale: Tensor | float
+    casts: bool = False
 
 
 class Step(NamedTuple):
     """A section that can be run again: `function` takes what is given and then the state, and returns the
-    results and then what is left for later sections. (The listing that it was made of is gone.)"""
+    results and then what is left for later sections, once constants are up to date (`renew`). The listing
+    that it was made of is gone."""
 
     function: Function
     given: tuple[Key, ...]
     state: tuple[View, ...]
     results: tuple[Key, ...]
     leaves: tuple[View, ...]
+    renew: tuple[Callable[[], object], ...]
 
 
 def _step(listed: Listed) -> Step:
@@ -142,7 +146,7 @@ def _traced(
     """
     device = next(iter(tensors.values())).device
     # Autocast looks at devices: where it is on, stand-ins are fake tensors of this one.
-    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    casts = device.type != "meta" and (begin.casts or torch.is_autocast_enabled(device.type))
     blank = device if casts else torch.device("meta")
     tracer = Tracer(device, blank, _asked if casts else answer)
     layouts = []

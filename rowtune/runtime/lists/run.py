@@ -108,6 +108,8 @@ class Run:
         given = {**named("in", self.tensors), **named(name, more)}
         tensors = [*(given[key] for key in step.given), *(self.state[view] for view in step.state)]
         del given
+        for renew in step.renew:
+            renew()
         made = _called(step.function, tensors)
         self.state |= zip(step.leaves, made[len(step.results) :], strict=True)
         found: dict[str, dict[str, Tensor]] = {"out": {}, "input": {}, "weight": {}}

@@ -6,7 +6,7 @@ asked of it. What one section leaves in memory for a later one is its state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,13 +47,14 @@ class Section:
 
 class Listed(NamedTuple):
     """A section on its own: its listing is given `given`, then `state`, and its results are those asked for,
-    then what it `leaves` for later sections."""
+    then what it `leaves` for later sections. `renew` brings its constants up to date."""
 
     listing: Listing
     given: tuple[Key, ...]
     state: tuple[View, ...]
     results: tuple[Key, ...]
     leaves: tuple[View, ...]
+    renew: tuple[Callable[[], object], ...]
 
 
 class Tracer(Recorder):  # type: ignore[no-untyped-call]
@@ -63,6 +64,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         super().__init__(lambda func, args, kwargs: answer(func, args, self._on_blank(kwargs)))
         self.device, self._blank = device, blank
         self.sections: list[Section] = []
+        self._renew: dict[Hashable, Callable[[], object]] = {}
         self._real: dict[int, Tensor] = {}  # constants, by buffer
         self._stand_ins: dict[int, Tensor] = {}  # by the constant's storage
 
@@ -75,6 +77,10 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
             self._stand_ins[key] = made
             self._real[self._views[self.know(made, "a constant", "constant")].buffer] = constant
         return self._stand_ins[key]
+
+    def keep_fresh(self, key: Hashable, renew: Callable[[], object]) -> None:
+        """To be called before the calls run: what a constant is a copy of may have changed."""
+        self._renew[key] = renew
 
     @contextmanager
     def section(self, given: Named) -> Iterator[Section]:
@@ -135,7 +141,9 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
             calls = tuple(self._calls[section.start : section.stop])
             listing = Listing(calls, views, given, self._constants(section), results)
             state = tuple(views[v] for v in outside)
-            found.append(Listed(listing, tuple(section.given), state, tuple(section.results), tuple(leaves)))
+            keys = tuple(section.given), tuple(section.results)
+            renew = tuple(self._renew.values())
+            found.append(Listed(listing, keys[0], state, keys[1], tuple(leaves), renew))
         return found
 
     def _made_in(self, section: Section) -> dict[View, int]:
