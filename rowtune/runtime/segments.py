@@ -168,7 +168,7 @@ class _Call:
 
     def complete(self, stored: Gradients, given: Mapping[str, Tensor], needs: tuple[bool, ...]) -> None:
         """Zeros for what the loss depends on, though no row of it reads any: windows that lie in padding."""
-        reached = _reached(self, [self.segment.part.nodes[-1].name])
+        reached = _reached(self, [self.segment.part.nodes[-1].name]) - _finished(self)
         for name in self.wanted(needs) & reached - stored.inputs.keys() - stored.weights.keys():
             stored.weights[name] = torch.zeros_like(given[name])
 
