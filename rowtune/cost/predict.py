@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from rowtune.cost.compose import compose
+from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import GIVEN, Seen
 from rowtune.cost.state import state_bytes
 from rowtune.graph.graph import Graph
@@ -32,26 +33,46 @@ class Cost:
     program: str = ""
 
 
-def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None) -> Cost:
+def predict(
+    graph: Graph,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    profile: Profile | None = None,
+) -> Cost:
     """Peak and time of one training step in steady state (gradients set to None between steps).
 
     Args:
         graph: with a loss, or without one: then every output has a gradient.
         optimizer: whose state is counted as well, or how many parameter-sized tensors it keeps (SGD with
             momentum 1, Adam 2).
+        profile: of the device that the seconds are for; without one they serve to compare plans roughly.
 
     Raises:
         PlanError: the plan is not one of this graph.
     """
-    seen = _SEEN.get(graph)
-    if seen is None:
-        seen = _SEEN[graph] = Seen()
-    step = seen.step(graph, plan)
+    step = seen(graph).step(graph, plan)
+    clock = _clock(profile or ROUGH)
     weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
     peak = compose(step.segments, step.outer, batch, weights + state_bytes(graph, optimizer), step.names)
-    return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program)
+    seconds = sum(clock.seconds(s.footprint.work, s.footprint.host) for s in step.segments)
+    return Cost(peak.total, peak.activations, seconds, peak.at, step.program)
+
+
+def seen(graph: Graph) -> Seen:
+    """What was recorded of a graph so far."""
+    if graph not in _SEEN:
+        _SEEN[graph] = Seen()
+    return _SEEN[graph]
+
+
+def _clock(profile: Profile) -> Clock:
+    if _CLOCK[0].profile is not profile:
+        _CLOCK[0] = Clock(profile)
+    return _CLOCK[0]
 
 
 _FIXED = ("parameter", "buffer")
+ROUGH = Profile()
+_CLOCK = [Clock(ROUGH)]
 _SEEN: WeakKeyDictionary[Graph, Seen] = WeakKeyDictionary()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from rowtune.cost.alike import Alike, alike, digest
 from rowtune.cost.compose import Linked
 from rowtune.cost.footprint import Footprint, footprint
-from rowtune.cost.time import segment_seconds
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower
@@ -21,7 +20,7 @@ from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.segment_recorder import SegmentRun
 from rowtune.runtime.segment_recording import Crossing
-from rowtune.runtime.writer import Lives
+from rowtune.runtime.writer import Counted
 
 GIVEN = ("input", "target", "norms")
 
@@ -33,7 +32,6 @@ class Step(NamedTuple):
     names: dict[int, str]
     outer: dict[int, int]
     """Bytes of the gradients that backward begins with, by block."""
-    seconds: float
     program: str
 
 
@@ -70,7 +68,7 @@ class _Run:
         self.own = {common: name for name, common in names.items()}
         inputs, shared = self._own(key[1]), {self.own[n]: earlier for n, earlier in key[2]}
         try:
-            self.made = SegmentRun(graph, segment, inputs, shared, Lives(answers.call))
+            self.made = SegmentRun(graph, segment, inputs, shared, Counted(answers))
         except Exception as error:
             raise _unlike(segment, error) from error
         self.outputs = self._common(self.made.outputs)
@@ -104,7 +102,6 @@ class Seen:
         self._whole: set[Segment] = set()
         self._answers = Answers()
         self._forwards: dict[Key, _Forward] = {}
-        self._seconds: dict[str, float] = {}
         self._digests: dict[int, tuple[object, str]] = {}
         self._alike: dict[str, Alike] = {}
 
@@ -148,11 +145,6 @@ class Seen:
         return digest(
             [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]
         )
-
-    def seconds(self, graph: Graph, segment: SegmentProgram, digest: str) -> float:
-        if digest not in self._seconds:
-            self._seconds[digest] = segment_seconds(graph, segment)
-        return self._seconds[digest]
 
     def alike(self, graph: Graph, segment: SegmentProgram, known: str) -> Alike:
         if known not in self._alike:
@@ -229,8 +221,7 @@ class _Linker:
             self._backward(*each)
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
-        seconds = sum(self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True))
-        return Step(linked[::-1], self.names, outer, seconds, digest(digests))
+        return Step(linked[::-1], self.names, outer, digest(digests))
 
     def _given(self, value: Value) -> _At:
         return _At(_dense(value), self._block(value.name))

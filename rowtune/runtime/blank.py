@@ -8,29 +8,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rowtune.torch_private import OpOverload
+
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Like(NamedTuple):
+    """What a call's time depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Signature(NamedTuple):
+    """A call but for what is in its tensors: an operator and its arguments, a `Like` for each tensor, (type,
+    value) for what is neither tensor nor tuple; keyword arguments as pairs. Two calls with one signature do
+    the same work."""
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: tuple[Any, ...]
 
 
 class Answers:
     """Runs operators on meta tensors; those that make new memory, or write to their first argument, from
-    memory where the same was asked before."""
+    memory where the same was asked before. `asked` is the signature of the last call (None: it has none)."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[Made | None, ...] | Made] = {}
+        self.known: dict[Signature, tuple[Made | None, ...] | Made] = {}
+        self.asked: Signature | None = None
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.asked = None
         how = _kind(func)
-        if how is None:
+        if how is None and func.is_view:
             return func(*args, **kwargs)
         try:
-            key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
+            key = Signature(func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
+            return func(*args, **kwargs)
+        self.asked = key
+        if how is None:
             return func(*args, **kwargs)
         if found is None:
             out = func(*args, **kwargs)
@@ -47,7 +72,7 @@ def _key(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         if not argument.is_meta:
             raise _Data
-        return argument.shape, argument.stride(), argument.dtype
+        return Like(argument.shape, argument.stride(), argument.dtype)
     if isinstance(argument, (tuple, list)):
         return tuple([_key(a) for a in argument])
     return argument.__class__, argument  # 1 is not 1.0, nor True

@@ -25,7 +25,7 @@ from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.recorder import ROLES
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import Step, run_segment
-from rowtune.runtime.writer import Lives, Recorder
+from rowtune.runtime.writer import Counted, Lives, Recorder
 
 NOTHING: Mapping[str, bool] = {}
 
@@ -119,6 +119,7 @@ class SegmentRun:
             if t.grad is not None
         }
         recording = self.recorder.recording()
+        counted = self.recorder if isinstance(self.recorder, Counted) else None
         self.caught.clear()
         return SegmentRecording(
             recording, self.forward, self.recorder.calls,
@@ -126,6 +127,7 @@ class SegmentRun:
             weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers),
+            work=tuple(counted.work.items()) if counted else (), host=counted.host if counted else 0,
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:
