@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rowtune.cost.footprint import Footprint, Side
@@ -20,10 +20,22 @@ class Linked(NamedTuple):
     drops: Sequence[str]
 
 
+class Mark(NamedTuple):
+    """Bytes alive before a segment's forward (or backward), at most while it runs, and after it."""
+
+    before: int
+    peak: int
+    after: int
+
+
 class Peak(NamedTuple):
+    """`forward` and `backward` have a mark for each segment, in the order of the plan."""
+
     total: int
     activations: int
     at: str
+    forward: tuple[Mark, ...]
+    backward: tuple[Mark, ...]
 
 
 def compose(
@@ -42,13 +54,11 @@ def compose(
         names: of blocks, for people.
     """
     walk = _Walk(sum(batch), fixed, names)
-    for linked in step:
-        walk.forward(linked)
+    forward = [walk.marked(walk.forward, linked) for linked in step]
     for block, size in outer.items():
         walk.begin(block, size)
-    for linked in reversed(step):
-        walk.backward(linked)
-    return Peak(walk.peak, walk.activations, walk.where)
+    backward = [walk.marked(walk.backward, linked) for linked in reversed(step)]
+    return Peak(walk.peak, walk.activations, walk.where, tuple(forward), tuple(reversed(backward)))
 
 
 class _Walk:
@@ -61,8 +71,14 @@ class _Walk:
         self.size: dict[int, int] = {}
         self.values: dict[str, int] = {}
         self.gradients: dict[str, int] = {}
-        self.peak = self.activations = 0
+        self.peak = self.activations = self.top = 0
         self.where = ""
+
+    def marked(self, way: Callable[[Linked], None], linked: Linked) -> Mark:
+        """Run a segment one way, and say how much was alive."""
+        before = self.top = self.total + self.live
+        way(linked)
+        return Mark(before, self.top, self.total + self.live)
 
     def hold(self, block: int) -> None:
         if block in self.held:
@@ -137,6 +153,7 @@ class _Walk:
             activations = self.own + self.live + span.activations
             self.activations = max(self.activations, activations)
             total = self.total + self.live + span.total
+            self.top = max(self.top, total)
             if total > self.peak:
                 self.peak = total
                 self.where = f"{self._largest(span.largest)}{way} of {linked.title}"

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rowtune.cost.compose import compose
+from rowtune.cost.compose import Peak, compose
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import GIVEN, Seen
+from rowtune.cost.seen import GIVEN, Seen, Step
 from rowtune.cost.state import state_bytes
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan
@@ -50,13 +50,21 @@ def predict(
     Raises:
         PlanError: the plan is not one of this graph.
     """
-    step = seen(graph).step(graph, plan)
+    step, peak = composed(graph, plan, optimizer)
     clock = _clock(profile or ROUGH)
-    weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
-    batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
-    peak = compose(step.segments, step.outer, batch, weights + state_bytes(graph, optimizer), step.names)
     seconds = sum(clock.seconds(s.footprint.work, s.footprint.host) for s in step.segments)
     return Cost(peak.total, peak.activations, seconds, peak.at, step.program)
+
+
+def composed(
+    graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None
+) -> tuple[Step, Peak]:
+    """A step's segments, and what is alive while they run."""
+    step = seen(graph).step(graph, plan)
+    weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
+    batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
+    fixed = weights + state_bytes(graph, optimizer)
+    return step, compose(step.segments, step.outer, batch, fixed, step.names)
 
 
 def seen(graph: Graph) -> Seen:

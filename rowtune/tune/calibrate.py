@@ -7,7 +7,6 @@ are thought to take most of a step first, for as long as there is time.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -51,7 +50,7 @@ def calibrated(
         if time.perf_counter() - started > seconds:
             break
         curve = profile.curves.get(at.family)
-        if curve and curve[-1][0] < at.size and profile.seconds(call) > LONG:
+        if curve and curve[-1][0] < at.size and profile.rough(at) > LONG:
             continue
         taken = measured(call, device)
         if taken is not None:
@@ -99,7 +98,7 @@ def _near(a: int, b: int) -> bool:
 
 
 def measured(call: Signature, device: str) -> float | None:
-    """Median seconds of a call on tensors like those that it was recorded with, its result made anew each
+    """Least seconds of a call on tensors like those that it was recorded with, its result made anew each
     time as in a step. None where it does not run on its own, for lack of memory say."""
     try:
         made: dict[Any, Tensor] = {}
@@ -111,7 +110,7 @@ def measured(call: Signature, device: str) -> float | None:
         try:
             with torch.no_grad(), below_autograd():
                 run(*args, **kwargs)
-                return statistics.median(_times(lambda: run(*args, **kwargs), device))
+                return min(_times(lambda: run(*args, **kwargs), device))
         finally:
             if collecting:
                 gc.enable()
