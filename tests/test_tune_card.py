@@ -19,7 +19,7 @@ from rowtune.tune.measure import Bench
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.records import RecordFile
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.space import space
+from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload, define
 from rowtune.tune.study import search
 from rowtune.tune.task import Task
@@ -47,14 +47,16 @@ def test_search_verify_and_run_under_a_cap(monkeypatch: pytest.MonkeyPatch, name
     assert state_bytes(work) < limit
     with card:
         bench = Bench(work.problem, limit)
+        space = ProgrammeSpace(work.graph, work.optimizer.slots)
         task = Task(
-            space=space(work.graph),
-            predict=lambda plan: predict(work.graph, plan, work.optimizer.slots),
+            space=space,
+            predict=lambda plan: predict(work.graph, plan, work.optimizer.slots, space.profile),
             measure=lambda plan, effort, timeout, worth: bench.measure(plan, "quick", worth),
             records=RecordFile(None, {}),
             limit=limit,
             trials=3,
             timeout=30.0,
+            tell=space.tell,
         )
         result = search(task)
         best = Plan.from_dict(dict(result.best.decisions or {}))

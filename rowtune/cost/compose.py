@@ -11,13 +11,14 @@ from rowtune.cost.footprint import Footprint, Side
 class Linked(NamedTuple):
     """A segment in a step: `blocks` tells which memory of the step each of its shared buffers is (not those
     of the model's own tensors), `names` what its values are called in the step, `title` what it is called;
-    `drops` are the values that no later segment reads."""
+    `drops` are the values that no later segment reads, `policy` is the segment's."""
 
     footprint: Footprint
     blocks: Mapping[int, int]
     names: Mapping[str, str]
     title: str
     drops: Sequence[str]
+    policy: str
 
 
 class Mark(NamedTuple):

@@ -52,7 +52,7 @@ def predict(
     """
     step, peak = composed(graph, plan, optimizer)
     clock = _clock(profile or ROUGH)
-    seconds = sum(clock.seconds(s.footprint.work, s.footprint.host) for s in step.segments)
+    seconds = sum(clock.seconds(s.policy, s.footprint.work, s.footprint.host) for s in step.segments)
     return Cost(peak.total, peak.activations, seconds, peak.at, step.program)
 
 

@@ -24,7 +24,8 @@ Curve = tuple[tuple[int, float], ...]
 @dataclass(frozen=True)
 class Profile:
     """`curves` are measured, by family; for what is not among them a call's `operations` and bytes at these
-    rates count. `call_seconds` is what the host takes for a call, whatever it does."""
+    rates count. `call_seconds` is what the host takes for a call, whatever it does. What steps take beside
+    the sum of their calls is corrected by `factors`, by the policy of a segment."""
 
     device: str = "a processor like many"
     threads: int = 0
@@ -33,6 +34,7 @@ class Profile:
     bytes_per_second: float = 8e9
     call_seconds: float = 5e-6
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, call: Signature) -> float:
         """One call of this kind."""
@@ -58,7 +60,7 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         curves = {family: [list(p) for p in points] for family, points in sorted(self.curves.items())}
-        return {"rowtune_profile": SCHEMA, **self.__dict__, "curves": curves}
+        return {"rowtune_profile": SCHEMA, **self.__dict__, "curves": curves, "factors": dict(self.factors)}
 
     @staticmethod
     def from_dict(data: Any) -> Profile:
@@ -97,8 +99,12 @@ class Clock:
         self.profile = profile
         self._known: dict[Signature, float] = {}
 
-    def seconds(self, work: Work, host: int) -> float:
+    def seconds(self, policy: str, work: Work, host: int) -> float:
         """All of a segment's calls, one after another."""
+        return self.bare(work, host) * self.profile.factors.get(policy, 1.0)
+
+    def bare(self, work: Work, host: int) -> float:
+        """The same without corrections."""
         known, profile, total = self._known, self.profile, 0.0
         for call, often in work:
             taken = known.get(call)

@@ -287,7 +287,8 @@ class _Linker:
                 blocks[number] = self._block(f"the gradient of {name}") if known else None
             self.gradients[name] = _At(crossing, blocks[number])
         title = f"{segment.decision.first}..{segment.decision.last}"
-        return Linked(made, {n: b for n, b in blocks.items() if b is not None}, own, title, drops)
+        known_blocks = {n: b for n, b in blocks.items() if b is not None}
+        return Linked(made, known_blocks, own, title, drops, segment.decision.policy)
 
 
 def _dense(value: Value) -> Crossing:

@@ -38,7 +38,8 @@ class Option:
     kept: int
     forward: int
     backward: int
-    footprints: tuple[Footprint, ...] = field(repr=False, compare=False)
+    parts: tuple[tuple[str, Footprint], ...] = field(repr=False, compare=False)
+    """Policy and recording of each segment that is run."""
 
     @property
     def main(self) -> Segment:
@@ -63,6 +64,7 @@ class Table:
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
         self._clock = Clock(Profile())
+        self._seconds: dict[Option, float] = {}
         self._crossing: dict[int, int] = {}
 
     # -- what is known ---------------------------------------------------------------------------------------
@@ -73,17 +75,21 @@ class Table:
 
     def seconds(self, option: Option) -> float:
         """Of one step, by the profile at hand."""
-        return sum(self._clock.seconds(f.work, f.host) for f in option.footprints)
+        if option not in self._seconds:
+            parts = option.parts
+            self._seconds[option] = sum(self._clock.seconds(p, f.work, f.host) for p, f in parts)
+        return self._seconds[option]
 
     def price(self, profile: Profile) -> None:
         """Take times from this profile from now on."""
         self._clock = Clock(profile)
+        self._seconds = {}
 
     def work(self) -> dict[Signature, float]:
         """All calls of all options, and how often they are made."""
         found: dict[Signature, float] = {}
         for option in self.options:
-            for footprint in option.footprints:
+            for _, footprint in option.parts:
                 for call, often in footprint.work:
                     found[call] = found.get(call, 0.0) + often
         return found
@@ -132,7 +138,7 @@ class Table:
             there[0][-1].after - leaving - base,
             max(mark.peak for mark in there[0]) - base,
             max(mark.peak for mark in there[1]) - base - self.later_gradients[stop],
-            tuple(linked.footprint for linked in step.segments[own]),
+            tuple((linked.policy, linked.footprint) for linked in step.segments[own]),
         )
 
     def _crosses(self, cut: int) -> int:

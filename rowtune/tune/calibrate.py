@@ -6,8 +6,11 @@ are thought to take most of a step first, for as long as there is time.
 
 from __future__ import annotations
 
+import base64
 import gc
+import pickle
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -165,6 +168,25 @@ def _tensor(like: Like, device: str) -> Tensor:
     if like.dtype.is_floating_point:
         flat.uniform_(0.1, 1.0)
     return flat.as_strided(like.shape, like.stride)
+
+
+def packed(work: Mapping[Signature, float]) -> str:
+    """Calls as text, for a worker."""
+    plain = [(c.op._schema.name, c.op._overloadname, c.args, c.kwargs, n) for c, n in work.items()]
+    return base64.b64encode(zlib.compress(pickle.dumps(plain))).decode("ascii")
+
+
+def unpacked(text: str) -> dict[Signature, float]:
+    """The inverse, for what this program's own parent sent: unpickling runs code."""
+    found = pickle.loads(zlib.decompress(base64.b64decode(text)))
+    return {
+        Signature(_operator(name, overload), args, kwargs): n for name, overload, args, kwargs, n in found
+    }
+
+
+def _operator(name: str, overload: str) -> Any:
+    namespace, _, packet = name.partition("::")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
 def _call_seconds() -> float:
