@@ -45,6 +45,7 @@ def compose(
     batch: Iterable[int],
     fixed: int,
     names: Mapping[int, str],
+    held: frozenset[int] = frozenset(),
 ) -> Peak:
     """The most that is alive at any time.
 
@@ -53,8 +54,9 @@ def compose(
         batch: bytes of what the caller holds.
         fixed: bytes of parameters, buffers and the optimizer's state.
         names: of blocks, for people.
+        held: blocks that somebody else holds on to from their birth.
     """
-    walk = _Walk(sum(batch), fixed, names)
+    walk = _Walk(sum(batch), fixed, names, held)
     forward = [walk.marked(walk.forward, linked) for linked in step]
     for block, size in outer.items():
         walk.begin(block, size)
@@ -65,8 +67,8 @@ def compose(
 class _Walk:
     """`own` and `state`: what segments keep, and the gradients of parameters; `live`: what they share."""
 
-    def __init__(self, batch: int, fixed: int, names: Mapping[int, str]) -> None:
-        self.fixed, self.names = fixed, names
+    def __init__(self, batch: int, fixed: int, names: Mapping[int, str], held: frozenset[int]) -> None:
+        self.fixed, self.names, self.by_others = fixed, names, held
         self.own, self.total, self.live = batch, batch + fixed, 0
         self.held: dict[int, int] = {}
         self.size: dict[int, int] = {}
@@ -86,7 +88,7 @@ class _Walk:
             self.held[block] += 1
 
     def begin(self, block: int, size: int) -> None:
-        self.held[block] = 1
+        self.held[block] = 2 if block in self.by_others else 1
         self.size[block] = size
         self.live += size
 

@@ -61,10 +61,20 @@ def composed(
 ) -> tuple[Step, Peak]:
     """A step's segments, and what is alive while they run."""
     step = seen(graph).step(graph, plan)
+    return step, alive(graph, step, optimizer)
+
+
+def alive(
+    graph: Graph,
+    step: Step,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    held: frozenset[int] = frozenset(),
+) -> Peak:
+    """What is alive while the step's segments run; see `compose`."""
     weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
     fixed = weights + state_bytes(graph, optimizer)
-    return step, compose(step.segments, step.outer, batch, fixed, step.names)
+    return compose(step.segments, step.outer, batch, fixed, step.names, held)
 
 
 def seen(graph: Graph) -> Seen:

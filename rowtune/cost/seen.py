@@ -33,6 +33,8 @@ class Step(NamedTuple):
     outer: dict[int, int]
     """Bytes of the gradients that backward begins with, by block."""
     program: str
+    blocks: dict[str, int]
+    """The memory of each value that crosses a cut."""
 
 
 class _At(NamedTuple):
@@ -221,7 +223,8 @@ class _Linker:
             self._backward(*each)
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
-        return Step(linked[::-1], self.names, outer, digest(digests))
+        blocks = {name: at.block for name, at in self.values.items() if at.block is not None}
+        return Step(linked[::-1], self.names, outer, digest(digests), blocks)
 
     def _given(self, value: Value) -> _At:
         return _At(_dense(value), self._block(value.name))

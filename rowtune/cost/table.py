@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from rowtune.cost.footprint import Footprint
-from rowtune.cost.predict import composed
+from rowtune.cost.predict import alive, composed, seen
 from rowtune.cost.profile import Clock, Profile
+from rowtune.cost.seen import Step
 from rowtune.errors import RowtuneError
 from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
@@ -26,18 +28,31 @@ CUTS = 20
 """Places where segments may end."""
 
 
+class Span(NamedTuple):
+    """The most that is alive in an option beyond what is left from before, what enters it included: by
+    itself, and where others hold on to all that enters."""
+
+    alone: int
+    held: int
+
+    def given(self, held: int, entering: int) -> int:
+        """With `held` bytes of the `entering` that others hold on to."""
+        return self.held if held >= entering else min(self.held, self.alone + held)
+
+
 @dataclass(frozen=True)
 class Option:
-    """Segments from cut `start` to cut `stop`. `kept` is what they leave for backward; `forward` and
-    `backward` are the most that is alive in them beyond what segments before have left, the gradients of
-    later parameters apart."""
+    """Segments from cut `start` to cut `stop`. For backward they leave `kept`, and hold on to tensors that
+    cross a cut, `holds` with their bytes. `forward` and `backward` are what is alive in them meanwhile, the
+    gradients of later parameters apart."""
 
     start: int
     stop: int
     segments: tuple[Segment, ...]
     kept: int
-    forward: int
-    backward: int
+    holds: tuple[tuple[str, int], ...]
+    forward: Span
+    backward: Span
     parts: tuple[tuple[str, Footprint], ...] = field(repr=False, compare=False)
     """Policy and recording of each segment that is run."""
 
@@ -65,7 +80,10 @@ class Table:
         self.known: dict[Key, Option | None] = {}
         self._clock = Clock(Profile())
         self._seconds: dict[Option, float] = {}
+        self.sizes: dict[str, int] = {}
+        """Bytes of tensors that options hold on to across cuts."""
         self._crossing: dict[int, int] = {}
+        self._crossers: dict[int, tuple[str, ...]] = {}
 
     # -- what is known ---------------------------------------------------------------------------------------
 
@@ -124,24 +142,58 @@ class Table:
         before = (self._checkpoint(0, start),) if start else ()
         after = (self._checkpoint(stop, len(self.cuts) - 1),) if stop < len(self.cuts) - 1 else ()
         try:
-            step, peak = composed(self.graph, Plan((*before, *segments, *after), self.axis))
-            entering, leaving = self._crosses(start), self._crosses(stop)
+            step = seen(self.graph).step(self.graph, Plan((*before, *segments, *after), self.axis))
         except RowtuneError:  # what cannot be lowered is no option
             return None
         own = slice(len(before), len(step.segments) - len(after))
-        there = peak.forward[own], peak.backward[own]
-        base = there[0][0].before - entering
+        entering = self._named(step, start)
+        alone = alive(self.graph, step)
+        held = alive(self.graph, step, held=frozenset(entering.values()))
+        base = alone.forward[own][0].before - self.crossing(start)
+        kept = {
+            b
+            for one in step.segments[own]
+            for n in one.footprint.kept
+            if (b := one.blocks.get(n)) is not None
+        }
+        crossing = entering | self._named(step, stop)
+        sizes = {one.blocks[n]: size for one in step.segments for n, size in one.footprint.shared.items()
+                 if n in one.blocks}  # fmt: skip
+        holds = {name: sizes[b] for name, b in crossing.items() if b in kept}
+        self.sizes |= holds
+        leaves = {*self._named(step, stop)}
+        left = alone.forward[own][-1].after - base - self.crossing(stop)
         return Option(
             start,
             stop,
             segments,
-            there[0][-1].after - leaving - base,
-            max(mark.peak for mark in there[0]) - base,
-            max(mark.peak for mark in there[1]) - base - self.later_gradients[stop],
+            left - sum(size for name, size in holds.items() if name not in leaves),
+            tuple(holds.items()),
+            Span(*(max(mark.peak for mark in peak.forward[own]) - base for peak in (alone, held))),
+            Span(
+                *(max(mark.peak for mark in peak.backward[own]) - base - self.later_gradients[stop]
+                  for peak in (alone, held))
+            ),
             tuple((linked.policy, linked.footprint) for linked in step.segments[own]),
-        )
+        )  # fmt: skip
 
-    def _crosses(self, cut: int) -> int:
+    def _named(self, step: Step, cut: int) -> dict[str, int]:
+        """The memory of tensors that cross a cut, each by the name of the first that lies in it."""
+        found: dict[int, str] = {}
+        for name in self.crossers(cut):
+            if name in step.blocks:
+                found.setdefault(step.blocks[name], name)
+        return {name: block for block, name in found.items()}
+
+    def crossers(self, cut: int) -> tuple[str, ...]:
+        """Values that are made before a cut and read behind it."""
+        if cut not in self._crossers:
+            at, nodes, consumers = self.cuts[cut], self.graph.nodes, self.graph.consumers
+            found = (n.name for n in nodes[:at] if any(c >= at for c in consumers[n.name]))
+            self._crossers[cut] = tuple(found)
+        return self._crossers[cut]
+
+    def crossing(self, cut: int) -> int:
         """Bytes of the tensors that cross a cut."""
         if cut in (0, len(self.cuts) - 1):
             return 0

@@ -29,9 +29,9 @@ from rowtune.tune.task import Progress, SearchResult, Situation, Task
 
 # A plan whose first warm step takes this much longer than the best one's cannot win.
 HOPELESS = 1.5
-# A plan is not run if it is predicted to take this much longer than the best one measured; believed once so
-# many plans were measured.
-BEHIND, BELIEVED = 1.3, 3
+# A plan is not run if, were it as much faster than predicted as any plan so far, it would still take this
+# much longer than the best one; believed once so many plans were measured.
+BEHIND, BELIEVED = 1.15, 3
 # Proposals per measured trial after which the space counts as exhausted.
 PATIENCE = 40
 # Of the plans predicted before the first trial so many are tried first, the fastest ahead.
@@ -162,7 +162,7 @@ class Search:
         best = self.best()
         if best is None or len(measured) < BELIEVED:
             return ""
-        ratio = statistics.median((r.step_seconds or 0.0) / (r.predicted_seconds or 1.0) for r in measured)
+        ratio = min((r.step_seconds or 0.0) / (r.predicted_seconds or 1.0) for r in measured)
         expected = ratio * (record.predicted_seconds or 0.0)
         behind = expected > BEHIND * (best.step_seconds or math.inf)
         return f"predicted {format_seconds(expected)} a step, which cannot win" if behind else ""

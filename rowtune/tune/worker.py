@@ -5,7 +5,8 @@ Requests: {"do": "open", "problem": ..., "budget": bytes or null}, answered with
 {"do": "calibrate", "work": packed calls, "profile": profile or null, "seconds": n}, answered with a profile;
 and {"do": "race", "plans": [[decisions or null, threads], ...], "rounds": n}, answered with [seconds,
 processor seconds] or null for each. One reply a request: {"measurement": ..., "answer": ...}. What the model
-prints goes to stderr, and when the parent dies (its end of the pipe closes) so does this process, even in mid-step.
+prints goes to stderr, and when the parent dies (its end of the pipe closes) so does this process, even in
+mid-step.
 """
 
 from __future__ import annotations
