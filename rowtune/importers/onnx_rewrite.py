@@ -32,9 +32,11 @@ class Raw:
 
 @dataclass
 class Sharing:
-    """Stored tensors under further names, and how many of them are separate copies."""
+    """Stored tensors under further names, which inputs (a node's first output, and the slot) read those now,
+    and how many of them are separate copies."""
 
     copies: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    moved: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     separated: int = 0
 
 
@@ -93,6 +95,8 @@ def name_sharers(
                 if owners[owner] != name:
                     sharing.copies[owners[owner]] = table[name]
                     sharing.separated += 1
+            if owners[owner] != name:
+                sharing.moved.setdefault(owners[owner], []).append((raw.outputs[0], slot))
             raw.inputs[slot] = owners[owner]
     return sharing
 
