@@ -16,7 +16,7 @@ from rowtune.train.data import Feed, guarded, open_data, synthetic
 from rowtune.train.learner import Learner
 from rowtune.train.log import Log
 from rowtune.train.options import Options, Report, Trained, ValReport
-from rowtune.train.random_state import capture, restore
+from rowtune.train.random_state import begin, capture, restore
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
@@ -51,7 +51,7 @@ def train(
         write = writer_for(options.save, work)
         check_writable(options.save, "--save", weights + ROOM)
     found = _open_checkpoints(options, int(weights * (2 + spec.slots)))
-    torch.manual_seed(work.problem.seed)
+    begin(work.problem.seed)
     limit = file.budget_bytes - file.reserve_bytes
     warm_up(device)
     cap_memory(device, limit)

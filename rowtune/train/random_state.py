@@ -18,6 +18,13 @@ import torch
 State = dict[str, Any]
 
 
+def begin(seed: int) -> None:
+    """All generators from one seed."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def capture(device: str = "cpu") -> State:
     """The state of all generators, of types that `torch.load(weights_only=True)` takes."""
     version, numbers, gauss = random.getstate()
