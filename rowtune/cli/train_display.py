@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rowtune.train.options import Report, StepReport, ValReport
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 48
+WIDTH, HEIGHT = 48, 4
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -36,6 +36,34 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
     if high == low:
         return BLOCKS[3] * cells
     return "".join(BLOCKS[min(7, int((m - low) / (high - low) * 8))] for m in means)
+
+
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""Bits of a braille cell: its left column and its right one, from the top."""
+
+
+def curve(points: Sequence[tuple[float, float]], width: int, height: int) -> list[str]:
+    """A line through (x from 0 to 1, y) in braille dots, `height` lines of `width` cells: the mean of what
+    falls on a column of dots, joined to its neighbours."""
+    columns: dict[int, list[float]] = {}
+    for x, y in points:
+        if math.isfinite(y):
+            columns.setdefault(min(2 * width - 1, max(0, int(x * 2 * width))), []).append(y)
+    cells = [[0] * width for _ in range(height)]
+    if not columns:
+        return [" " * width] * height
+    means = {x: sum(ys) / len(ys) for x, ys in sorted(columns.items())}
+    low, high = min(means.values()), max(means.values())
+    scale = (4 * height - 1) / (high - low) if high > low else 0.0
+    rows = {x: round((high - y) * scale) if scale else 2 * height for x, y in means.items()}
+    for (x, row), (to, goal) in itertools.pairwise([*rows.items(), list(rows.items())[-1]]):
+        last = row
+        for at in range(x, max(to, x + 1)):
+            now = round(row + (goal - row) * (at - x) / max(1, to - x))
+            for dot in range(min(last, now), max(last, now) + 1):
+                cells[dot // 4][at // 2] |= DOTS[at % 2][dot % 4]
+            last = now
+    return ["".join(chr(0x2800 + bits) if bits else " " for bits in line) for line in cells]
 
 
 def scores(report: ValReport) -> str:
@@ -57,6 +85,7 @@ class TrainDisplay(Shown):
         super().__init__(screen)
         self.limit = limit
         self.losses: list[float] = []
+        self.steps: list[int] = []
         self.now: StepReport | None = None
         self.validations: list[ValReport] = []
         self.began = time.monotonic()
@@ -69,6 +98,7 @@ class TrainDisplay(Shown):
         if isinstance(report, StepReport):
             self.before = self.before if self.losses else report.step - 1
             self.losses.append(report.loss)
+            self.steps.append(report.step)
             self.rates = [*self.rates[-19:], report.images_per_second]
             self.now = report
             line = self._line(report)
@@ -96,7 +126,7 @@ class TrainDisplay(Shown):
         grid.add_column(no_wrap=True)
         width = max(16, min(WIDTH, self.screen.err.width - 36))
         grid.add_row("steps", self._progress(self.now, width))
-        grid.add_row("loss", self._curve(width))
+        grid.add_row("loss", self._curve(self.now, width))
         grid.add_row("speed", self._speed(self.now))
         grid.add_row("memory", self._memory(self.now, width))
         if self.validations:
@@ -106,8 +136,11 @@ class TrainDisplay(Shown):
     def _progress(self, now: StepReport, width: int) -> RenderableType:
         row = Table.grid(padding=(0, 2))
         count = f"{now.step}/{now.steps}" if now.steps else str(now.step)
-        bar: RenderableType = ProgressBar(now.steps or 1, now.step if now.steps else 0, width)
-        row.add_row(bar, count, Text(f"epoch {now.epoch}", SOFT), Text(self._left(now), SOFT))
+        of = f"/{now.epochs}" if now.epochs else ""
+        bar: RenderableType = ProgressBar(
+            now.steps or 1, now.step if now.steps else 0, width, complete_style=ACCENT
+        )
+        row.add_row(bar, count, Text(f"epoch {now.epoch}{of}", SOFT), Text(self._left(now), SOFT))
         return row
 
     def _left(self, now: StepReport) -> str:
@@ -117,13 +150,22 @@ class TrainDisplay(Shown):
             return ""
         return f"{clock((now.steps - now.step) * (time.monotonic() - self.began) / here)} left"
 
-    def _curve(self, width: int) -> Text:
-        shown = self.losses[-1]
-        curve = sparkline(self.losses, width)
-        return Text.assemble((curve.ljust(width), ACCENT), (f"  {shown:.5g}", "bold"), (self._trend(), SOFT))
-
-    def _trend(self) -> str:
-        return f"  from {self.losses[0]:.5g}" if len(self.losses) > 1 else ""
+    def _curve(self, now: StepReport, width: int) -> Text:
+        """The loss below the bar of the steps, and on the same scale; its range to the right."""
+        first, last = self.before, now.steps or max(now.step, self.before + 1)
+        points = [
+            ((step - first - 1) / max(1, last - first), loss)
+            for step, loss in zip(self.steps, self.losses, strict=True)
+        ]
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        labels = [
+            (f"{max(finite):.5g}" if finite else "", SOFT), (f"{now.loss:.5g}", "bold"), ("", ""),
+            (f"{min(finite):.5g}" if finite else "", SOFT),
+        ]  # fmt: skip
+        text = Text(no_wrap=True)
+        for i, (line, label) in enumerate(zip(curve(points, width, HEIGHT), labels, strict=True)):
+            text.append("\n" if i else "").append(line, ACCENT).append("  ").append(*label)
+        return text
 
     def _speed(self, now: StepReport) -> Text:
         from rowtune.tune.sizes import format_seconds

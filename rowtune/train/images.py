@@ -102,8 +102,8 @@ def _open(path: Path, what: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
+            with Image.open(path) as image:
+                image.load()
         return image
     except Exception as error:  # Pillow's plugins raise what they come across
         raise UsageError(f"{path} cannot be read as {_an(what)}: {_first_line(error)}") from error

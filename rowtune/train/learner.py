@@ -97,7 +97,7 @@ class Learner:
         self.done, self.here = self.done + 1, self.here + 1
         self.loss = float(step.total) / step.count
         report = StepReport(
-            self.done, self.total, self.loss, now - start, self.peak, step.lr, epoch,
+            self.done, self.total, self.loss, now - start, self.peak, step.lr, epoch, self.options.epochs,
             step.images / (now - began), step.norm,
         )  # fmt: skip
         return report, step.count

@@ -72,7 +72,7 @@ def as_line(report: Report) -> dict[str, Any]:
     """A report as it stands in the log; null is a number that is none."""
     found: Mapping[str, Any] = asdict(report)
     if isinstance(report, StepReport):
-        line = {k: v for k, v in found.items() if k != "steps"}
+        line = {k: v for k, v in found.items() if k not in ("steps", "epochs")}
     else:
         line = {"step": report.step, "epoch": report.epoch, "val_loss": report.loss, **report.metrics}
         line |= {"seconds": report.seconds, "peak_bytes": report.peak_bytes}

@@ -62,6 +62,7 @@ class StepReport:
     peak_bytes: int | None
     lr: float = 0.0
     epoch: int = 1
+    epochs: int | None = None
     images_per_second: float = 0.0
     gradient_norm: float | None = None
 
