@@ -18,7 +18,7 @@ from training import MODELS, masks, plan_file, workload
 
 from rowtune.errors import UsageError
 from rowtune.train.loop import train
-from rowtune.train.options import Options, Report, StepReport, Trained, ValReport
+from rowtune.train.options import Options, Report, StepReport, Stopping, Trained, ValReport
 from rowtune.train.schedule import parse_schedule
 
 DATA = """
@@ -68,7 +68,8 @@ def run(wanted: Options, watch: Callable[[Report], None] | None = None, **more: 
     said: list[Report] = []
 
     def hear(report: Report) -> None:
-        said.append(report)
+        if not isinstance(report, Stopping):
+            said.append(report)
         if watch is not None:
             watch(report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -15,13 +16,14 @@ from rich.text import Text
 
 from rowtune.cli.charts import gauge
 from rowtune.cli.progress import Shown
-from rowtune.cli.screen import ACCENT, SOFT, Screen
+from rowtune.cli.screen import ACCENT, BAD, SOFT, Screen
 
 if TYPE_CHECKING:
     from rowtune.train.options import Report, StepReport, ValReport
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH, HEIGHT = 48, 4
+STOPPING = "stopping after this step; once more stops at once, without a checkpoint"
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -91,9 +93,10 @@ class TrainDisplay(Shown):
         self.began = time.monotonic()
         self.rates: list[float] = []
         self.before = 0
+        self.stopping = False
 
     def update(self, report: Report) -> None:
-        from rowtune.train.options import StepReport
+        from rowtune.train.options import StepReport, Stopping
 
         if isinstance(report, StepReport):
             self.before = self.before if self.losses else report.step - 1
@@ -102,11 +105,15 @@ class TrainDisplay(Shown):
             self.rates = [*self.rates[-19:], report.images_per_second]
             self.now = report
             line = self._line(report)
+        elif isinstance(report, Stopping):
+            self.stopping = True
+            line = Text(STOPPING)
         else:
             self.validations.append(report)
             line = Text(f"epoch {report.epoch}  validation: {scores(report)}")
         if self.live is None:
-            self.screen.err.print(line, soft_wrap=True)
+            with contextlib.suppress(RuntimeError):  # a signal came while another line was printed
+                self.screen.err.print(line, soft_wrap=True)
 
     def _line(self, report: StepReport) -> Text:
         from rowtune.tune.sizes import format_bytes, format_seconds
@@ -129,6 +136,8 @@ class TrainDisplay(Shown):
         grid.add_row("loss", self._curve(self.now, width))
         grid.add_row("speed", self._speed(self.now))
         grid.add_row("memory", self._memory(self.now, width))
+        if self.stopping:
+            grid.add_row("", Text(STOPPING, BAD))
         if self.validations:
             grid.add_row("val", self._validation())
         return Group(Text(), grid)

@@ -182,27 +182,37 @@ class Stream:
             generator.set_state(saved)
 
 
-def guarded(batches: Iterator[Batch], what: str) -> Iterator[Batch]:
-    """What fails while a batch is read is the data's fault, and says so in one line."""
+_END = object()
+
+
+def guarded(feed: Feed, epoch: int, start: int, what: str) -> Iterator[Batch]:
+    """An epoch in which what fails is the data's fault, and says so in one line."""
+    with _blamed(what):
+        batches = feed.epoch(epoch, start)
+    return _guarded(batches, what)
+
+
+def _guarded(batches: Iterator[Batch], what: str) -> Iterator[Batch]:
     while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
+        with _blamed(what):
+            batch: Any = next(batches, _END)
+        if batch is _END:
             return
-        except Exception as error:
-            lines = [line for line in str(error).strip().splitlines() if line.strip()]
-            if isinstance(error, RowtuneError) and len(lines) < 2:
-                raise
-            last = lines[-1] if lines else ""  # a worker's error brings its traceback along
-            last = (
-                last.partition("Error: ")[2] or last
-                if "Traceback" in str(error)
-                else lines[0]
-                if lines
-                else ""
-            )
-            raise UsageError(f"{what}: {type(error).__name__}: {last}") from error
         yield batch
+
+
+@contextlib.contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        if isinstance(error, RowtuneError) and len(lines) == 1:
+            raise
+        said = lines[0]
+        if len(lines) > 1 and "Traceback" in str(error):  # an error in a worker brings its traceback along
+            said = lines[-1].partition("Error: ")[2] or lines[-1]
+        raise UsageError(f"{what}: {type(error).__name__}: {said}") from error
 
 
 def _placer(work: Workload, what: str) -> Place:

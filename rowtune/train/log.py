@@ -14,7 +14,7 @@ from typing import Any
 
 from rowtune.errors import UsageError
 from rowtune.plan.file import write_text
-from rowtune.train.options import Options, Report, StepReport
+from rowtune.train.options import Options, StepReport, ValReport
 from rowtune.tune.output import check_writable
 
 
@@ -48,7 +48,7 @@ class Log:
                 kept.append(line)
         return kept
 
-    def add(self, report: Report) -> None:
+    def add(self, report: StepReport | ValReport) -> None:
         line = as_line(report)
         try:
             if self._path is not None and not self.unwritten:
@@ -68,7 +68,7 @@ class Log:
             self._board.close()
 
 
-def as_line(report: Report) -> dict[str, Any]:
+def as_line(report: StepReport | ValReport) -> dict[str, Any]:
     """A report as it stands in the log; null is a number that is none."""
     found: Mapping[str, Any] = asdict(report)
     if isinstance(report, StepReport):

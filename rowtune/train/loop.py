@@ -15,7 +15,7 @@ from rowtune.train import checkpoint
 from rowtune.train.data import Feed, guarded, open_data, synthetic
 from rowtune.train.learner import Learner
 from rowtune.train.log import Log
-from rowtune.train.options import Options, Report, Trained, ValReport
+from rowtune.train.options import Options, Report, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.stop import Stop
@@ -56,7 +56,7 @@ def train(
     warm_up(device)
     cap_memory(device, limit)
     run = _Run(file, work, options, spec, found)
-    with Stop() as stop:
+    with Stop(lambda: watch(Stopping(run.learner.done + 1))) as stop:
         status = "interrupted" if run.train(watch, stop) else "ok"
     learner = run.learner
     saved = None
@@ -170,11 +170,10 @@ class _Run:
         """Steps until the epoch, the run or the patience of its user ends; whether the epoch did."""
         if self.random is not None and not self.batch:
             restore(self.random, self.device)
-        batches = self.feed.epoch(self.epoch, self.batch)
+        batches = guarded(self.feed, self.epoch, self.batch, f"--data {self.options.data}")
         if self.random is not None:  # after the batches before were drawn again
             restore(self.random, self.device)
             self.random = None
-        batches = guarded(batches, f"--data {self.options.data}")
         every = self.options.checkpoint_every
         while not (stop.asked or self._finished()):
             made = self.learner.step(batches, self.epoch + 1)

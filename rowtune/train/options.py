@@ -79,7 +79,14 @@ class ValReport:
     peak_bytes: int | None
 
 
-Report = StepReport | ValReport
+@dataclass(frozen=True)
+class Stopping:
+    """A signal came: this step, or the validation after it, is the last. Said from the signal's handler."""
+
+    step: int
+
+
+Report = StepReport | ValReport | Stopping
 
 
 @dataclass(frozen=True)

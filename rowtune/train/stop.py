@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,10 +12,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """`asked` once a signal came while entered. A second one does not wait: it is a KeyboardInterrupt."""
+    """`asked` once a signal came while entered, which `tell` is told. A second one does not wait: it is a
+    KeyboardInterrupt."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.asked, self.tell = False, tell
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -32,3 +34,4 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        self.tell()

@@ -48,7 +48,7 @@ class Validator:
         total, count = 0.0, 0
         start = time.perf_counter()
         with undisturbed(device), evaluating(runner), torch.no_grad():
-            for batch in guarded(self.feed.epoch(0), f"--val {self.text}"):
+            for batch in guarded(self.feed, 0, 0, f"--val {self.text}"):
                 if stopping():
                     return None
                 inputs, target = batch
