@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -94,6 +95,13 @@ class TrainDisplay(Shown):
         self.rates: list[float] = []
         self.before = 0
         self.stopping = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.transient = self.now is None  # nothing was shown that is worth keeping
+        super().__exit__(kind, error, trace)
 
     def update(self, report: Report) -> None:
         from rowtune.train.options import StepReport, Stopping
