@@ -184,6 +184,36 @@ def test_a_weight_that_was_computed_cannot_go_back(tmp_path: Path) -> None:
         check_homes(load_onnx(path).module, path)
 
 
+@pytest.mark.parametrize("biases", [["zeros", "zeros"], ["own", "zeros"]])
+def test_what_lies_in_a_function_stays_there(tmp_path: Path, biases: list[str]) -> None:
+    """Two layers in a function read one tensor of zeros: neither can have one of its own."""
+    opset = [helper.make_opsetid("", 17)]
+    inside = [conv("a", "v", "h", biases[0]), conv("h", "w", "b", biases[1])]
+    function = helper.make_function(
+        "own.domain", "Two", ["a", "v", "w", *sorted(set(biases))], ["b"], inside, opset
+    )
+    weights = [tensor("v", 3, 3, 3, 3), tensor("w", 3, 3, 3, 3), tensor("own", 3), tensor("zeros", 3, fill=0)]
+    stored = [t for t in weights if t.name in ("v", "w", *biases)]
+    graph = helper.make_graph(
+        [helper.make_node("Two", ["x", "v", "w", *sorted(set(biases))], ["y"], domain="own.domain")], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 12, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3, 12, 8])], stored,
+    )  # fmt: skip
+    made = helper.make_model(
+        graph,
+        functions=[function],
+        opset_imports=[*opset, helper.make_opsetid("own.domain", 1)],
+        ir_version=9,
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(made, path)
+    if len(set(biases)) == 1:
+        with pytest.raises(ModelError, match="lies in a function or a branch"):
+            check_homes(load_onnx(path).module, path)
+    else:
+        written(path, tmp_path / "out.onnx")
+
+
 def test_a_file_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
     path = model(tmp_path / "m.onnx", [conv("x", "w", "y")], [tensor("w", 3, 3, 3, 3)])
     module = load_onnx(path).module

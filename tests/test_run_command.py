@@ -165,6 +165,12 @@ def test_a_full_disk_is_found_before_training(folder: Path, monkeypatch: pytest.
     assert "10 B left" in call("plan.json", "--checkpoint", "full", code=2)["error"]
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_training(folder: Path) -> None:
+    (folder / "locked").mkdir(mode=0o555)
+    for words in (["--checkpoint", "locked"], ["--metrics", "locked/m.jsonl"], ["--save", "locked/w.pt"]):
+        assert "read-only" in call("plan.json", *words, code=2)["error"]
+
+
 def test_lines_where_there_is_no_terminal(folder: Path) -> None:
     shown = CliRunner().invoke(app, ["run", *WANTED])
     assert shown.exit_code == 0

@@ -44,6 +44,19 @@ def loader():
 def own_generator():
     return DataLoader(Noise(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(7))
 
+class Stopping(Noise):
+    # The machine is taken away while the run is validated, the first time.
+    def __getitem__(self, i):
+        import os, signal
+        from pathlib import Path
+        if i == 1 and Path("stop").exists():
+            Path("stop").unlink()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.full((3, 16, 12), i / 5), torch.zeros(16, 12, dtype=torch.long)
+
+def stopping():
+    return Stopping()
+
 def endless():
     while True:
         yield torch.zeros(2, 3, 16, 12), torch.zeros(2, 16, 12, dtype=torch.long)
@@ -133,6 +146,33 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(
 def _timeless(line: str) -> Any:
     found = json.loads(line)
     return {k: v for k, v in found.items() if k not in ("seconds", "images_per_second", "peak_bytes")}
+
+
+def test_a_validation_that_is_interrupted_is_made_again(folder: Path, tmp_path: Path) -> None:
+    wanted = Options(epochs=2, data="pictures", val="train_data:stopping")
+    _, (said, _) = run(wanted)
+    wanted = replace(wanted, checkpoint=tmp_path / "kept", metrics=tmp_path / "m.jsonl")
+    (folder / "stop").touch()
+    first, (before, _) = run(wanted)
+    assert first.status == "interrupted" and [type(r) for r in before] == [StepReport] * 2
+    _, (after, _) = run(replace(wanted, resume=True))
+    assert losses(before + after) == losses(said) and isinstance(after[0], ValReport)
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == len(said)
+
+
+def test_a_second_signal_does_not_wait(folder: Path, tmp_path: Path) -> None:
+    import os
+    import signal
+
+    def twice(report: Report) -> None:
+        if report.step == 2 and isinstance(report, StepReport):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(Options(steps=9, checkpoint=tmp_path), twice)
+    assert signal.getsignal(signal.SIGINT) is before and list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_costs_the_steps_since_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -284,6 +324,29 @@ def test_validation_changes_nothing_and_counts_against_the_budget(folder: Path) 
     assert set(seen.validation or {}) == {"loss", "mean_iou", "pixel_accuracy"}
     tight, _ = run(Options(epochs=1, data="pictures", val="pictures"), budget=seen.val_peak_bytes - 1)
     assert tight.status == "over_budget"
+
+
+def test_a_validation_is_banded_as_the_plan_is(folder: Path) -> None:
+    peaks, scores = [], []
+    for rows in (4, 0):
+        work = workload("train_models:Pixels", "1x3x256x32")
+        trained = train(plan_file(work, rows), work, Options(steps=1, data="pictures", val="pictures"))
+        peaks.append(trained.val_peak_bytes or 0)
+        scores.append(trained.validation)
+    given = 256 * 32 * (3 * 4 + 8 + 3 * 4)  # input, target and output
+    assert peaks[0] - given < 0.6 * (peaks[1] - given)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_a_network_that_trains_on_in_eval_is_not_validated(folder: Path) -> None:
+    import train_models  # type: ignore[import-not-found]
+
+    exported = torch.export.export(train_models.Pixels().train(), (torch.randn(2, 3, 16, 12),))
+    torch.export.save(exported, "training.pt2")
+    work = workload("training.pt2", "2x3x16x12")
+    with pytest.raises(UsageError, match=r"in eval\(\) the model still writes to n\.\w+ \(a \.pt2 file"):
+        train(plan_file(work), work, Options(data="pictures", val="pictures"))
+    assert train(plan_file(work), work, Options(data="pictures")).status == "ok"
 
 
 def test_the_average_is_in_the_peak(folder: Path) -> None:

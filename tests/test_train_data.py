@@ -357,6 +357,11 @@ class Gone:
         raise RuntimeError("gone")
 
 
+def test_fit_is_for_folders(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--fit is for folders"):
+        open_data("data_sets:Numbers", pixels(), fit="crop")
+
+
 def test_too_few_images_for_a_batch(folder: Path) -> None:
     work = workload("data_models:Pixels", "8x3x16x12")
     with pytest.raises(UsageError, match="masks5 has 5 item"):

@@ -63,8 +63,9 @@ def workload(model: str, shape: str, loss: str = "", **more: Any) -> Workload:
 
 
 def plan_file(work: Workload, band_rows: int = 4, budget: int = BUDGET) -> PlanFile:
-    """A plan of rows, where the network has any to band."""
-    plan: Plan = uniform_plan(work.graph, "rows", band_rows)
+    """A plan of rows, where the network has any to band; of none, as PyTorch runs it."""
+    policy = ("rows", band_rows) if band_rows else ("keep",)
+    plan: Plan = uniform_plan(work.graph, *policy)
     return PlanFile(work.problem, work.graph.fingerprint, budget, plan, {}, {})
 
 

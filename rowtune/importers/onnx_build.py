@@ -21,6 +21,7 @@ from rowtune.importers.onnx_ops import CONTROL, NORMS, NOT_FOLDED, OPERATORS
 from rowtune.importers.onnx_rewrite import (
     Raw,
     Sharing,
+    Use,
     as_cast,
     fuse_group_norm,
     fuse_linear,
@@ -93,7 +94,7 @@ class _Builder:
         self.kinds |= {name: t.data_type for name, t in self.initial.items()}
         self.paths = Paths()
         self.refs: dict[tuple[str, str], Weight] = {}
-        self.uses: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        self.uses: dict[tuple[str, str], list[Use]] = {}
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
@@ -302,7 +303,7 @@ class _Builder:
     def store(self, name: str, kind: str, raw: Raw | None = None, slot: int = 0) -> Weight:
         """Register a tensor as parameter, buffer or fixed array, once."""
         if raw is not None:
-            self.uses.setdefault((name, kind), []).append((raw.outputs[0], slot))
+            self.uses.setdefault((name, kind), []).append(Use(raw.outputs[0], raw.node.op, slot))
         if (name, kind) not in self.refs:
             table = {"parameter": self.parameters, "buffer": self.buffers, "constant": self.constants}[kind]
             path = self.paths.claim(name)

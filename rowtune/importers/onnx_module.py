@@ -14,6 +14,7 @@ from rowtune.errors import ModelError
 from rowtune.importers.onnx_fold import evaluate
 from rowtune.importers.onnx_node import Mode, Node, Static, Value, is_static, number, to_tensor
 from rowtune.importers.onnx_ops import NOT_FOLDED, WITH_MODE, Operator
+from rowtune.importers.onnx_rewrite import Use
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Step:
 @dataclass(frozen=True)
 class Home:
     """Where a weight lies in the file: the stored tensor `name`. Where layers read one tensor but are trained
-    apart, `uses` are the inputs (a node's first output, and the slot) that are to read one of this name."""
+    apart, `uses` are the inputs that are to read one of this name."""
 
     name: str
-    uses: tuple[tuple[str, int], ...] = ()
+    uses: tuple[Use, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,16 +104,16 @@ class _File:
 
     def _separate(self, home: Home, value: Tensor) -> None:
         """The uses of a merged tensor that belong together read a tensor of their own from now on."""
-        nodes = [(self.makers.get(output), slot) for output, slot in home.uses]
-        read = {n.input[slot] for n, slot in nodes if n is not None and slot < len(n.input)}
+        nodes = [(self.makers.get(use.output), use.op, use.slot) for use in home.uses]
+        read = {n.input[slot] for n, op, slot in nodes if n is not None and n.op_type == op}
         merged = self._behind(read.pop()) if len(read) == 1 else None
-        if merged is None or any(n is None for n, _ in nodes):
-            raise ModelError(self._homeless(home.name))
+        if merged is None or any(n is None or n.op_type != op for n, op, _ in nodes):
+            raise ModelError(self._homeless(home.name))  # a node of another kind is a function's call
         name, count = home.name, 2
         while name in self.names:
             name, count = f"{home.name}_{count}", count + 1
         self._add(name, merged, value)
-        for node, slot in nodes:
+        for node, _, slot in nodes:
             assert node is not None
             node.input[slot] = name
 

@@ -89,6 +89,8 @@ def _open(text: str, work: Workload, fit: Fit, flag: str) -> tuple[Any, str]:
         how = "cropped" if folder.fit == "crop" else "resized"
         size = "x".join(map(str, need.input[1:]))
         return folder, f"{text} ({len(folder)} for {folder.layout.kind}, {how} to {size})"
+    if fit:
+        raise UsageError(f"--fit is for folders of images, {flag} {text} is none")
     name, colon, attribute = text.partition(":")
     if not colon:
         what = "is a file" if path.exists() else "does not exist"

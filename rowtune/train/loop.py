@@ -135,7 +135,9 @@ class _Run:
             self.validator = Validator(work, feed, options.val)
         self.learner = Learner(file, work, options, spec, total)
         self.steps = options.steps if options.data else total
-        self.settings = _settings(file, work, options, spec)
+        if self.validator is not None:
+            self.validator.check(self.learner.averaged)
+        self.settings = _settings(file, work, options, spec, self.feed)
         self.epoch = self.batch = 0
         self.validated: ValReport | None = None
         self.saved: Path | None = None
@@ -269,12 +271,15 @@ def _feed(work: Workload, options: Options) -> tuple[Feed, int, int | None]:
     return feed, epochs, whole if options.steps is None else min(whole, options.steps)
 
 
-def _settings(file: PlanFile, work: Workload, options: Options, spec: OptimizerSpec) -> dict[str, Any]:
+def _settings(
+    file: PlanFile, work: Workload, options: Options, spec: OptimizerSpec, feed: Feed
+) -> dict[str, Any]:
     """What must not change between a run and its resumption; names as a person knows them."""
     return {
         "the model's fingerprint": file.fingerprint,
         "the inputs": ", ".join(map(str, work.problem.inputs)),
         "the loss": work.problem.loss,
+        "the batches of an epoch": feed.batches,
         "--optimizer": str(spec),
         "--schedule": options.schedule,
         "--warmup": options.warmup,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rowtune.errors import ModelError, RowtuneError, UsageError
+from rowtune.importers import source
 from rowtune.runtime.module import RowtuneModule
 from rowtune.torch_private import pytree
 from rowtune.train.data import Feed, guarded
@@ -31,6 +32,20 @@ class Validator:
     def __init__(self, work: Workload, feed: Feed, text: str) -> None:
         self.work, self.feed, self.text = work, feed, text
         self.peak: int | None = None
+
+    def check(self, runner: RowtuneModule) -> None:
+        """UsageError for a network that trains on in eval(): it would be another one after a validation."""
+        work = self.work
+        inputs = source.inputs(work.problem.inputs, work.problem.device)
+        with evaluating(runner):
+            graph = runner.program(inputs, with_targets=True, outputs=True).graph
+        written = next((graph.values[n.effect].path for n in graph.nodes if n.effect), "")
+        if written:
+            raise UsageError(
+                f"--val {self.text}: in eval() the model still writes to {written} (a .pt2 file that was "
+                "exported in train mode does): train without --val, or give the model as a factory or an "
+                ".onnx file"
+            )
 
     def run(
         self,
