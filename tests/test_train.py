@@ -196,6 +196,28 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint(folder: Path, tmp_path
     assert longer.steps == 6 and [r.step for r in more] == [5, 6]
 
 
+def test_no_line_is_written_twice(folder: Path, tmp_path: Path) -> None:
+    """The last checkpoint is of before a validation whose line is written, or of half a step's line."""
+    wanted = Options(
+        epochs=2, data="pictures", val="pictures", checkpoint=tmp_path / "kept", checkpoint_every=2,
+        metrics=tmp_path / "m.jsonl",
+    )  # fmt: skip
+
+    def die(report: Report) -> None:
+        if isinstance(report, ValReport):
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        run(wanted, die)
+    with open(tmp_path / "m.jsonl", "a") as out:
+        out.write('{"step": 3, "lo')
+    run(replace(wanted, resume=True))
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [(line["step"], "val_loss" in line) for line in lines] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)
+    ]  # fmt: skip
+
+
 def test_a_checkpoint_that_cannot_be_written_keeps_the_one_before(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

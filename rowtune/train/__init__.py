@@ -15,5 +15,6 @@ checkpoint   all that a run is, whole or not at all
 log          what was seen, as lines of JSON and TensorBoard's events
 weights      where the weights go: .safetensors, .pt, or back into the .onnx file
 stop         Ctrl-C and SIGTERM end a run between two steps
+setup        flags that go together, room on the disk, how many steps
 loop         all of it: epochs, validation, checkpoints
 """

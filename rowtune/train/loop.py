@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,18 @@ import torch
 from rowtune.errors import UsageError
 from rowtune.plan.file import PlanFile
 from rowtune.train import checkpoint
-from rowtune.train.data import Feed, guarded, open_data, synthetic
+from rowtune.train.data import guarded, open_data
 from rowtune.train.learner import Learner
 from rowtune.train.log import Log
 from rowtune.train.options import Options, Report, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore
-from rowtune.train.schedule import parse_schedule
+from rowtune.train.setup import check, feed_of, open_checkpoints, settings
 from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
 from rowtune.train.weights import writer_for
 from rowtune.tune.device import cap_memory, warm_up
 from rowtune.tune.output import ROOM, check_writable, keep
 from rowtune.tune.step import OptimizerSpec, Workload, parse_optimizer
-
-FOREVER = 1 << 60
 
 
 def train(
@@ -39,7 +36,7 @@ def train(
         DivergedError: the loss is not finite any more; nothing is saved, checkpoints stay.
         EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
     """
-    _check(options)
+    check(options)
     device = work.problem.device
     spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
     spec = spec if options.lr is None else spec.with_lr(options.lr)
@@ -50,7 +47,7 @@ def train(
     if options.save is not None:
         write = writer_for(options.save, work)
         check_writable(options.save, "--save", weights + ROOM)
-    found = _open_checkpoints(options, int(weights * (2 + spec.slots)))
+    found = open_checkpoints(options, int(weights * (2 + spec.slots)))
     begin(work.problem.seed)
     limit = file.budget_bytes - file.reserve_bytes
     warm_up(device)
@@ -72,48 +69,6 @@ def train(
     )  # fmt: skip
 
 
-def _check(options: Options) -> None:
-    """Flags that make no sense, before anything is loaded."""
-    for flag, value in (("--steps", options.steps), ("--epochs", options.epochs)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} is at least 1, not {value}")
-    if not options.data and options.epochs is not None:
-        raise UsageError("--epochs needs --data; synthetic data has no end: give --steps")
-    if options.accumulate < 1:
-        raise UsageError(f"--accumulate is at least 1, not {options.accumulate}")
-    if not 0 <= options.ema < 1:
-        raise UsageError(f"--ema is a decay from 0 (none) to just below 1, as 0.999, not {options.ema}")
-    if options.clip < 0:
-        raise UsageError(f"--clip is the largest norm of the gradient, above 0, not {options.clip}")
-    if options.checkpoint is None and (options.resume or options.checkpoint_every):
-        flag = "--resume" if options.resume else "--checkpoint-every"
-        raise UsageError(f"{flag} needs --checkpoint DIR, where the checkpoints are")
-    parse_schedule(options.schedule, options.warmup)
-
-
-def _open_checkpoints(options: Options, size: int) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, and room for more. UsageError for one that nobody asked for."""
-    folder = options.checkpoint
-    if folder is None:
-        return None
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--checkpoint {folder} is a file; give a folder")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--checkpoint {folder} cannot be made: {error.strerror}") from error
-    check_writable(folder / "state", "--checkpoint", size + ROOM)
-    newest = checkpoint.newest(folder)
-    if newest is not None and options.resume:
-        return checkpoint.load(newest)
-    if newest is not None and not options.force:
-        raise UsageError(
-            f"--checkpoint {folder} has a run of {int(newest.name[5:])} steps: give --resume to go on with "
-            "it, or --force to begin anew"
-        )
-    return None
-
-
 class _Run:
     """The learner and where it is in its data."""
 
@@ -128,7 +83,7 @@ class _Run:
         self.work, self.options = work, options
         self.limit = file.budget_bytes - file.reserve_bytes
         self.device = work.problem.device
-        self.feed, self.epochs, total = _feed(work, options)
+        self.feed, self.epochs, total = feed_of(work, options)
         self.validator: Validator | None = None
         if options.val:
             feed, _ = open_data(options.val, work, fit=options.fit, workers=options.workers, flag="--val")
@@ -137,7 +92,7 @@ class _Run:
         self.steps = options.steps if options.data else total
         if self.validator is not None:
             self.validator.check(self.learner.averaged)
-        self.settings = _settings(file, work, options, spec, self.feed)
+        self.settings = settings(file, work, options, spec, self.feed)
         self.epoch = self.batch = 0
         self.validated: ValReport | None = None
         self.saved: Path | None = None
@@ -257,34 +212,3 @@ class _Run:
     def notes(self) -> tuple[str, ...]:
         """What went wrong without ending the run."""
         return tuple(text for text in (self.unsaved, self.log.unwritten) if text)
-
-
-def _feed(work: Workload, options: Options) -> tuple[Feed, int, int | None]:
-    """The batches, how many epochs of them, and how many steps that makes, None where nobody knows."""
-    if not options.data:
-        return synthetic(work), 1, options.steps or 10
-    feed, _ = open_data(options.data, work, fit=options.fit, workers=options.workers)
-    epochs = options.epochs or (1 if options.steps is None else FOREVER)
-    if feed.batches is None:
-        return feed, epochs, options.steps
-    whole = epochs * math.ceil(feed.batches / options.accumulate)
-    return feed, epochs, whole if options.steps is None else min(whole, options.steps)
-
-
-def _settings(
-    file: PlanFile, work: Workload, options: Options, spec: OptimizerSpec, feed: Feed
-) -> dict[str, Any]:
-    """What must not change between a run and its resumption; names as a person knows them."""
-    return {
-        "the model's fingerprint": file.fingerprint,
-        "the inputs": ", ".join(map(str, work.problem.inputs)),
-        "the loss": work.problem.loss,
-        "the batches of an epoch": feed.batches,
-        "--optimizer": str(spec),
-        "--schedule": options.schedule,
-        "--warmup": options.warmup,
-        "--clip": options.clip,
-        "--accumulate": options.accumulate,
-        "--ema": options.ema,
-        "--seed": work.problem.seed,
-    }
