@@ -306,6 +306,7 @@ def seen(work: Workload, text: str, epoch: int = 0, start: int = 0, **more: Any)
     return [x[:, 0, 0, 0].tolist() for (x,), _ in guarded(feed, epoch, start, text)]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of any worker
 def test_a_dataset_is_shuffled_for_training_only(folder: Path) -> None:
     work = pixels()
     first, second = (seen(work, "data_sets:Numbers", epoch) for epoch in (0, 1))
