@@ -28,6 +28,9 @@ class Rows(NamedTuple):
     def size(self) -> int:
         return self.hi - self.lo
 
+    def shifted(self, by: int) -> Rows:
+        return Rows(self.lo + by, self.hi + by)
+
 
 class Window(Protocol):
     """Input rows read by output rows; `rows` is the input's height, `out_rows` the output's."""

@@ -61,6 +61,12 @@ def key_of(storage: UntypedStorage) -> int:
 without_modes = _python_dispatch._disable_current_modes
 """A context in which nobody sees aten calls."""
 
+
+def autograd_runs() -> bool:
+    """Whether autograd is going backward in this thread."""
+    return torch._C._current_graph_task_id() >= 0
+
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """A context in which operators neither record gradients nor count versions."""
 

@@ -19,8 +19,9 @@ import rowtune
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan, Segment
-from rowtune.runtime.lists import kinds
+from rowtune.runtime.lists.code import compiled
 from rowtune.runtime.lists.listing import Listing, check
+from rowtune.runtime.lists.loops import rolled
 from rowtune.runtime.lists.rewrites import dead, rewritten, shared
 from rowtune.runtime.lists.run import MOST_KINDS, Run
 from rowtune.runtime.lists.tracer import Tracer
@@ -370,6 +371,10 @@ def listing(function: Any, *given: Tensor, constants: tuple[Tensor, ...] = ()) -
     return tracer.listed()[0].listing
 
 
+def run(found: Listing) -> Any:
+    return compiled(rolled(found))
+
+
 def names(found: Listing) -> list[str]:
     return [call.name.removeprefix("aten::") for call in found.calls]
 
@@ -388,7 +393,7 @@ def test_dead_calls_go() -> None:
 
     found = dead.rewrite(listing(function, X))
     assert names(found) == ["mul", "add_", "relu"]
-    assert torch.equal(kinds.compiled(found)([X])[0], X * 2 + 1)
+    assert torch.equal(run(found)([X])[0], X * 2 + 1)
 
 
 def test_the_same_call_is_made_once_unless_something_was_written() -> None:
@@ -400,7 +405,7 @@ def test_the_same_call_is_made_once_unless_something_was_written() -> None:
     found = shared.rewrite(listing(function, X))
     assert names(found).count("exp") == 3  # of x[0], of x[1], and of x[0] again: x was written to
     x = X.clone()
-    assert torch.equal(kinds.compiled(rewritten(found))([x])[0], function(X.clone()))
+    assert torch.equal(run(rewritten(found))([x])[0], function(X.clone()))
 
 
 def test_what_is_written_to_is_not_shared() -> None:
@@ -410,7 +415,7 @@ def test_what_is_written_to_is_not_shared() -> None:
         return a + b
 
     found = rewritten(listing(function, X))
-    assert torch.equal(kinds.compiled(found)([X])[0], torch.ones(2, 3))
+    assert torch.equal(run(found)([X])[0], torch.ones(2, 3))
 
 
 def test_results_that_are_told_where_to_lie_are_shared() -> None:
@@ -424,13 +429,13 @@ def test_results_that_are_told_where_to_lie_are_shared() -> None:
 
     found = rewritten(listing(function, X))
     assert names(found).count("div") == 2 and names(found).count("empty") == 2
-    assert torch.equal(kinds.compiled(found)([X])[0], function(X))
+    assert torch.equal(run(found)([X])[0], function(X))
 
 
 def test_constants_are_the_real_ones() -> None:
     table = torch.tensor([2.0, 3.0, 4.0])
     found = rewritten(listing(lambda x, t: x * t[1:].sum(), X, constants=(table,)))
-    assert torch.equal(kinds.compiled(found)([X])[0], X * 7)
+    assert torch.equal(run(found)([X])[0], X * 7)
     with pytest.raises(Exception, match="writes to a constant"):
         listing(lambda x, t: x * t.add_(1), X, constants=(table,))
 

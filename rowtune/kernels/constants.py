@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Tracing(Protocol):
 
     def keep_fresh(self, key: Hashable, renew: Callable[[], object]) -> None:
         """To be called before what was traced runs: a constant is a copy of what the user may change."""
+
+    def steps(self, run: Any, steps: Any) -> None:
+        """Run steps of a schedule: those that do what others did may be left out."""
 
 
 TRACING: ContextVar[Tracing | None] = ContextVar("TRACING", default=None)

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from rowtune.graph.graph import Graph, carried
 from rowtune.graph.training import NORMS
+from rowtune.kernels.constants import TRACING
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
 from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
@@ -171,19 +172,26 @@ class BandedRun:
         return carried((node for group in self.program.groups for node in group.nodes), self.wanted)
 
     def _steps(self, steps: tuple[Step, ...]) -> None:
+        if (tracing := TRACING.get()) is not None:
+            tracing.steps(self, steps)
+            return
         for step in steps:
-            if type(step) is Run:
-                self._run(step)
-            elif type(step) is Replay:
-                self._replay(step.piece)
-            elif type(step) is Back:
-                self._back(step.piece)
-            elif type(step) is Drop:
-                self.lines.drop_below(step.value, step.below)
-            elif type(step) is Stash:
-                self._stash(step)
-            elif type(step) is Restore:
-                self._restore(step)
+            self.step(step)
+
+    def step(self, step: Step) -> None:
+        """One step of the program."""
+        if type(step) is Run:
+            self._run(step)
+        elif type(step) is Replay:
+            self._replay(step.piece)
+        elif type(step) is Back:
+            self._back(step.piece)
+        elif type(step) is Drop:
+            self.lines.drop_below(step.value, step.below)
+        elif type(step) is Stash:
+            self._stash(step)
+        elif type(step) is Restore:
+            self._restore(step)
 
     def _stash(self, step: Stash) -> None:
         self.stash[step.band] = [(n, *chunk) for n in step.values for chunk in self.lines.chunks[n]]

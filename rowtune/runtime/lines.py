@@ -28,6 +28,8 @@ class Lines:
     def __init__(self, dims: dict[str, int | None]) -> None:
         self.dims = dims
         self.chunks: dict[str, list[Chunk]] = {}
+        self.moved: dict[str, int] = {}
+        """Rows by which those of each value were said to lie further down (`runtime/moved.py`)."""
 
     def put(self, name: str, rows: Rows, tensor: Tensor) -> None:
         self.chunks.setdefault(name, []).append(Chunk(rows, tensor))

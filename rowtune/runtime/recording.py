@@ -52,6 +52,14 @@ class At(NamedTuple):
     view: int
 
 
+class Turn(NamedTuple):
+    """A call is number `at` of those of a turn of a loop, as it was recorded."""
+
+    loop: int
+    turn: int
+    at: int
+
+
 class Call(NamedTuple):
     """One aten operator on views: the arguments with an `At` for every tensor, and the numbers of the views
     that it returns, in order (a view of what was there is no new one where it was seen before; -1 for what is
@@ -65,6 +73,7 @@ class Call(NamedTuple):
     makes: tuple[int, ...]
     segment: int
     way: Way
+    turn: Turn | None = None
 
     @property
     def name(self) -> str:

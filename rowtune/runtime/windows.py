@@ -59,10 +59,12 @@ class Windows:
         found = self.found.get(storage_of(t)) if t.numel() else None
         if found is None or found.tensor() is None:
             return t
-        return found.name, found.rows, t.size(), t.stride(), t.storage_offset()
+        rows = found.rows.shifted(-self.lines.moved.get(found.name, 0))
+        return found.name, rows, t.size(), t.stride(), t.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         name, rows, size, stride, offset = packed
+        rows = rows.shifted(self.lines.moved.get(name, 0))
         return self.lines.get(name, rows)[0].as_strided(size, stride, offset)

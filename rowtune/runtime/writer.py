@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rowtune.runtime.blank import Answers, Signature
-from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
+from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, Turn, View, Way
 from rowtune.torch_private import TorchDispatchMode, key_of
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -163,8 +163,12 @@ class Recorder(Lives):  # type: ignore[no-untyped-call]
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
-        self._calls.append(Call(func, given, named, tuple(reads), self._made(out, name), *self.place))
+        self._calls.append(Call(func, given, named, tuple(reads), self._made(out, name), *self._placed()))
         return out
+
+    def _placed(self) -> tuple[int, Way, Turn | None]:
+        """Where in the step, or in a list, a call is."""
+        return (*self.place, None)
 
     def _allow(self, operator: str) -> None:
         """Raises where an operator cannot be recorded."""

@@ -6,14 +6,15 @@ Generated code is never stored: copies and pickles of a module make it anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowtune.runtime.lists.listing import Listing
+from rowtune.runtime.lists.alike import Moving
+from rowtune.runtime.lists.loops import Loop, Rolled
 from rowtune.runtime.recording import At, Call
 from rowtune.torch_private import OpOverload
 
@@ -43,7 +44,7 @@ QUICK: dict[Any, Callable[..., Any]] = {
 """PyTorch's own bindings of operators with the same arguments, which are called faster than the operators."""
 
 
-def compiled(listing: Listing) -> Function:
+def compiled(listing: Rolled) -> Function:
     """A function of the given tensors, in a list that it empties, for the results."""
     writer = _Writer(listing)
     source = "\n".join(writer.lines())
@@ -56,7 +57,7 @@ def compiled(listing: Listing) -> Function:
 class _Writer:
     """Views are local variables, named anew when they are free; everything else is a global name."""
 
-    def __init__(self, listing: Listing) -> None:
+    def __init__(self, listing: Rolled) -> None:
         self.listing = listing
         self.names: dict[str, Any] = {}
         self._global: dict[Any, str] = {}
@@ -78,7 +79,11 @@ class _Writer:
         if unread:
             yield f"    del {', '.join(unread)}"
         for i, call in enumerate(self.listing.calls):
-            yield from (f"    {line}" for line in self._call(i, call, last))
+            dying = [v for v in dict.fromkeys(call.reads) if last[v] == i and v not in self.listing.constants]
+            written = (
+                self._loop(call, dying, last) if isinstance(call, Loop) else self._call(call, dying, last)
+            )
+            yield from (f"    {line}" for line in written)
         results = ", ".join(self._local[v] for v in self.listing.results)
         yield f"    return ({results},)" if results else "    return ()"
 
@@ -87,11 +92,39 @@ class _Writer:
         last = {v: i for i, call in enumerate(self.listing.calls) for v in call.reads}
         return last | dict.fromkeys(self.listing.results, len(self.listing.calls))
 
-    def _call(self, number: int, call: Call, last: dict[int, int]) -> Iterator[str]:
+    def _loop(self, loop: Loop, dying: list[int], last: dict[int, int]) -> Iterator[str]:
+        """Variables are set before, and by each turn for the next; what else a turn makes dies in it."""
+        body, names = loop.body, [(self._local[c.first], c) for c in loop.carried]
+        own = {v for call in body for v in call.makes} | {c.view for c in loop.carried}
+        own -= {v for v in own if v in self._local}
+        used = {v: i for i, call in enumerate(body) for v in call.reads}
+        used |= dict.fromkeys([c.after for c in loop.carried], len(body))
+        firsts = {c.first for c in loop.carried}
+        if loop.carried:
+            variables = ", ".join([self._new(c.view) for _, c in names])
+            yield f"{variables} = {', '.join([name for name, _ in names])}"
+        yield from self._del([v for v in dying if v in firsts])
+        yield f"for i in range({loop.times}):"
+        for i, call in enumerate(body):
+            ends = [v for v in dict.fromkeys(call.reads) if v in own and used[v] == i]
+            names_kept = {v: self._local[v] for v in ends if any(v == c.view for c in loop.carried)}
+            for line in self._call(call, [v for v in ends if v not in names_kept], used):
+                yield f"    {line}"
+            if names_kept:
+                yield f"    del {', '.join(names_kept.values())}"
+        if loop.carried:
+            yield f"    {variables} = {', '.join([self._local[c.after] for c in loop.carried])}"
+        made = {v for call in body for v in call.makes}
+        yield from (f"    {line}" for line in self._del([c.after for c in loop.carried if c.after in made]))
+        unread = [c.view for c in loop.carried if c.view not in last]
+        yield from self._del([*(v for v in dying if v not in firsts), *unread])
+
+    def _del(self, views: list[int]) -> Iterator[str]:
+        if views:
+            yield f"del {', '.join([self._drop(v) for v in dict.fromkeys(views)])}"
+
+    def _call(self, call: Call, dying: list[int], last: Mapping[int, int]) -> Iterator[str]:
         function, arguments = self._function(call)
-        dying = [
-            v for v in dict.fromkeys(call.reads) if last[v] == number and v not in self.listing.constants
-        ]
         run = f"{function}({', '.join(arguments)})"
         used = [(i, v) for i, v in enumerate(call.makes) if v in last and v not in self._local]
         if not used:
@@ -107,8 +140,7 @@ class _Writer:
             for i, view in used:
                 yield f"{self._new(view)} = made[{i}]"
             yield "del made"
-        if dying:
-            yield f"del {', '.join(self._drop(v) for v in dying)}"
+        yield from self._del(dying)
 
     def _function(self, call: Call) -> tuple[str, list[str]]:
         args = [self._argument(a) for a in call.args]
@@ -124,13 +156,19 @@ class _Writer:
             return None
         x, dim, start, end, *step = call.args
         size = self.listing.views[x.view].shape[dim]
-        if step not in ([], [1]) or start is None or end is None or not 0 <= start <= end:
+        if step not in ([], [1]):
+            return None
+        if isinstance(start, Moving) and isinstance(end, Moving):
+            return [self._local[x.view], str(dim), self._argument(start), str(end.start - start.start)]
+        if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end:
             return None
         return [self._local[x.view], str(dim), str(start), str(min(end, size) - start)]
 
     def _argument(self, argument: Any) -> str:
         if isinstance(argument, At):
             return self._local[argument.view]
+        if isinstance(argument, Moving):
+            return f"{argument.start} + i * {argument.step}"
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(self._argument(a) for a in argument)}]"
         if argument is None or isinstance(argument, (bool, int, str)):

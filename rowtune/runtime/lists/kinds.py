@@ -19,9 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from rowtune.kernels.constants import TRACING
 from rowtune.plan.lower import uncollected
 from rowtune.runtime.gradients import Gradients
+from rowtune.runtime.lists.alike import NotAlike
 from rowtune.runtime.lists.code import Function, compiled
+from rowtune.runtime.lists.loops import rolled
 from rowtune.runtime.lists.rewrites import rewritten
 from rowtune.runtime.lists.tracer import Key, Listed, NotListed, Tracer
+from rowtune.runtime.lists.turns import Way, each, in_turns
 from rowtune.runtime.recording import View
 from rowtune.runtime.writer import Answer
 from rowtune.torch_private import FakeTensorMode, storage_of, without_modes
@@ -68,7 +71,12 @@ class Step(NamedTuple):
 
 
 def _step(listed: Listed) -> Step:
-    return Step(compiled(rewritten(listed.listing)), *listed[1:])
+    whole = rolled(listed.listing)
+    try:
+        shorter = rolled(rewritten(listed.listing), whole)
+    except NotAlike:  # a turn that is listed was rewritten in another way than those that are not would be
+        shorter = whole
+    return Step(compiled(shorter), *listed[1:])
 
 
 Place = tuple[Life, Any]
@@ -81,6 +89,7 @@ class Kind:
 
     answer: Answer
     layout: Any
+    way: Way = in_turns
     steps: dict[Place, Step | None] = field(default_factory=dict)
     leaves: frozenset[View] = frozenset()
     why_not: str = ""
@@ -91,7 +100,7 @@ class Kind:
         """A backward for other outer gradients than were expected, if what forward left will do."""
         self.steps[place] = None
         with contextlib.suppress(Exception):  # as in `written`
-            listed = _traced(self.answer, place[0], tensors, begin, outer)[-1][1]
+            listed = _traced(self.answer, self.way, place[0], tensors, begin, outer)[-1][1]
             if self.leaves >= {*listed.state}:
                 self.steps[place] = _step(listed)
 
@@ -110,17 +119,25 @@ def written(answer: Answer, tensors: dict[str, Tensor], begin: Begin) -> Kind:
     """All that runs like this one call."""
     kind = Kind(answer, layout_of(tensors))
     try:
-        lives = [_traced(answer, life, tensors, begin, None) for life in begin.lives]
+        _write(kind, tensors, begin)
+    except NotAlike:  # bands that others were to stand for
+        kind = Kind(answer, kind.layout, each)
+        _write(kind, tensors, begin)
+    return kind
+
+
+def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin) -> None:
+    try:
+        lives = [_traced(kind.answer, kind.way, life, tensors, begin, None) for life in begin.lives]
     except Exception as why:  # an operator that does not run without data; on real tensors it may
         kind.why_not = f"{type(why).__name__}: {why}" if not isinstance(why, NotListed) else str(why)
-        return kind
+        return
     kept = dict.fromkeys(view for sections in lives for view in sections[0][1].leaves)
     kind.leaves = frozenset(kept)
-    for place, listed in (each for sections in lives for each in sections):
+    for place, listed in (section for sections in lives for section in sections):
         if place not in kind.steps:
             listed = _leaving(listed, kept) if len(place[0]) == 1 else listed
             kind.steps[place] = _step(listed)
-    return kind
 
 
 def _leaving(listed: Listed, kept: Iterable[View]) -> Listed:
@@ -134,6 +151,7 @@ def _leaving(listed: Listed, kept: Iterable[View]) -> Listed:
 
 def _traced(
     answer: Answer,
+    way: Way,
     life: Life,
     tensors: Mapping[str, Tensor],
     begin: Begin,
@@ -142,13 +160,14 @@ def _traced(
     """The sections of one run on stand-ins.
 
     Args:
+        way: which steps of its schedule run.
         outer: the gradients that come in; None for those that are expected, of all outputs that have some.
     """
     device = next(iter(tensors.values())).device
     # Autocast looks at devices: where it is on, stand-ins are fake tensors of this one.
     casts = device.type != "meta" and (begin.casts or torch.is_autocast_enabled(device.type))
     blank = device if casts else torch.device("meta")
-    tracer = Tracer(device, blank, _asked if casts else answer)
+    tracer = Tracer(device, blank, _asked if casts else answer, way)
     layouts = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_modes())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,8 @@ class Listing:
     given: tuple[int, ...]
     constants: Mapping[int, Tensor]
     results: tuple[int, ...]
+    more: Mapping[int, int] = field(default_factory=dict)
+    """By loop: how often the calls of its last turn come again, not listed: see `loops.py`."""
 
     def buffer(self, view: int) -> int:
         """The memory that a view looks at."""
@@ -35,6 +37,26 @@ class Listing:
 
     def with_calls(self, calls: Iterator[Call]) -> Listing:
         return replace(self, calls=tuple(calls))
+
+
+def renamed(call: Call, name: Callable[[int], int]) -> Call:
+    """The call on other views."""
+    reads = tuple([name(v) for v in call.reads])
+    makes = tuple([name(v) if v >= 0 else v for v in call.makes])
+    if reads == call.reads and makes == call.makes:
+        return call
+    args = swapped(call.args, At, lambda at: At(name(at.view)))
+    kwargs = {k: swapped(a, At, lambda at: At(name(at.view))) for k, a in call.kwargs.items()}
+    return call._replace(args=args, kwargs=kwargs, reads=reads, makes=makes)
+
+
+def swapped(argument: Any, kind: type, other: Callable[[Any], Any]) -> Any:
+    """An argument with everything of one kind in it swapped."""
+    if isinstance(argument, kind):
+        return other(argument)
+    if type(argument) in (list, tuple):
+        return type(argument)([swapped(a, kind, other) for a in argument])
+    return argument
 
 
 def written(call: Call) -> Iterator[int]:

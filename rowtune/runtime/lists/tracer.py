@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rowtune.runtime.lists.alike import Calls, NotAlike, Places, alike
 from rowtune.runtime.lists.listing import Listing, written
-from rowtune.runtime.recording import View
+from rowtune.runtime.lists.turns import Way as Steps
+from rowtune.runtime.lists.turns import each
+from rowtune.runtime.recording import Turn, View, Way
 from rowtune.runtime.writer import Answer, Recorder
-from rowtune.torch_private import storage_of
+from rowtune.torch_private import autograd_runs, storage_of
 
 Key = tuple[str, str]
 """Kind and name of a tensor that goes in or out of a section."""
@@ -60,9 +63,15 @@ class Listed(NamedTuple):
 class Tracer(Recorder):  # type: ignore[no-untyped-call]
     """Records sections of one run, for `device`; its tensors lie on the device `blank`."""
 
-    def __init__(self, device: torch.device, blank: torch.device, answer: Answer) -> None:
+    def __init__(
+        self, device: torch.device, blank: torch.device, answer: Answer, steps: Steps = each
+    ) -> None:
         super().__init__(lambda func, args, kwargs: answer(func, args, self._on_blank(kwargs)))
-        self.device, self._blank = device, blank
+        self.device, self._blank, self._steps = device, blank, steps
+        self.more: dict[int, int] = {}  # by loop: how often its last turn comes again
+        self._turn: tuple[int, int, int] | None = None  # loop, turn, number of the first call
+        self._loops: list[dict[int, Calls]] = []
+        self._places, self._placed_calls = Places(), 0
         self.sections: list[Section] = []
         self._renew: dict[Hashable, Callable[[], object]] = {}
         self._real: dict[int, Tensor] = {}  # constants, by buffer
@@ -87,6 +96,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         """Write down what happens inside."""
         self._seen.clear()  # a section makes its own views, of an input say
         made = Section(len(self._calls))
+        self._places, self._placed_calls = Places(), len(self._calls)
         for name, tensor in given.items():
             made.given[name] = self.know(tensor, str(name), "batch")
         self.sections.append(made)
@@ -114,6 +124,41 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         is_blank = isinstance(argument, torch.device) and argument == self._blank
         return self.device if is_blank else super()._given(argument, reads)
 
+    # -- turns ---------------------------------------------------------------------------------------------
+
+    def steps(self, run: Any, steps: Any) -> None:
+        self._steps(self, run, steps)
+
+    def begin_loop(self) -> int:
+        """The number of a loop."""
+        self._loops.append({})
+        return len(self._loops) - 1
+
+    @contextmanager
+    def turn(self, loop: int, turn: int) -> Iterator[None]:
+        """Calls inside are those of a turn of a loop."""
+        start = len(self._calls)
+        self._turn = loop, turn, start
+        yield
+        self._turn = None
+        self._loops[loop][turn] = dict(enumerate(self._calls[start:]))
+
+    def oldest(self, loop: int, turn: int) -> int | None:
+        """How many turns later what a turn makes is still read; None if this one is not like those before."""
+        self._places.add(self._calls[self._placed_calls :])
+        self._placed_calls = len(self._calls)
+        try:
+            return alike(self._loops[loop], loop, turn, self._places, self._views).oldest
+        except NotAlike:
+            return None
+
+    def _placed(self) -> tuple[int, Way, Turn | None]:
+        way: Way = "backward" if autograd_runs() else "forward"
+        if self._turn is None:
+            return 0, way, None
+        loop, turn, start = self._turn
+        return 0, way, Turn(loop, turn, len(self._calls) - start)
+
     # -- listings ------------------------------------------------------------------------------------------
 
     def listed(self) -> list[Listed]:
@@ -139,7 +184,10 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
                 (*section.results.values(), *leaves.values()),
             )
             calls = tuple(self._calls[section.start : section.stop])
-            listing = Listing(calls, views, given, self._constants(section), results)
+            more = {
+                loop: n for loop, n in self.more.items() if any(c.turn and c.turn.loop == loop for c in calls)
+            }
+            listing = Listing(calls, views, given, self._constants(section), results, more)
             state = tuple(views[v] for v in outside)
             keys = tuple(section.given), tuple(section.results)
             renew = tuple(self._renew.values())
