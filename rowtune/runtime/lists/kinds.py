@@ -90,6 +90,7 @@ class Kind:
     answer: Answer
     layout: Any
     way: Way = in_turns
+    lives: tuple[Life, ...] = ()
     steps: dict[Place, Step | None] = field(default_factory=dict)
     leaves: frozenset[View] = frozenset()
     why_not: str = ""
@@ -97,12 +98,15 @@ class Kind:
     def learn(
         self, place: Place, tensors: dict[str, Tensor], begin: Begin, outer: Mapping[str, Tensor]
     ) -> None:
-        """A backward for other outer gradients than were expected, if what forward left will do."""
+        """What a run does that was not written down yet: another life than was expected, or a backward for
+        other outer gradients. Where forward leaves too little for it, runs to come will leave more."""
         self.steps[place] = None
         with contextlib.suppress(Exception):  # as in `written`
             listed = _traced(self.answer, self.way, place[0], tensors, begin, outer)[-1][1]
             if self.leaves >= {*listed.state}:
                 self.steps[place] = _step(listed)
+            elif place[0] in begin.lives and place[0] not in self.lives:
+                _write(self, tensors, begin, begin.lives)
 
 
 def layout_of(tensors: Mapping[Any, Tensor]) -> Any:
@@ -119,25 +123,26 @@ def written(answer: Answer, tensors: dict[str, Tensor], begin: Begin) -> Kind:
     """All that runs like this one call."""
     kind = Kind(answer, layout_of(tensors))
     try:
-        _write(kind, tensors, begin)
+        _write(kind, tensors, begin, begin.lives[-1:])
     except NotAlike:  # bands that others were to stand for
         kind = Kind(answer, kind.layout, each)
-        _write(kind, tensors, begin)
+        _write(kind, tensors, begin, begin.lives[-1:])
     return kind
 
 
-def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin) -> None:
+def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin, lives: tuple[Life, ...]) -> None:
+    """The sections of these lives. Most segments within a checkpoint have only the longest."""
     try:
-        lives = [_traced(kind.answer, kind.way, life, tensors, begin, None) for life in begin.lives]
+        runs = [_traced(kind.answer, kind.way, life, tensors, begin, None) for life in lives]
     except Exception as why:  # an operator that does not run without data; on real tensors it may
         kind.why_not = f"{type(why).__name__}: {why}" if not isinstance(why, NotListed) else str(why)
         return
-    kept = dict.fromkeys(view for sections in lives for view in sections[0][1].leaves)
-    kind.leaves = frozenset(kept)
-    for place, listed in (section for sections in lives for section in sections):
-        if place not in kind.steps:
-            listed = _leaving(listed, kept) if len(place[0]) == 1 else listed
-            kind.steps[place] = _step(listed)
+    kept = dict.fromkeys(view for sections in runs for view in sections[0][1].leaves)
+    steps: dict[Place, Step | None] = {}
+    for place, listed in (section for sections in runs for section in sections):
+        if place not in steps:
+            steps[place] = _step(_leaving(listed, kept) if len(place[0]) == 1 else listed)
+    kind.lives, kind.steps, kind.leaves = lives, steps, frozenset(kept)
 
 
 def _leaving(listed: Listed, kept: Iterable[View]) -> Listed:

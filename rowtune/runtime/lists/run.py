@@ -102,7 +102,7 @@ class Run:
             return None
         life = self.life if name in self.life else (*self.life, name)
         step = self.kind.steps.get((life, layout_of(more) if name == "backward" else None))
-        if step is None:
+        if step is None or not all(view in self.state for view in step.state):
             return None
         self.life = life
         given = {**named("in", self.tensors), **named(name, more)}
