@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rowtune.cost.alike import Alike, alike, digest
 from rowtune.cost.compose import Linked
-from rowtune.cost.footprint import Footprint, footprint
+from rowtune.cost.footprint import Footprint, at_last_use, footprint
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower
@@ -77,7 +77,9 @@ class _Run:
 
     def backward(self, outer: tuple[Crossing, ...]) -> Footprint:
         try:
-            found = footprint(self.made.backward(self._own(outer)))
+            recorded = self.made.backward(self._own(outer))
+            rows = self.segment.banded is not None or self.segment.passes is not None
+            found = footprint(at_last_use(recorded) if rows else recorded)
         except Exception as error:
             raise _unlike(self.segment, error) from error
         return replace(
