@@ -32,6 +32,7 @@ def compose(
     batch: Iterable[int],
     fixed: int,
     names: Mapping[int, str],
+    copies: Mapping[str, tuple[int, int]],
 ) -> Peak:
     """The most that is alive at any time.
 
@@ -40,8 +41,12 @@ def compose(
         batch: bytes of what the caller holds.
         fixed: bytes of parameters, buffers and the optimizer's state.
         names: of blocks, for people.
+        copies: of inputs, that a step begins with: block and bytes, by the input's name.
     """
     walk = _Walk(sum(batch), fixed, names)
+    for name, (block, size) in copies.items():
+        walk.begin(block, size)
+        walk.values[name] = block
     for linked in step:
         walk.forward(linked)
     for block, size in outer.items():

@@ -49,7 +49,8 @@ def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | N
     step = seen.step(graph, plan)
     weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
-    peak = compose(step.segments, step.outer, batch, weights + state_bytes(graph, optimizer), step.names)
+    fixed = weights + state_bytes(graph, optimizer)
+    peak = compose(step.segments, step.outer, batch, fixed, step.names, step.copies)
     return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program)
 
 

@@ -19,6 +19,7 @@ from rowtune.plan.program import Program, SegmentProgram, steps_of
 from rowtune.plan.repeat import shortened
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.layout import ORDERS, strides
 from rowtune.runtime.segment_recorder import SegmentRun
 from rowtune.runtime.segment_recording import Crossing
 from rowtune.runtime.writer import Lives
@@ -33,6 +34,8 @@ class Step(NamedTuple):
     names: dict[int, str]
     outer: dict[int, int]
     """Bytes of the gradients that backward begins with, by block."""
+    copies: dict[str, tuple[int, int]]
+    """Block and bytes of the inputs that lie otherwise in a step than the user has them, by name."""
     seconds: float
     program: str
 
@@ -216,6 +219,7 @@ class _Linker:
         self.seen, self.program, self.graph = seen, program, program.graph
         self.blocks = count()
         self.names: dict[int, str] = {}
+        self.copies: dict[str, tuple[int, int]] = {}
         self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
         self.gradients: dict[str, _At] = {}
 
@@ -230,10 +234,16 @@ class _Linker:
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
         seconds = sum(self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True))
-        return Step(linked[::-1], self.names, outer, seconds, digest(digests))
+        return Step(linked[::-1], self.names, outer, self.copies, seconds, digest(digests))
 
     def _given(self, value: Value) -> _At:
-        return _At(_dense(value), self._block(value.name))
+        found, block = _dense(value), self._block(value.name)
+        rearranged = value.kind == "input" and len(value.shape) in ORDERS
+        if self.program.plan.layout == "channels_last" and rearranged:
+            found = found._replace(stride=strides(value.shape))
+            if value.shape[1] > 1:
+                self.copies[value.name] = block, value.bytes
+        return _At(found, block)
 
     def _trained(self) -> list[str]:
         """The outputs that backward begins with: the loss, or all that have a gradient."""

@@ -107,8 +107,8 @@ def checked(plan: Any) -> Plan:
         raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
     if plan.stores or plan.dtype != "as given":
         raise PlanError("the plan uses stores or dtype, which this version of rowtune only reserves")
-    if plan.layout != "contiguous":
-        raise PlanError(f"layout {plan.layout!r} is reserved; this version runs contiguous tensors only")
+    if plan.layout not in get_args(Layout):
+        raise PlanError(f"layout is one of {', '.join(get_args(Layout))}, not {plan.layout!r}")
     if type(plan.axis) is not int or plan.axis < 2:
         raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
     for segment in plan.segments:

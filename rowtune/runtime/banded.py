@@ -23,10 +23,11 @@ from rowtune.rows import Rows
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
+from rowtune.runtime.layout import has_channels_last
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
-from rowtune.runtime.weights import WeightSums, cast_once
+from rowtune.runtime.weights import WeightSums, cast_once, last_channels
 from rowtune.runtime.windows import Windows
 from rowtune.torch_private import storage_of
 
@@ -147,16 +148,24 @@ class BandedRun:
         self.arriving = InputGradients(self.gradients.inputs)
         self.carriers = self._carriers()
         self.evaluator.totals = self.sums.totals
-        nodes = [node for group in self.program.groups for node in group.nodes]
         self.leaves = {
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
-            for n, t in cast_once(self.whole, nodes).items()
+            for n, t in self._weights().items()
         }
         summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
         for name, leaf in self.leaves.items():
             if leaf.requires_grad:
                 leaf.register_hook(summing.hook(name))  # type: ignore[no-untyped-call]
         self._images(ALL_IMAGES)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is used whole, as convolutions use it."""
+        nodes = [node for group in self.program.groups for node in group.nodes]
+        found = cast_once(self.whole, nodes)
+        lie_so = any(
+            has_channels_last(self.tensors[n]) for n in self.segment.part.inputs if n in self.tensors
+        )
+        return last_channels(found, nodes) if lie_so else found
 
     def _images(self, images: Rows) -> None:
         total = images.lo == 0 and len(self.program.image_ranges) == 1

@@ -13,14 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.torch_private import FakeTensorMode, pytree, without_modes
+
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
 
 
 class Answers:
     """Runs operators on meta tensors; those that make new memory, or write to their first argument, from
-    memory where the same was asked before."""
+    memory where the same was asked before.
 
-    def __init__(self) -> None:
+    Args:
+        device: that the tensors stand for.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
         self.known: dict[Any, tuple[Made | None, ...] | Made] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -32,11 +42,25 @@ class Answers:
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
             return func(*args, **kwargs)
-        if found is None:
-            out = func(*args, **kwargs)
-            self.known[key] = _described(out)
-            return out
-        return how(found, args)
+        if found is not None:
+            return how(found, args)
+        if func in CONVOLUTIONS and not all(a.is_contiguous() for a in args if isinstance(a, Tensor)):
+            self.known[key] = made = self._laid_out(func, args, kwargs)
+            return how(made, args)
+        out = func(*args, **kwargs)
+        self.known[key] = _described(out)
+        return out
+
+    def _laid_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a convolution returns on the device: in which layout is the choice of the device's kernels,
+        of which meta tensors know nothing."""
+        with without_modes(), FakeTensorMode():
+            given, named = pytree.tree_map_only(
+                Tensor,
+                lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device),
+                (args, kwargs),
+            )
+            return _described(func(*given, **named))
 
 
 class _Data(Exception):
@@ -79,6 +103,8 @@ def _first(found: Any, args: tuple[Any, ...]) -> Any:
 @cache
 def _kind(func: Any) -> Callable[[Any, tuple[Any, ...]], Any] | None:
     """How an operator's answer is made from memory: by its schema; None where it is a view, say."""
+    if func is torch.ops.aten._unsafe_view.default:  # a view, though its schema denies it
+        return None
     schema = func._schema
     aliased = [a for a in schema.arguments if a.alias_info is not None]
     returned = [str(r.type) for r in schema.returns]

@@ -23,6 +23,7 @@ from rowtune.plan.adapt import eval_plan
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
+from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.segments import Engine as Engine
 from rowtune.runtime.segments import Step, run_segment
@@ -160,7 +161,7 @@ class RowtuneModule(nn.Module):
 
     def _run(self, program: Program, flat: list[Tensor], targets: Tensor | None) -> list[Tensor]:
         graph = program.graph
-        env: dict[str, Any] = dict(zip(graph.inputs, flat, strict=True))
+        env: dict[str, Any] = dict(zip(graph.inputs, arranged(flat, self.plan.layout), strict=True))
         env |= _fixed(graph, self)
         if targets is not None:
             self._check_target(graph, targets)

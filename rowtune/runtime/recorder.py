@@ -11,6 +11,7 @@ from rowtune.graph.graph import Graph, Value
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.recording import Recording, Role, check
 from rowtune.runtime.segments import Engine, Step, run_segment
@@ -51,6 +52,8 @@ class _Step:
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
+        inputs = self.graph.inputs
+        env |= zip(inputs, arranged((env[n] for n in inputs), self.program.plan.layout), strict=True)
         step = Step(self.program, lists=Lists(after=0) if self.engine == "listed" else None)
         for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
             self.recorder.place = (i, "forward")
