@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.runtime.layout import has_channels_last, strides
 from rowtune.torch_private import FakeTensorMode, pytree, without_modes
 
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
-CONVOLUTIONS = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default})
+aten = torch.ops.aten
+CONVOLUTIONS = frozenset({aten.convolution.default, aten.convolution_backward.default})
+HANDED_ON = frozenset(
+    {
+        *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.roll.default),
+        *(aten.reflection_pad2d.default, aten.reflection_pad3d.default),
+        *(aten.replication_pad2d.default, aten.replication_pad3d.default),
+    }
+)
+"""Operators that keep the channels last on a CPU, and make them contiguous on meta tensors."""
 
 
 class Answers:
@@ -30,7 +40,7 @@ class Answers:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = device
+        self.device = torch.device(device)
         self.known: dict[Any, tuple[Made | None, ...] | Made] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -44,16 +54,22 @@ class Answers:
             return func(*args, **kwargs)
         if found is not None:
             return how(found, args)
-        if func in CONVOLUTIONS and not all(a.is_contiguous() for a in args if isinstance(a, Tensor)):
-            self.known[key] = made = self._laid_out(func, args, kwargs)
+        made = self._laid_out(func, args, kwargs)
+        if made is not None:
+            self.known[key] = made
             return how(made, args)
         out = func(*args, **kwargs)
         self.known[key] = _described(out)
         return out
 
     def _laid_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a convolution returns on the device: in which layout is the choice of the device's kernels,
-        of which meta tensors know nothing."""
+        """What an operator returns where the device's kernels choose a layout of which meta tensors know
+        nothing."""
+        if func in HANDED_ON and self.device.type == "cpu" and has_channels_last(args[0]):
+            made: Tensor = func(*args, **kwargs)
+            return made.shape, strides(made.shape), made.dtype
+        if func not in CONVOLUTIONS or all(a.is_contiguous() for a in args if isinstance(a, Tensor)):
+            return None
         with without_modes(), FakeTensorMode():
             given, named = pytree.tree_map_only(
                 Tensor,
