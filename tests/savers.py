@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,13 +9,14 @@ import torch
 from exactness import Step, error, step
 from hypothesis import strategies as st
 from test_exact_cuts import segments
-from torch import Tensor, nn
+from torch import nn
 
 import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Plan, Precision
+from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Plain
 from rowtune.zoo import build
@@ -45,9 +45,16 @@ class Case:
         self.target = synthetic_target(self.loss, output.shape, dtype, 1)
         self.training = with_loss(self.graph, self.loss)
         self._buffers = {n: b.clone() for n, b in self.net.named_buffers()}
-        self.plain = self.step(Plain(self.net, self.loss))
+        self._plain: dict[str, Step] = {}
 
-    def step(self, module: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Step:
+    def plain(self, precision: Precision = "as given") -> Step:
+        """What PyTorch gives under this autocast."""
+        if precision not in self._plain:
+            with autocast(precision, "cpu"):
+                self._plain[precision] = self.step(Plain(self.net, self.loss))
+        return self._plain[precision]
+
+    def step(self, module: nn.Module) -> Step:
         """Loss, gradients (of the input as well) and buffers of one step, from the same state."""
         with torch.no_grad():
             for name, buffer in self.net.named_buffers():
@@ -61,7 +68,7 @@ class Case:
     def error(self, plan: Plan, engine: Any = "traced", steps: int = 1) -> float:
         """The largest of some steps."""
         module = self.apply(plan, engine)
-        return max(error(self.step(module), self.plain) for _ in range(steps))
+        return max(error(self.step(module), self.plain(plan.dtype)) for _ in range(steps))
 
     def memory(self, plan: Plan) -> Memory:
         """Predicted and measured, of a step with momentum."""

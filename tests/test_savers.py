@@ -17,6 +17,9 @@ from rowtune.errors import PlanError
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan
 from rowtune.runtime.layout import channels_last, has_channels_last, strides
+from rowtune.tune.reference import Place
+from rowtune.tune.step import Plain, run_step, scaler_for
+from rowtune.tune.verify import Verifier
 
 WAYS = {
     "keep": {"policy": "keep"},
@@ -86,6 +89,69 @@ def test_which_layout_a_tensor_has():
     assert not has_channels_last(torch.randn(2, 3, 4)) and not has_channels_last(torch.randn(3, 4))
 
 
+# -- precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["per_pixel", "unet_bn"])
+def test_bf16(name, way):
+    """Sums in another order are rounded otherwise."""
+    made = case(name, torch.float32)
+    plan = replace(uniform(made.training, way), dtype="bf16")
+    assert made.error(plan) < 0.15
+    assert made.memory(plan).error < 0.01
+
+
+@pytest.mark.parametrize("way", ["keep", "checkpoint", "sweep"])
+def test_fp16(way):
+    made = case("edsr", torch.float32)
+    plan = replace(uniform(made.training, way), dtype="fp16")
+    assert made.error(plan) < 0.02
+    assert made.memory(plan).error < 0.01
+
+
+def test_bf16_from_lists():
+    made = case("unet_bn", torch.float32)
+    plan = replace(uniform(made.training, "narrow"), dtype="bf16")
+    assert made.error(plan, engine="listed", steps=2) < 0.15
+
+
+def test_bf16_takes_less():
+    made = case("per_pixel", torch.float32)
+    plan = uniform(made.training, "keep")
+    cost = rowtune.predict(made.training, replace(plan, dtype="bf16"))
+    assert cost.activation_bytes < 0.85 * rowtune.predict(made.training, plan).activation_bytes
+
+
+def test_verified_at_the_same_precision():
+    made = case("edsr", torch.float32)
+    plan = replace(uniform(made.training, "sweep"), dtype="fp16")
+    place = Place(((made.x,), made.target), "cpu")
+    verifier = Verifier(made.net, made.loss, [place])
+    check = verifier.check(lambda m: rowtune.apply(m, plan, made.loss), precision="fp16")
+    assert check.ok and check.dtype == "float16", check
+    plain = verifier.check(lambda m: Plain(m, made.loss), precision="fp16")
+    assert plain.max_relative_error > 0  # float32 is another computation
+
+
+def test_fp16_is_trained_with_a_scaled_loss():
+    """A single sweep makes its gradients before the loss is there to be scaled: the same steps as plain's."""
+    made = case("edsr", torch.float32)
+    plan = replace(uniform(made.training, "sweep"), dtype="fp16")
+    finals = []
+    for runner, scaler in ((made.apply(plan), scaler_for(plan, "cpu")), (Plain(made.net, made.loss), None)):
+        before = [p.detach().clone() for p in made.net.parameters()]
+        optimizer = torch.optim.SGD(made.net.parameters(), lr=0.1)
+        for _ in range(2):
+            run_step(runner, optimizer, (made.x,), made.target, scaler)
+        finals.append([p.detach() - b for p, b in zip(made.net.parameters(), before, strict=True)])
+        with torch.no_grad():
+            for p, b in zip(made.net.parameters(), before, strict=True):
+                p.copy_(b)
+    for ours, plain in zip(*finals, strict=True):
+        assert (ours - plain).abs().max() <= 0.02 * plain.abs().max()
+
+
 # -- in combination ----------------------------------------------------------------------------------------
 
 
@@ -94,7 +160,8 @@ def test_which_layout_a_tensor_has():
 def test_combinations(name, data):
     made = case(name)
     plan = data.draw(plans(made.training))
-    plan = replace(plan, layout=data.draw(st.sampled_from(["contiguous", "channels_last"])))
+    layout = data.draw(st.sampled_from(["contiguous", "channels_last"]))
+    plan = replace(plan, layout=layout, dtype=data.draw(st.sampled_from(["as given", "bf16"])))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert made.error(plan) < TOLERANCE
     assert made.memory(plan).error < 0.01
@@ -103,9 +170,13 @@ def test_combinations(name, data):
 # -- what a plan may say -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "says"), [({"layout": "nhwc"}, "layout is one of contiguous, channels_last")]
-)
+REFUSED = [
+    ({"layout": "nhwc"}, "layout is one of contiguous, channels_last"),
+    ({"dtype": "fp8"}, "dtype is one of as given, bf16, fp16"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED)
 def test_refused(change, says):
     made = case("per_pixel")
     with pytest.raises(PlanError, match=says):

@@ -20,7 +20,7 @@ from rowtune.plan.repeat import shortened
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import ORDERS, strides
-from rowtune.runtime.segment_recorder import SegmentRun
+from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
 from rowtune.runtime.writer import Lives
 
@@ -47,9 +47,9 @@ class _At(NamedTuple):
     block: int | None
 
 
-Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...]]
+Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...], How]
 """A segment's program, its inputs and the parameters that it shares with others, by the names that they
-have in all segments like it."""
+have in all segments like it, and the step that it is part of."""
 
 
 class _Forward:
@@ -73,7 +73,7 @@ class _Run:
         self.own = {common: name for name, common in names.items()}
         inputs, shared = self._own(key[1]), {self.own[n]: earlier for n, earlier in key[2]}
         try:
-            self.made = SegmentRun(graph, segment, inputs, shared, Lives(answers.call))
+            self.made = SegmentRun(graph, segment, inputs, shared, Lives(answers.call), key[3])
         except Exception as error:
             raise _unlike(segment, error) from error
         self.outputs = self._common(self.made.outputs)
@@ -228,7 +228,7 @@ class _Linker:
         digests = [self.seen.digest(s) for s in segments]
         shared = _shared(self.graph, segments)
         keys = [self._forward(*each) for each in zip(segments, digests, shared, strict=True)]
-        outer = {self._outer(name): self.graph.values[name].bytes for name in dict.fromkeys(self._trained())}
+        outer = dict(self._outer(name) for name in dict.fromkeys(self._trained()))
         linked = [
             self._backward(*each)
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
@@ -250,10 +250,12 @@ class _Linker:
         outputs = self.graph.outputs[: 1 if self.graph.loss is not None else None]
         return [n for n in outputs if n in self.values and self.values[n].crossing.wanted]
 
-    def _outer(self, name: str) -> int:
+    def _outer(self, name: str) -> tuple[int, int]:
+        """Block and bytes of an output's gradient."""
         block = self._block(f"the gradient of {name}")
-        self.gradients[name] = _At(_dense(self.graph.values[name]), block)
-        return block
+        value = replace(self.graph.values[name], dtype=self.values[name].crossing.dtype)
+        self.gradients[name] = _At(_dense(value), block)
+        return block, value.bytes
 
     def _block(self, name: str) -> int:
         block = next(self.blocks)
@@ -266,7 +268,8 @@ class _Linker:
         common, names = self.seen.alike(self.graph, segment, known)
         inputs = segment.part.inputs
         given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
-        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names)
+        how = How(self.program.plan.dtype)
+        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), how
         forward = self.seen.forward(self.graph, segment, key, names)
         own = {common: name for name, common in names.items()}
         fresh: dict[int, int] = {}
@@ -284,7 +287,7 @@ class _Linker:
     def _backward(
         self, segment: SegmentProgram, key: tuple[Key, dict[str, str]], drops: Sequence[str]
     ) -> Linked:
-        (_, _, shared), names = key
+        (_, _, shared, _), names = key
         own = {common: name for name, common in names.items()}
         there = (*segment.part.outputs, *segment.part.inputs)
         reached = [n for n in there if n in self.gradients and self.values[n].crossing.wanted]

@@ -16,6 +16,7 @@ Halo = Literal["recompute", "cache", "sweep"]
 Tapes = Literal["split", "whole", "late", "replay"]
 Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
+Precision = Literal["as given", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,16 @@ class Segment:
 class Plan:
     """Segments in order, and what holds for the whole step.
 
-    `axis` is the band axis of the inputs (2: the first spatial one). `stores`, `dtype` are reserved: where
-    cut tensors, inputs and targets are kept, and in which type.
+    axis    the band axis of the inputs (2: the first spatial one)
+    layout  how feature maps lie in memory: channels_last brings the inputs into it, operators hand it on
+    dtype   bf16, fp16: the step runs under autocast; fp16 wants its loss scaled (`RowtuneModule.loss_scale`)
+    stores  reserved
     """
 
     segments: tuple[Segment, ...]
     axis: int = 2
     layout: Layout = "contiguous"
-    dtype: str = "as given"
+    dtype: Precision = "as given"
     stores: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,10 +108,9 @@ def checked(plan: Any) -> Plan:
     """The plan, if a file could hold it: PlanError names the first value out of range."""
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
-    if plan.stores or plan.dtype != "as given":
-        raise PlanError("the plan uses stores or dtype, which this version of rowtune only reserves")
-    if plan.layout not in get_args(Layout):
-        raise PlanError(f"layout is one of {', '.join(get_args(Layout))}, not {plan.layout!r}")
+    if plan.stores:
+        raise PlanError("the plan uses stores, which this version of rowtune only reserves")
+    _check_choices(plan, {"layout": Layout, "dtype": Precision})
     if type(plan.axis) is not int or plan.axis < 2:
         raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
     for segment in plan.segments:
@@ -130,12 +132,16 @@ def _segment(data: Any) -> Segment:
     return Segment(**{**data, "inside": tuple(_segment(item) for item in inside)})
 
 
+def _check_choices(made: Any, choices: dict[str, Any]) -> None:
+    for key, kind in choices.items():
+        if getattr(made, key) not in get_args(kind):
+            raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
+
+
 def _check(made: Segment) -> None:
     for inner in made.inside:
         _check(inner)
-    for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes), ("barriers", Barriers)):
-        if getattr(made, key) not in get_args(kind):
-            raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
+    _check_choices(made, {"policy": Policy, "halo": Halo, "tapes": Tapes, "barriers": Barriers})
     for key in ("band_rows", "images", "band_cols"):
         value = getattr(made, key)
         if type(value) is not int or value < 0:

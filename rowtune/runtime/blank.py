@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rowtune.runtime.layout import has_channels_last, strides
-from rowtune.torch_private import FakeTensorMode, pytree, without_modes
+from rowtune.torch_private import FakeTensor, FakeTensorMode, fake_mode_is_on, pytree, without_modes
 
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
@@ -32,8 +32,8 @@ HANDED_ON = frozenset(
 
 
 class Answers:
-    """Runs operators on meta tensors; those that make new memory, or write to their first argument, from
-    memory where the same was asked before.
+    """Runs operators on meta tensors, or in a FakeTensorMode on fake ones; those that make new memory, or
+    write to their first argument, from memory where the same was asked before.
 
     Args:
         device: that the tensors stand for.
@@ -47,17 +47,19 @@ class Answers:
         how = _kind(func)
         if how is None:
             return func(*args, **kwargs)
+        fake = fake_mode_is_on()
         try:
-            key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
+            key = (func, _key(args, fake), _key(tuple(kwargs.items()), fake) if kwargs else ())
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
             return func(*args, **kwargs)
+        device = self.device if fake else META
         if found is not None:
-            return how(found, args)
+            return how(found, args, device)
         made = self._laid_out(func, args, kwargs)
         if made is not None:
             self.known[key] = made
-            return how(made, args)
+            return how(made, args, device)
         out = func(*args, **kwargs)
         self.known[key] = _described(out)
         return out
@@ -83,13 +85,16 @@ class _Data(Exception):
     pass
 
 
-def _key(argument: Any) -> Any:
+META = torch.device("meta")
+
+
+def _key(argument: Any, fake: bool) -> Any:
     if isinstance(argument, Tensor):
-        if not argument.is_meta:
+        if not (isinstance(argument, FakeTensor) if fake else argument.is_meta):
             raise _Data
         return argument.shape, argument.stride(), argument.dtype
     if isinstance(argument, (tuple, list)):
-        return tuple([_key(a) for a in argument])
+        return tuple([_key(a, fake) for a in argument])
     return argument.__class__, argument  # 1 is not 1.0, nor True
 
 
@@ -99,25 +104,25 @@ def _described(out: Any) -> tuple[Made | None, ...] | Made:
     return tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in out)
 
 
-def _blank(made: Made) -> Tensor:
+def _blank(made: Made, device: torch.device) -> Tensor:
     shape, stride, dtype = made
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-def _one(found: Any, args: tuple[Any, ...]) -> Tensor:
-    return _blank(found)
+def _one(found: Any, args: tuple[Any, ...], device: torch.device) -> Tensor:
+    return _blank(found, device)
 
 
-def _several(found: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if made is None else _blank(made) for made in found)
+def _several(found: Any, args: tuple[Any, ...], device: torch.device) -> tuple[Tensor | None, ...]:
+    return tuple(None if made is None else _blank(made, device) for made in found)
 
 
-def _first(found: Any, args: tuple[Any, ...]) -> Any:
+def _first(found: Any, args: tuple[Any, ...], device: torch.device) -> Any:
     return args[0]
 
 
 @cache
-def _kind(func: Any) -> Callable[[Any, tuple[Any, ...]], Any] | None:
+def _kind(func: Any) -> Callable[[Any, tuple[Any, ...], torch.device], Any] | None:
     """How an operator's answer is made from memory: by its schema; None where it is a view, say."""
     if func is torch.ops.aten._unsafe_view.default:  # a view, though its schema denies it
         return None

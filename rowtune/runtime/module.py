@@ -25,6 +25,7 @@ from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
 from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
+from rowtune.runtime.precision import autocast
 from rowtune.runtime.segments import Engine as Engine
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.torch_private import pytree
@@ -108,7 +109,8 @@ class RowtuneModule(nn.Module):
             raise UsageError("targets were given to a module without a loss; give apply(..., loss=...)")
         program = self.program(inputs, named, with_targets=targets is not None, outputs=outputs)
         flat = [t for t in pytree.tree_leaves((inputs, named)) if isinstance(t, Tensor)]
-        found = self._run(program, flat, targets)
+        with autocast(self.plan.dtype, flat[0].device.type):
+            found = self._run(program, flat, targets)
         graph = program.graph
         if targets is not None:
             model_outputs = found[1:]

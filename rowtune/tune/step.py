@@ -20,6 +20,7 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers import source
 from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
+from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, Source, TensorSpec
 from rowtune.torch_private import pytree
 
@@ -200,12 +201,30 @@ class Plain(nn.Module):
         return self.loss(pytree.tree_leaves(self.module(*inputs))[0], targets)
 
 
+def scaler_for(plan: Plan | None, device: str) -> torch.amp.GradScaler | None:
+    """What scales the loss of a plan in fp16, whose small gradients would be zeros."""
+    fp16 = plan is not None and plan.dtype == "fp16"
+    return torch.amp.GradScaler(torch.device(device).type) if fp16 else None
+
+
 def run_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...], target: Tensor
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[Tensor, ...],
+    target: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """One training step; the loss, detached."""
+    """One training step; the loss, detached. With a `scaler`, `module` is one that a plan was applied to: a
+    single sweep makes gradients before there is a loss to be scaled."""
     optimizer.zero_grad(set_to_none=True)
+    if scaler is None:
+        loss = module(*inputs, targets=target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()  # type: ignore[no-any-return]
+    module.loss_scale = scaler.scale(torch.ones((), device=target.device))
     loss = module(*inputs, targets=target)
-    loss.backward()
-    optimizer.step()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     return loss.detach()  # type: ignore[no-any-return]

@@ -1,0 +1,31 @@
+"""In which type a step computes: as the model and its inputs are, or under PyTorch's autocast."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from rowtune.plan.plan import Precision
+from rowtune.torch_private import FakeTensorMode
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: Precision, device: str) -> AbstractContextManager[Any]:
+    """What a forward runs in; backward follows.
+
+    Without a cache of cast weights: that holds on to all of them until forward ends, and a plan decides what
+    is kept.
+    """
+    if precision not in DTYPES:
+        return nullcontext()
+    return torch.autocast(device, DTYPES[precision], cache_enabled=False)
+
+
+def blank_mode(precision: Precision) -> tuple[AbstractContextManager[Any], torch.device]:
+    """A mode and a device for tensors without data. Autocast looks at devices: it passes meta tensors by."""
+    if precision not in DTYPES:
+        return nullcontext(), torch.device("meta")
+    return FakeTensorMode(), torch.device("cpu")
