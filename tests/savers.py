@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
-from rowtune.plan.plan import Plan, Precision
+from rowtune.plan.plan import Plan, Precision, Store
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Plain
@@ -104,6 +105,7 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
 
 
 @st.composite
-def plans(draw: Any, graph: Graph) -> Plan:
-    """Any cuts, any policies."""
-    return Plan(draw(segments(graph)))
+def plans(draw: Any, graph: Graph, stores: tuple[Store, ...] = ("device",)) -> Plan:
+    """Any cuts, any policies, any of these stores."""
+    drawn = draw(segments(graph))
+    return Plan(tuple(replace(s, store=draw(st.sampled_from(stores))) for s in drawn))

@@ -4,6 +4,7 @@ what each takes is predicted; alone and in random combinations."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,13 @@ from savers import NETS, case, plans
 import rowtune
 from rowtune.errors import PlanError
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Plan, Segment, Store
 from rowtune.runtime.layout import channels_last, has_channels_last, strides
+from rowtune.runtime.stores.bf16 import BF16
+from rowtune.runtime.stores.fp16 import FP16
+from rowtune.runtime.stores.host import Host, HostPool
+from rowtune.runtime.stores.keeping import Keeping
+from rowtune.torch_private import storage_of
 from rowtune.tune.reference import Place
 from rowtune.tune.step import Plain, run_step, scaler_for
 from rowtune.tune.verify import Verifier
@@ -152,14 +158,117 @@ def test_fp16_is_trained_with_a_scaled_loss():
         assert (ours - plain).abs().max() <= 0.02 * plain.abs().max()
 
 
+# -- stores ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tensors of these networks are small enough to stay where they are."""
+    monkeypatch.setattr("rowtune.runtime.stores.keeping.LEAST_BYTES", 256)
+
+
+def stored(plan: Plan, store: Store, **whole: Any) -> Plan:
+    return replace(plan, segments=tuple(replace(s, store=store) for s in plan.segments), **whole)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["edsr", "unet_bn"])
+def test_host(name, way, small):
+    """Exact; device memory, as predicted, is less, and what left is counted."""
+    made = case(name)
+    here = uniform(made.training, way)
+    plan = stored(here, "host")
+    assert made.error(plan) < TOLERANCE
+    found = made.memory(plan)
+    assert found.error < 0.01
+    assert found.real_peak <= made.memory(here).real_peak
+    module = made.apply(plan)
+    made.step(module)
+    assert module.host.bytes == 0  # given back
+    assert module.host.peak_bytes == rowtune.predict(made.training, plan).host_bytes
+
+
+def test_host_from_lists(small):
+    made = case("unet_bn")
+    for way in ("cache", "narrow"):
+        assert made.error(stored(uniform(made.training, way), "host"), engine="listed", steps=3) < TOLERANCE
+
+
+def test_a_keep_segment_offloads_most_of_what_it_holds(small):
+    made = case("unet_bn")
+    plan = uniform(made.training, "keep")
+    here, there = (rowtune.predict(made.training, p) for p in (plan, stored(plan, "host")))
+    assert there.activation_bytes < 0.4 * here.activation_bytes
+    assert there.host_bytes < here.activation_bytes  # what is saved twice is stored once
+
+
+BOUNDS = {"bf16": 0.4, "fp16": 0.02}
+"""Of gradients: where a ReLU's sign is found again from a rounded input, it flips near zero."""
+
+
+@pytest.mark.parametrize("way", ["keep", "checkpoint", "cache", "sweep", "narrow"])
+@pytest.mark.parametrize("store", BOUNDS)
+def test_rounded(store, way, small):
+    made = case("unet_bn", torch.float32)
+    plan = stored(uniform(made.training, way), store, max_grad_error=BOUNDS[store])
+    assert made.error(plan) < plan.max_grad_error
+    assert made.memory(plan).error < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponents", [(-1, 1), (-30, 30)])
+def test_every_element_obeys_the_bound(dtype, exponents):
+    x = torch.randn(4, 1000, dtype=dtype) * 2.0 ** torch.randint(*exponents, (4, 1000))
+    x[:, :10] = 0
+    for store, bound in ((BF16(), x.abs() / 2**8), (FP16(), x.abs() / 2**11 + x.abs().max() / 2**39)):
+        handle = store.put(x)
+        back = store.get(handle)
+        assert back.dtype == dtype and ((back - x).abs() <= bound).all()
+        assert (back[x == 0] == 0).all() and (back * x >= 0).all()
+        assert store.bytes(handle) < 0.51 * x.numel() * x.itemsize
+        assert not store.takes(torch.ones(9, dtype=torch.int64)) and not store.takes(torch.ones(9) > 0)
+    zero = torch.zeros(3)
+    assert torch.equal(FP16().get(FP16().put(zero)), zero)
+
+
+def test_the_host_gives_back_what_it_took():
+    pool = HostPool()
+    store = Host(pool)
+    for t in (torch.randn(3, 4, 5)[:, 1:3], torch.arange(7), torch.ones(2, 2, 2, 2).bool()):
+        handle = store.put(t)
+        want = t.clone()
+        t.zero_()
+        assert torch.equal(store.get(handle), want) and store.get(handle).dtype == t.dtype
+        assert pool.bytes == t.numel() * t.itemsize and store.bytes(handle) == 0
+        del handle
+    assert pool.bytes == 0 and pool.peak_bytes == 120
+
+
+def test_what_lives_anyway_stays():
+    x = torch.randn(100, 100)
+    keeping = Keeping(Host(HostPool()), {storage_of(x)})
+    y = torch.randn(100, 100)
+    assert keeping.pack(x[10:]) is not None and keeping.pack(x) is x
+    assert isinstance(keeping.pack(x.t()), torch.Tensor)
+    assert isinstance(keeping.pack(torch.randn(4, 4)), torch.Tensor)  # small
+    assert isinstance(keeping.pack(torch.randn(4, 1).expand(4, 9999)), torch.Tensor)  # takes no memory
+    kept = keeping.pack(y)
+    assert kept is keeping.pack(y) and kept is not keeping.pack(y.t())
+    y.add_(1)
+    assert keeping.pack(y) is not kept  # another tensor by now
+    first, second = keeping.unpack(kept), keeping.unpack(kept)
+    assert first is second and torch.equal(first + 1, y)
+    assert kept.here is None and keeping.unpack(kept) is not first  # a graph may run backward again
+
+
 # -- in combination ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(["edsr", "per_pixel", "unet_bn"]), data=st.data())
-def test_combinations(name, data):
+def test_combinations(name, data, small):
     made = case(name)
-    plan = data.draw(plans(made.training))
+    plan = data.draw(plans(made.training, ("device", "host")))
     layout = data.draw(st.sampled_from(["contiguous", "channels_last"]))
     plan = replace(plan, layout=layout, dtype=data.draw(st.sampled_from(["as given", "bf16"])))
     assert Plan.from_dict(plan.to_dict()) == plan
@@ -173,6 +282,8 @@ def test_combinations(name, data):
 REFUSED = [
     ({"layout": "nhwc"}, "layout is one of contiguous, channels_last"),
     ({"dtype": "fp8"}, "dtype is one of as given, bf16, fp16"),
+    ({"max_grad_error": -1.0}, "max_grad_error is a number of at least 0, not -1.0"),
+    ({"max_grad_error": True}, "max_grad_error is a number"),
 ]
 
 
@@ -181,3 +292,17 @@ def test_refused(change, says):
     made = case("per_pixel")
     with pytest.raises(PlanError, match=says):
         made.apply(replace(uniform(made.training, "keep"), **change))
+
+
+def test_stores_refused():
+    made = case("per_pixel")
+    plan = uniform(made.training, "checkpoint")
+    with pytest.raises(PlanError, match="store is one of device, host, bf16, fp16, not 'disk'"):
+        made.apply(stored(plan, "disk"))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="store bf16 rounds what it keeps, and the plan allows no error"):
+        made.apply(stored(plan, "bf16"))
+    whole = plan.segments[0]
+    inside = Segment(whole.first, whole.last, store="host")
+    nested = replace(whole, inside=(inside,))
+    with pytest.raises(PlanError, match=r"lies inside a checkpoint and keeps nothing .*; give store host to"):
+        made.apply(Plan((nested,)))

@@ -39,7 +39,7 @@ class Side(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """`shared` are the buffers that neighbours hold as well, with their bytes; of these, forward leaves those
-    in `kept` for backward."""
+    in `kept` for backward, and `host` bytes on the host."""
 
     forward: Side
     backward: Side
@@ -49,6 +49,7 @@ class Footprint:
     outputs: tuple[Crossing, ...]
     outer: dict[str, int]
     gradients: tuple[Crossing, ...]
+    host: int
 
 
 def footprint(made: SegmentRecording) -> Footprint:
@@ -67,7 +68,8 @@ def footprint(made: SegmentRecording) -> Footprint:
     ]
     kept = frozenset(made.kept) & crossing - {*made.outer.values()}
     sizes = {n: buffers[n].bytes for n in crossing}
-    return Footprint(sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients)
+    given_and_made = made.inputs, made.outputs, made.outer, made.gradients
+    return Footprint(sides[0], sides[1], sizes, kept, *given_and_made, made.host_bytes)
 
 
 class _Curve:

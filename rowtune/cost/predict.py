@@ -23,13 +23,14 @@ from rowtune.plan.plan import Plan
 class Cost:
     """`activation_bytes` leaves out parameters, gradients and optimizer state; `peak_at` names the largest
     tensor of the moment and the segment whose forward or backward sets the peak. Plans of one graph that run
-    alike have the same `program`."""
+    alike have the same `program`. `host_bytes` is what stores keep in the host's memory."""
 
     peak_bytes: int
     activation_bytes: int
     seconds: float
     peak_at: str
     program: str = ""
+    host_bytes: int = 0
 
 
 def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None) -> Cost:
@@ -51,7 +52,8 @@ def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | N
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
     fixed = weights + state_bytes(graph, optimizer)
     peak = compose(step.segments, step.outer, batch, fixed, step.names, step.copies)
-    return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program)
+    host = sum(linked.footprint.host for linked in step.segments)
+    return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program, host)
 
 
 _FIXED = ("parameter", "buffer")

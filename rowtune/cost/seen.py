@@ -135,10 +135,11 @@ class Seen:
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
         if segment.inner:
-            return digest([segment.decision.policy, _finishes(segment), *map(self.digest, segment.inner)])
+            how = segment.decision.policy, segment.decision.store
+            return digest([how, _finishes(segment), *map(self.digest, segment.inner)])
         if segment.passes is not None:
             passes = (*segment.passes.forward, *segment.passes.backward)
-            return digest([_finishes(segment), *map(self.digest, passes)])
+            return digest([segment.decision.store, _finishes(segment), *map(self.digest, passes)])
         if segment.banded is None:
             return digest(steps_of(segment))
         # Neighbours decide what is spared and finished; the bands are the same object all the while.

@@ -25,6 +25,7 @@ from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
 from rowtune.runtime.layout import has_channels_last
 from rowtune.runtime.lines import Lines, PieceGradients
+from rowtune.runtime.stores.keeping import Keeping, Kept
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
 from rowtune.runtime.weights import WeightSums, cast_once, last_channels
@@ -40,6 +41,7 @@ class BandedRun:
         tensors: segment inputs and weights by name, detached.
         wanted: which of them need a gradient.
         seed: of this step's random masks.
+        keeping: where stashes are kept; None: where they are.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class BandedRun:
         *,
         first_time: bool = True,
         totals: Mapping[str, Tensor] | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         assert segment.banded is not None
+        self.keeping = keeping
         self.graph, self.segment, self.program = graph, segment, segment.banded
         self.wanted, self.first_time = wanted, first_time
         self.settled: frozenset[str] = frozenset()
@@ -65,8 +69,8 @@ class BandedRun:
         self.sums = Sums(graph, self.program, tensors, seed, totals)
         self.recall(tensors)
         self.carriers: frozenset[str] = frozenset()
-        self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
-        self.stashes: list[dict[int, list[tuple[str, Rows, Tensor]]]] = []
+        self.stash: dict[int, list[tuple[str, Rows, Tensor | Kept]]] = {}
+        self.stashes: list[dict[int, list[tuple[str, Rows, Tensor | Kept]]]] = []
 
     def recall(self, tensors: dict[str, Tensor]) -> None:
         """Segment inputs and weights, for the backward of a call that let go of them."""
@@ -79,6 +83,8 @@ class BandedRun:
         checkpoint does not."""
         self.recall({})
         self.leaves: dict[str, Tensor] = {}
+        if self.keeping is not None:
+            self.keeping.forget()
 
     # -- forward -------------------------------------------------------------------------------------------
 
@@ -195,12 +201,14 @@ class BandedRun:
                 self._restore(step)
 
     def _stash(self, step: Stash) -> None:
-        self.stash[step.band] = [(n, *chunk) for n in step.values for chunk in self.lines.chunks[n]]
+        pack = self.keeping.pack if self.keeping else _itself
+        chunks = [(n, rows, t) for n in step.values for rows, t in self.lines.chunks[n]]
+        self.stash[step.band] = [(n, rows, pack(t)) for n, rows, t in chunks]
 
     def _restore(self, step: Restore) -> None:
         self.lines.clear()
-        for name, rows, tensor in self.stash.pop(step.band, ()):
-            self.lines.put(name, rows, tensor)
+        for name, rows, kept in self.stash.pop(step.band, ()):
+            self.lines.put(name, rows, kept.get() if isinstance(kept, Kept) else kept)
 
     def _run(self, step: Run) -> None:
         piece = self.program.pieces[step.piece]
@@ -368,3 +376,7 @@ class BandedRun:
         """Where a value's images lie, if that is another dimension than that of its rows."""
         at = self.program.images.dims[name]
         return at if at != self.dims[name] else None
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t

@@ -39,6 +39,11 @@ def has_channels_last(t: Tensor) -> bool:
     return t.dim() in ORDERS and t.stride(1) == 1 and t.stride(-1) >= t.shape[1]
 
 
+def is_copy(t: Tensor) -> bool:
+    """Whether an input that lies so in a step is taken for one that was copied for it."""
+    return has_channels_last(t) and t.shape[1] > 1
+
+
 def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a tensor with its channels last."""
     spatial = shape[2:]

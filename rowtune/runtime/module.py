@@ -28,7 +28,8 @@ from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast
 from rowtune.runtime.segments import Engine as Engine
 from rowtune.runtime.segments import Step, run_segment
-from rowtune.torch_private import pytree
+from rowtune.runtime.stores.host import HostPool
+from rowtune.torch_private import pytree, storage_of
 
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 
@@ -90,10 +91,11 @@ class RowtuneModule(nn.Module):
         self._fingerprint, self._graph = fingerprint, graph
         self._programs: dict[Any, Program] = {}
         self.lists = Lists()
+        self.host = HostPool()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their programs anew."""
-        return {**self.__dict__, "_programs": {}, "_graph": None, "lists": Lists()}
+        return {**self.__dict__, "_programs": {}, "_graph": None, "lists": Lists(), "host": HostPool()}
 
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)
@@ -173,7 +175,11 @@ class RowtuneModule(nn.Module):
                 norms = self.loss.norms(targets, graph.values[graph.loss_output].shape)
             env[NORMS] = norms.to(graph.values[NORMS].dtype)
         lists = self.lists if self.engine == "listed" else None
-        step = Step(program, _step_seed(graph), self.loss_scale, lists)
+        given = (*flat, *(t for n, t in env.items() if graph.values[n].kind != "input"))
+        stored = any(s.store != "device" for s in self.plan.segments)
+        outside = frozenset(map(storage_of, given)) if stored else frozenset()
+        seed = _step_seed(graph)
+        step = Step(program, seed, self.loss_scale, lists, outside=outside, host=self.host)
         flat.clear()
         for segment, dead in zip(program.segments, program.drops, strict=True):
             run_segment(step, segment, env)

@@ -17,6 +17,7 @@ from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recording import Recording, Role, check
 from rowtune.runtime.segments import Engine, Step, run_segment
 from rowtune.runtime.writer import Recorder
+from rowtune.torch_private import storage_of
 
 ROLES: dict[str, Role] = {
     "parameter": "parameter", "buffer": "buffer", "constant": "constant",
@@ -59,7 +60,8 @@ class _Step:
         env: dict[str, Any] = dict(self.given)
         inputs = self.graph.inputs
         env |= zip(inputs, arranged((env[n] for n in inputs), self.program.plan.layout), strict=True)
-        step = Step(self.program, lists=Lists(after=0) if self.engine == "listed" else None)
+        lists = Lists(after=0) if self.engine == "listed" else None
+        step = Step(self.program, lists=lists, outside=frozenset(map(storage_of, self.given.values())))
         with self.cast:
             for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
                 self.recorder.place = (i, "forward")

@@ -21,12 +21,14 @@ from rowtune.plan.lower import uncollected
 from rowtune.plan.plan import Plan, Precision
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.layout import is_copy
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.writer import Lives, Recorder
+from rowtune.torch_private import storage_of
 
 NOTHING: Mapping[str, bool] = {}
 
@@ -73,8 +75,12 @@ class SegmentRun:
             env = self._environment(inputs, shared)
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
+            outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
+            step = Step(one, outside=outside)
             with self.recorder, autocast(how.dtype, self.blank.type):
-                run_segment(Step(one), one.segments[0], env)
+                run_segment(step, one.segments[0], env)
+            self.host_bytes = step.host.bytes
+            del step
             self.forward = self.recorder.calls
             self.outputs = tuple(self._crossing(n, n, env[n]) for n in segment.part.outputs)
             for name, tensor in env.items():
@@ -98,6 +104,10 @@ class SegmentRun:
             else:
                 env[name] = self.weights[name] = made.requires_grad_(wanted)
         return env
+
+    def _outside(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor lives anyway: the model's, or the batch's unless it was laid out anew."""
+        return self.graph.values[name].kind in ROLES and not is_copy(tensor)
 
     def _head(self, name: str, box: list[Tensor]) -> Tensor:
         token = torch.zeros((), requires_grad=True)
@@ -139,7 +149,7 @@ class SegmentRun:
             inputs={n: b for n, b in self.given.items() if n not in self.model},
             weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
-            left_out=self.left_out.buffers(recording.buffers),
+            left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:
@@ -155,9 +165,8 @@ class SegmentRun:
         """A tensor without data that lies in memory as the crossing does."""
         if crossing.memory not in memory:
             memory[crossing.memory] = torch.empty(crossing.bytes, dtype=torch.uint8, device=self.blank)
-        storage = memory[crossing.memory].untyped_storage()
-        made = torch.empty(0, dtype=crossing.dtype, device=self.blank)
-        return made.set_(storage, crossing.offset, crossing.shape, crossing.stride)
+        typed = memory[crossing.memory].view(crossing.dtype)
+        return typed.as_strided(crossing.shape, crossing.stride, crossing.offset).detach()
 
 
 def _gradient(name: str) -> str:

@@ -34,6 +34,7 @@ class SegmentRecording:
     the model's. What it makes and the gradients that it hands on are crossings whose memory is the number of
     a buffer; of a parameter that an earlier segment reads too, it hands the gradient on as of an input.
     `left_out` are buffers that no call here makes: those of bands that are like others and were not run.
+    Forward leaves `host_bytes` on the host.
     """
 
     recording: Recording
@@ -46,6 +47,7 @@ class SegmentRecording:
     gradients: tuple[Crossing, ...]
     weight_gradients: dict[str, int]
     left_out: tuple[Buffer, ...] = ()
+    host_bytes: int = 0
 
     @property
     def kept(self) -> tuple[int, ...]:

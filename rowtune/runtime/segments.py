@@ -21,6 +21,9 @@ from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.passes import PassesRun
+from rowtune.runtime.stores import STORES
+from rowtune.runtime.stores.host import HostPool
+from rowtune.runtime.stores.keeping import Keeping, saving
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
@@ -38,6 +41,7 @@ class Step:
 
     `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
     segments run from `lists`; without, their schedules run. Inside a checkpoint segments run `twice`.
+    `outside` is memory that lives anyway, by `storage_of`; stores on the host are in `host`.
     """
 
     program: Program
@@ -46,17 +50,30 @@ class Step:
     lists: Lists | None = None
     earlier: Earlier = field(default_factory=dict)
     twice: bool = False
+    outside: frozenset[int] = frozenset()
+    host: HostPool = field(default_factory=HostPool)
+
+    def keeping(self, segment: SegmentProgram) -> Keeping | None:
+        """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint
+        nothing is kept."""
+        store = segment.decision.store
+        if store == "device" or self.twice or not torch.is_grad_enabled():
+            return None
+        return Keeping(STORES[store](self.host), self.outside)
 
 
 def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
     """Add the segment's outputs to `env`."""
+    keeping = step.keeping(segment)
     again = segment.inner or segment.decision.policy == "checkpoint"
     if segment.banded is not None or segment.passes is not None:
-        _run_banded(step, segment, env)
+        _run_banded(step, segment, env, keeping)
     elif again and torch.is_grad_enabled():
-        _run_checkpoint(step, segment, env)
+        with saving(keeping):
+            _run_checkpoint(step, segment, env)
     else:
-        env |= _run_inside(step, segment, env, {})
+        with saving(keeping):
+            env |= _run_inside(step, segment, env, {})
 
 
 def _run_inside(step: Step, segment: SegmentProgram, env: Env, inputs: Env) -> Env:
@@ -104,13 +121,14 @@ def _run_checkpoint(step: Step, segment: SegmentProgram, env: Env) -> None:
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
 
-def _run_banded(step: Step, segment: SegmentProgram, env: Env) -> None:
+def _run_banded(step: Step, segment: SegmentProgram, env: Env, keeping: Keeping | None) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(step, segment, names, changed, tensors[0].device)
+    call = _Call(step, segment, names, changed, tensors[0].device, keeping)
     if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
-        call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
+        with saving(keeping):
+            call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
@@ -133,8 +151,15 @@ class _Call:
     """What one call of a rows segment carries from forward to backward."""
 
     def __init__(
-        self, step: Step, segment: SegmentProgram, names: list[str], changed: Env, device: torch.device
+        self,
+        step: Step,
+        segment: SegmentProgram,
+        names: list[str],
+        changed: Env,
+        device: torch.device,
+        keeping: Keeping | None,
     ) -> None:
+        self.keeping = keeping
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
         drawn = step.lists is not None and any(map(draws, segment.part.nodes))
@@ -175,14 +200,17 @@ class _Call:
     def begun(self, given: dict[str, Tensor], needs: tuple[bool, ...]) -> Traced:
         """A run of the segment's schedule, or of the calls that an earlier run of it made."""
         wanted, step, segment = self.wanted(needs), self.step, self.segment
-        graph, seed = step.program.graph, step.seed  # not the step: it knows its runs
+        graph, seed, keeping = step.program.graph, step.seed, self.keeping  # not the step: it knows its runs
 
         def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
-            kind, own = PassesRun if segment.passes else BandedRun, tensors.get(SEED, seed)
-            return kind(graph, segment, tensors, wanted, own, first_time=first_time)
+            own = tensors.get(SEED, seed)
+            if segment.passes:
+                return PassesRun(graph, segment, tensors, wanted, own, first_time=first_time)
+            return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
 
         nodes = segment.part.nodes
-        if step.lists is None or any(n.random and n.op != "dropout" for n in nodes):
+        stashed = keeping is not None and segment.decision.halo == "cache"  # put and got band by band
+        if step.lists is None or stashed or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
         begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale, casts)
