@@ -19,7 +19,7 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan, Precision, Store
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.step import Plain
+from rowtune.tune.step import Plain, run_step
 from rowtune.zoo import build
 
 NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -75,12 +75,10 @@ class Case:
         """Predicted and measured, of a step with momentum."""
         made = rowtune.predict(self.training, plan, 1)
         module = self.apply(plan)
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=0.9)
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=0.9, fused=True)
 
         def one() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            module(self.x, targets=self.target).backward()
-            optimizer.step()
+            run_step(module, optimizer, (self.x,), self.target)
 
         one()
         found = measure_memory(one, module, optimizer, [self.x, self.target], "cpu")

@@ -3,6 +3,7 @@ what each takes is predicted; alone and in random combinations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from exactness import TOLERANCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from savers import NETS, case, plans
+from savers import NETS, Case, case, plans
+from torch import Tensor, nn
 
 import rowtune
-from rowtune.errors import PlanError
+from rowtune.errors import PlanError, UsageError
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan, Segment, Store
+from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.layout import channels_last, has_channels_last, strides
 from rowtune.runtime.stores.bf16 import BF16
 from rowtune.runtime.stores.fp16 import FP16
@@ -261,6 +264,79 @@ def test_what_lives_anyway_stays():
     assert kept.here is None and keeping.unpack(kept) is not first  # a graph may run backward again
 
 
+# -- the optimizer's step in backward ----------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True),
+}
+
+
+def trained(made: Case, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters after some steps with a schedule, which are undone."""
+    before = [p.detach().clone() for p in made.net.parameters()]
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for _ in range(3):
+        run_step(module, optimizer, (made.x,), made.target)
+        schedule.step()
+    after = [p.detach().clone() for p in made.net.parameters()]
+    with torch.no_grad():
+        for p, b in zip(made.net.parameters(), before, strict=True):
+            p.copy_(b)
+    made.net.zero_grad()
+    return after
+
+
+@pytest.mark.parametrize("way", ["keep", "checkpoint", "cache", "sweep", "narrow"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_with_the_step_in_backward(way, kind):
+    """The same parameters as the same plan gives with the step after backward; state and schedules go on."""
+    made = case("edsr")
+    plan = uniform(made.training, way)
+    found = []
+    for inside in (False, True):
+        module = made.apply(replace(plan, step_in_backward=inside))
+        optimizer = OPTIMIZERS[kind](made.net.parameters())
+        found.append(trained(made, module, optimizer))
+        assert all(len(optimizer.state[p]) for p in made.net.parameters())
+        assert not inside or all(p.grad is None for p in made.net.parameters())
+    for after, within in zip(*found, strict=True):
+        assert torch.equal(after, within)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_are_not_all_there_at_once(name):
+    made = case(name)
+    for way in ("keep", "sweep"):
+        plan = uniform(made.training, way)
+        within = replace(plan, step_in_backward=True)
+        assert made.memory(within).error < 0.01
+        costs = [rowtune.predict(made.training, p, 1) for p in (plan, within)]
+        assert costs[1].peak_bytes <= costs[0].peak_bytes
+
+
+def test_what_the_step_in_backward_is_not_for():
+    made = case("edsr")
+    plan = replace(uniform(made.training, "keep"), step_in_backward=True)
+    module, optimizer = made.apply(plan), torch.optim.SGD(made.net.parameters(), lr=0.0)
+    with rowtune.step_in_backward(optimizer):
+        module(made.x, targets=made.target).backward()
+        with pytest.raises(UsageError, match="got a second one; to accumulate gradients"):
+            module(made.x, targets=made.target).backward()
+    made.net.zero_grad()
+    module(made.x, targets=made.target).backward()
+    with pytest.raises(UsageError, match=r"an earlier backward are there: call zero_grad\(\) first"):
+        with rowtune.step_in_backward(optimizer):
+            raise AssertionError
+    made.net.zero_grad()
+    assert not any(p._post_accumulate_grad_hooks for p in made.net.parameters())  # type: ignore[attr-defined]
+    check_training(plan)
+    with pytest.raises(UsageError, match="which clipping of gradients cannot wait for"):
+        check_training(plan, clipped=True)
+    with pytest.raises(UsageError, match="which accumulation of gradients cannot wait for"):
+        check_training(plan, accumulated=True)
+
+
 # -- in combination ----------------------------------------------------------------------------------------
 
 
@@ -270,7 +346,8 @@ def test_combinations(name, data, small):
     made = case(name)
     plan = data.draw(plans(made.training, ("device", "host")))
     layout = data.draw(st.sampled_from(["contiguous", "channels_last"]))
-    plan = replace(plan, layout=layout, dtype=data.draw(st.sampled_from(["as given", "bf16"])))
+    dtype = data.draw(st.sampled_from(["as given", "bf16"]))
+    plan = replace(plan, layout=layout, dtype=dtype, step_in_backward=data.draw(st.booleans()))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert made.error(plan) < TOLERANCE
     assert made.memory(plan).error < 0.01
@@ -283,6 +360,8 @@ REFUSED = [
     ({"layout": "nhwc"}, "layout is one of contiguous, channels_last"),
     ({"dtype": "fp8"}, "dtype is one of as given, bf16, fp16"),
     ({"max_grad_error": -1.0}, "max_grad_error is a number of at least 0, not -1.0"),
+    ({"step_in_backward": 1}, "step_in_backward is true or false, not 1"),
+    ({"step_in_backward": True, "dtype": "fp16"}, "does not go with dtype fp16: loss scaling looks at all"),
     ({"max_grad_error": True}, "max_grad_error is a number"),
 ]
 

@@ -21,7 +21,8 @@ from rowtune.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Cost:
-    """`activation_bytes` leaves out parameters, gradients and optimizer state; `peak_at` names the largest
+    """`activation_bytes` leaves out parameters, gradients (but those that are used in backward, and live as
+    short as activations) and optimizer state; `peak_at` names the largest
     tensor of the moment and the segment whose forward or backward sets the peak. Plans of one graph that run
     alike have the same `program`. `host_bytes` is what stores keep in the host's memory."""
 

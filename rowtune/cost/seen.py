@@ -269,7 +269,7 @@ class _Linker:
         common, names = self.seen.alike(self.graph, segment, known)
         inputs = segment.part.inputs
         given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
-        how = How(self.program.plan.dtype)
+        how = How(self.program.plan.dtype, self.program.plan.step_in_backward)
         key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), how
         forward = self.seen.forward(self.graph, segment, key, names)
         own = {common: name for name, common in names.items()}

@@ -79,6 +79,9 @@ class Plan:
     axis    the band axis of the inputs (2: the first spatial one)
     layout  how feature maps lie in memory: channels_last brings the inputs into it, operators hand it on
     dtype   bf16, fp16: the step runs under autocast; fp16 wants its loss scaled (`RowtuneModule.loss_scale`)
+    step_in_backward
+            the optimizer uses each gradient as soon as it is complete, and lets go of it
+            (rowtune.step_in_backward); not with clipping or accumulation, which look at all of them
     max_grad_error
             of gradients, relative, that stores which round may cost; 0: none of them is allowed
     """
@@ -87,6 +90,7 @@ class Plan:
     axis: int = 2
     layout: Layout = "contiguous"
     dtype: Precision = "as given"
+    step_in_backward: bool = False
     max_grad_error: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +122,13 @@ def checked(plan: Any) -> Plan:
     _check_choices(plan, {"layout": Layout, "dtype": Precision})
     if type(plan.axis) is not int or plan.axis < 2:
         raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
+    if type(plan.step_in_backward) is not bool:
+        raise PlanError(f"step_in_backward is true or false, not {plan.step_in_backward!r}")
+    if plan.step_in_backward and plan.dtype == "fp16":
+        raise PlanError(
+            "step_in_backward does not go with dtype fp16: loss scaling looks at all gradients before the "
+            "first is used; take dtype bf16, or leave step_in_backward out"
+        )
     error = plan.max_grad_error
     if type(error) not in (int, float) or not 0 <= error < math.inf:
         raise PlanError(f"max_grad_error is a number of at least 0, not {error!r}")

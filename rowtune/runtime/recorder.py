@@ -55,6 +55,8 @@ class _Step:
         self.recorder = Recorder(Answers().call)
         for name, tensor in self.given.items():
             self.recorder.know(tensor, name, ROLES[graph.values[name].kind])
+            if tensor.requires_grad and program.plan.step_in_backward:
+                tensor.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
@@ -78,6 +80,11 @@ class _Step:
         for name, tensor in self.given.items():
             if tensor.grad is not None:
                 self.recorder.tag(tensor.grad, f"the gradient of {name}", "gradient")
+
+
+def let_go_of_gradient(parameter: Tensor) -> None:
+    """A gradient that is used in backward: an optimizer in place takes no memory for that."""
+    parameter.grad = None
 
 
 def _blank(value: Value, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import is_copy
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
-from rowtune.runtime.recorder import ROLES
+from rowtune.runtime.recorder import ROLES, let_go_of_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.writer import Lives, Recorder
@@ -37,6 +37,7 @@ class How(NamedTuple):
     """What of a plan holds for the whole step, and how its segments are recorded."""
 
     dtype: Precision = "as given"
+    step_in_backward: bool = False
 
 
 AS_GIVEN = How()
@@ -127,6 +128,9 @@ class SegmentRun:
         """The recording, with these gradients of its outputs and of inputs that later segments read too."""
         assert self.recorder.calls == self.forward, "a backward is recorded once"
         self.recorder.place = (0, "backward")
+        for weight in self.weights.values() if self.how.step_in_backward else ():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
         with self.mode, uncollected():
             handed = self._hand_over(outer)
             roots = [self.tails[c.name].root for c in outer]

@@ -22,6 +22,8 @@ from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
 from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, Source, TensorSpec
+from rowtune.runtime.in_backward import step_in_backward
+from rowtune.runtime.module import RowtuneModule
 from rowtune.torch_private import pytree
 
 DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
@@ -219,8 +221,12 @@ def run_step(
     optimizer.zero_grad(set_to_none=True)
     if scaler is None:
         loss = module(*inputs, targets=target)
-        loss.backward()
-        optimizer.step()
+        if isinstance(module, RowtuneModule) and module.plan.step_in_backward:
+            with step_in_backward(optimizer):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
         return loss.detach()  # type: ignore[no-any-return]
     module.loss_scale = scaler.scale(torch.ones((), device=target.device))
     loss = module(*inputs, targets=target)
