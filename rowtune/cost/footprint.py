@@ -39,7 +39,7 @@ class Side(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """`shared` are the buffers that neighbours hold as well, with their bytes; of these, forward leaves those
-    in `kept` for backward, and `host` bytes on the host."""
+    in `kept` for backward, and `host_bytes` on the host."""
 
     forward: Side
     backward: Side
@@ -49,7 +49,7 @@ class Footprint:
     outputs: tuple[Crossing, ...]
     outer: dict[str, int]
     gradients: tuple[Crossing, ...]
-    host: int
+    host_bytes: int
 
 
 def footprint(made: SegmentRecording) -> Footprint:

@@ -53,7 +53,7 @@ def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | N
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
     fixed = weights + state_bytes(graph, optimizer)
     peak = compose(step.segments, step.outer, batch, fixed, step.names, step.copies)
-    host = sum(linked.footprint.host for linked in step.segments)
+    host = sum(linked.footprint.host_bytes for linked in step.segments)
     return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program, host)
 
 
