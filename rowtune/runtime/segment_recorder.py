@@ -27,6 +27,7 @@ from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, let_go_of_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Lives, Recorder
 from rowtune.torch_private import storage_of
 
@@ -70,17 +71,18 @@ class SegmentRun:
         self.caught: dict[str, Tensor] = {}
         self.tails: dict[str, _Tail] = {}
         self.weights: dict[str, Tensor] = {}
-        self.left_out = LeftOut(self.recorder)
+        host = HostPool()
+        self.left_out = LeftOut(self.recorder, host)
         self.model = _model(segment)
         with self.mode, uncollected():
             env = self._environment(inputs, shared)
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
             outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
-            step = Step(one, outside=outside)
+            step = Step(one, outside=outside, host=host)
             with self.recorder, autocast(how.dtype, self.blank.type):
                 run_segment(step, one.segments[0], env)
-            self.host_bytes = step.host.bytes
+            self.host_bytes = self.left_out.host_bytes
             del step
             self.forward = self.recorder.calls
             self.outputs = tuple(self._crossing(n, n, env[n]) for n in segment.part.outputs)
