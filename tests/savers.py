@@ -35,9 +35,11 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 class Case:
     """A network with its batch; what plain PyTorch gives on it is known."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, name: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] | None = None
+    ) -> None:
         torch.manual_seed(0)
-        options, shape = NETS[name]
+        options, shape = NETS[name][0], shape or NETS[name][1]
         self.net: nn.Module = build(name, **options).to(dtype)
         self.x = torch.randn(shape, dtype=dtype)
         self.graph: Graph = rowtune.trace(self.net, (self.x,))
@@ -98,8 +100,8 @@ class Memory(NamedTuple):
 
 
 @cache
-def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    return Case(name, dtype)
+def case(name: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] | None = None) -> Case:
+    return Case(name, dtype, shape)
 
 
 @st.composite
