@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 
 os.environ.setdefault(
     "GOMP_SPINCOUNT", "10000"
 )  # before torch: tests run side by side, threads need not spin
+
+os.environ.setdefault("ROWTUNE_CACHE", tempfile.mkdtemp(prefix="rowtune-cache-"))  # not the user's own
 
 import hypothesis
 import pytest

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PLACES = ("measure", "train")
+PLACES = ("tune.measure", "train.loop")
 
 
 class Card(TorchDispatchMode):
@@ -69,6 +69,6 @@ class Card(TorchDispatchMode):
 def insert(monkeypatch: pytest.MonkeyPatch, card: Card) -> Card:
     """Put the card into this process: rowtune's own functions ask it."""
     for place in PLACES:
-        monkeypatch.setattr(f"rowtune.tune.{place}.cap_memory", card.cap)
+        monkeypatch.setattr(f"rowtune.{place}.cap_memory", card.cap)
     monkeypatch.setattr("rowtune.tune.reference.free_bytes", card.free)
     return card

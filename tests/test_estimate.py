@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_recording import without_tables
 from torch import nn
+from zones import space
 
 import rowtune
 from rowtune.graph.bands import banding
@@ -22,7 +23,6 @@ from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, Segment
 from rowtune.rows import Chained
 from rowtune.runtime.recorder import record
-from rowtune.tune.space import space
 from rowtune.zoo import build
 
 NETS: dict[str, dict[str, Any]] = {

@@ -12,13 +12,13 @@ from exactness import TOLERANCE, Step, error, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from zones import space
 
 import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
-from rowtune.tune.space import space
 from rowtune.zoo import ZOO, build
 
 # Arguments, and the spatial sizes: odd and not square wherever the architecture takes that.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from zones import PlanSpace, space
 
 import rowtune
 from rowtune.cost.predict import Cost
@@ -18,7 +19,6 @@ from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
 from rowtune.tune.meter import Memory, allocator_peak, measure_memory
-from rowtune.tune.space import PlanSpace, space
 from rowtune.zoo import build
 
 # A quarter of the published widths or less, and images large enough that activations set the peak.

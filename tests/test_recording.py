@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from zones import space
 
 import rowtune
 from rowtune.cost.predict import _SEEN
@@ -26,7 +27,6 @@ from rowtune.runtime.recording import Recording, check
 from rowtune.runtime.segment_recorder import SegmentRun
 from rowtune.runtime.segment_recording import Crossing
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.space import space
 from rowtune.zoo import build
 
 LOSS = parse("cross_entropy")

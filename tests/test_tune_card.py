@@ -14,16 +14,17 @@ from rowtune.importers.source import parse_source
 from rowtune.plan.file import PlanFile
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
+from rowtune.train.loop import train
+from rowtune.train.options import Options
 from rowtune.tune.find import state_bytes
 from rowtune.tune.measure import Bench
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.records import RecordFile
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.space import space
+from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload, define
 from rowtune.tune.study import search
 from rowtune.tune.task import Task
-from rowtune.tune.train import Options, train
 
 
 def workload(name: str = "zoo:unet", shape: str = "1x3x96x48") -> Workload:
@@ -47,14 +48,16 @@ def test_search_verify_and_run_under_a_cap(monkeypatch: pytest.MonkeyPatch, name
     assert state_bytes(work) < limit
     with card:
         bench = Bench(work.problem, limit)
+        space = ProgrammeSpace(work.graph, work.optimizer.slots)
         task = Task(
-            space=space(work.graph),
-            predict=lambda plan: predict(work.graph, plan, work.optimizer.slots),
+            space=space,
+            predict=lambda plan: predict(work.graph, plan, work.optimizer.slots, space.profile),
             measure=lambda plan, effort, timeout, worth: bench.measure(plan, "quick", worth),
             records=RecordFile(None, {}),
             limit=limit,
             trials=3,
             timeout=30.0,
+            tell=space.tell,
         )
         result = search(task)
         best = Plan.from_dict(dict(result.best.decisions or {}))
@@ -93,9 +96,9 @@ def test_the_context_is_warm_before_it_is_capped(monkeypatch: pytest.MonkeyPatch
     """Kernels are part of the context once they are loaded: by a warm-up, by the plan's check, and
     by its first step in training, after which the cap is set again."""
     said: list[Any] = []
-    for place in ("measure", "train"):
-        monkeypatch.setattr(f"rowtune.tune.{place}.warm_up", lambda device: said.append("warm"))
-        monkeypatch.setattr(f"rowtune.tune.{place}.cap_memory", lambda device, limit: said.append(limit))
+    for place in ("tune.measure", "train.loop"):
+        monkeypatch.setattr(f"rowtune.{place}.warm_up", lambda device: said.append("warm"))
+        monkeypatch.setattr(f"rowtune.{place}.cap_memory", lambda device, limit: said.append(limit))
     work = workload()
     plan = uniform_plan(work.graph, "rows", 8)
     bench = Bench(work.problem, 10**9, work)

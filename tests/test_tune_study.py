@@ -18,7 +18,7 @@ from rowtune.tune.measurement import Contender, Measurement, Timing
 from rowtune.tune.records import RecordFile, digest
 from rowtune.tune.sizes import parse_size
 from rowtune.tune.study import Interrupted, search
-from rowtune.tune.task import Progress, SearchResult, Task
+from rowtune.tune.task import Progress, SearchResult, Situation, Task
 
 BANDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -88,7 +88,7 @@ class Bench:
 def task(bench: Bench, limit: int = 50_000, path: Path | None = None, **changes: Any) -> Task:
     made = Task(
         space=Space(),
-        predict=lambda plan: Cost(true_peak(plan), true_seconds(plan)),
+        predict=lambda plan: Cost(true_peak(plan), 1.0),
         measure=bench,
         records=RecordFile(path, {"study": 1}),
         limit=limit,
@@ -145,6 +145,31 @@ def test_what_is_predicted_far_over_the_budget_is_recorded_and_not_run() -> None
     assert rejected and all(r.peak_bytes is None and r.reason for r in rejected)
     assert not {r.digest for r in rejected} & set(bench.runs("quick"))
     assert all((r.predicted_bytes or 0) > 50_000 for r in rejected)
+
+
+def test_what_is_predicted_to_be_far_behind_is_not_run(tmp_path: Path) -> None:
+    """Times are predicted half as long as they are: what counts is how they compare."""
+    half = lambda plan: Cost(true_peak(plan), true_seconds(plan) / 2)  # noqa: E731
+    path, bench = tmp_path / "r.jsonl", Bench()
+    result = search(task(bench, predict=half, path=path, limit=150_000))
+    behind = [r for r in result.records if "cannot win" in r.reason]
+    assert behind and not {r.digest for r in behind} & set(bench.runs("quick"))
+    best = result.best.step_seconds or 0.0
+    assert all(2 * (r.predicted_seconds or 0.0) > 1.15 * best for r in behind)
+    assert best <= 1.02 * optimum(150_000)
+    # Under a smaller budget, where nothing is faster, they are worth running.
+    again = Bench()
+    tight = search(task(again, predict=half, path=path, limit=13_000, trials=60))
+    assert tight.best.ok and {r.digest for r in behind} & set(again.runs("quick"))
+
+
+def test_the_space_is_told_how_far_the_search_is() -> None:
+    told: list[Situation] = []
+    search(task(Bench(), tell=told.append, trials=5, overhead=lambda: 10_000))
+    assert told[0].most == 40_000 and not told[0].records
+    assert told[0].plain is not None and told[0].plain.step_seconds == 0.9
+    measured = [len([r for r in now.records if r.status == "ok"]) for now in told]
+    assert measured == sorted(measured) and measured[-1] == 5
 
 
 def test_the_same_seed_tries_the_same_plans() -> None:
@@ -232,11 +257,8 @@ def test_nothing_fits_names_the_least_budget_and_the_tensor() -> None:
         search(task(Bench(), limit=5_000))
 
 
-def test_the_budget_advised_works_with_the_same_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The plan that the advice is about was rejected, and neither the guesses nor the draws find it again."""
-    monkeypatch.setattr("rowtune.tune.study.WARM_DRAWS", 1)
+def test_the_budget_advised_works_with_the_same_records(tmp_path: Path) -> None:
+    """The plan that the advice is about was rejected, and no guess finds it again."""
 
     class Blind(Space):
         def guesses(self) -> list[dict[str, Any]]:
@@ -337,7 +359,7 @@ def test_a_trial_is_told_what_it_has_to_beat_and_a_hopeless_one_is_kept_for_smal
     assert worths[0] == math.inf and min(worths) < math.inf and slow
     assert all(r.peak_bytes is None for r in result.records if r.status == "slow")
     again = Strict()
-    tight = search(task(again, limit=13_000, path=path, trials=60))
+    tight = search(task(again, limit=20_000, path=path, trials=60))
     assert tight.best.ok and slow & set(again.runs("quick"))
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from test_exact_barriers import LAYERS, Net
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from zones import space
 
 import rowtune
 from rowtune.cli.progress import policies
@@ -31,7 +32,6 @@ from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.lists.run import Run
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.space import space
 from rowtune.zoo import build
 
 KEEP, CHECKPOINT = Segment("", ""), Segment("", "", "checkpoint")

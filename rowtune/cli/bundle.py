@@ -56,7 +56,7 @@ def _calls(file: PlanFile, plan: str) -> str:
     from rowtune.cli.calls import as_dict
     from rowtune.plan.lower import lower
     from rowtune.runtime.recorder import record
-    from rowtune.tune.train import open_plan
+    from rowtune.train.opened import open_plan
 
     try:
         work, _ = open_plan(file)

@@ -21,7 +21,7 @@ def show_calls(screen: Screen, path: Path) -> None:
     """Record one step of the plan, on tensors without data, and list it."""
     from rowtune.plan.lower import lower
     from rowtune.runtime.recorder import record
-    from rowtune.tune.train import open_plan
+    from rowtune.train.opened import open_plan
 
     file = read_plan(path)
     screen.opening(file.problem.model)

@@ -44,9 +44,9 @@ def command(
     export(model, seed)
 
     from rowtune.importers.source import parse_source
+    from rowtune.train.options import Options
     from rowtune.tune.find import Request
     from rowtune.tune.step import define
-    from rowtune.tune.train import Options
 
     _heading(screen, 2, f"rowtune search {model} --budget {budget} -o {plan}")
     work = define(parse_source(str(model)), seed=seed)

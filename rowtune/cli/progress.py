@@ -1,4 +1,4 @@
-"""Live displays: the search, and training."""
+"""Live displays: something on a terminal, and the search. Training is in train_display.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from rowtune.cli.screen import BAD, GOOD, SOFT, Screen, plain_table
 if TYPE_CHECKING:
     from rowtune.tune.records import Record
     from rowtune.tune.task import Progress
-    from rowtune.tune.train import StepReport
 
 STATUS_STYLE = {"ok": GOOD, "over": "yellow", "slow": SOFT, "rejected": SOFT}
 
@@ -42,7 +41,7 @@ def policies(decisions: Any) -> str:
     return " + ".join(words) or "plain PyTorch"
 
 
-class _Shown:
+class Shown:
     """Something live on a terminal, or a line at a time elsewhere."""
 
     def __init__(self, screen: Screen) -> None:
@@ -65,7 +64,7 @@ class _Shown:
         raise NotImplementedError
 
 
-class SearchDisplay(_Shown):
+class SearchDisplay(Shown):
     """Trials as they end, the best so far, and its peak against the budget."""
 
     def __init__(self, screen: Screen, limit: int) -> None:
@@ -129,36 +128,3 @@ class SearchDisplay(_Shown):
         text = f"  {format_bytes(peak)} of {format_bytes(self.limit)}, "
         text += f"{format_seconds(now.best.step_seconds)} a step"
         return Text.assemble(gauge(peak, self.limit), text, ("  best so far", SOFT))
-
-
-class TrainDisplay(_Shown):
-    """Loss, step time, and the peak against the budget."""
-
-    def __init__(self, screen: Screen, limit: int) -> None:
-        super().__init__(screen)
-        self.limit = limit
-        self.first: float | None = None
-        self.now: StepReport | None = None
-
-    def update(self, report: StepReport) -> None:
-        self.first = report.loss if self.first is None else self.first
-        self.now = report
-        if self.live is None:
-            self.screen.err.print(self._line(report), soft_wrap=True)
-
-    def _line(self, report: StepReport) -> Text:
-        from rowtune.tune.sizes import format_bytes, format_seconds
-
-        of = f"/{report.steps}" if report.steps else ""
-        peak = f"  peak {format_bytes(report.peak_bytes)}" if report.peak_bytes else ""
-        return Text(f"step {report.step}{of}  loss {report.loss:.5g}  {format_seconds(report.seconds)}{peak}")
-
-    def render(self) -> RenderableType:
-        from rowtune.tune.sizes import format_bytes
-
-        if self.now is None:
-            return Text("first step ...", SOFT)
-        if self.now.peak_bytes is None:
-            return self._line(self.now)
-        text = f"  {format_bytes(self.now.peak_bytes)} of {format_bytes(self.limit)}"
-        return Group(self._line(self.now), Text.assemble(gauge(self.now.peak_bytes, self.limit), text))

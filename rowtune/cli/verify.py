@@ -28,8 +28,8 @@ def command(
     file = read_plan(plan)
     import torch
 
+    from rowtune.train.opened import open_plan
     from rowtune.tune.measure import Bench
-    from rowtune.tune.train import open_plan
 
     screen.opening(file.problem.model)
     work, _ = open_plan(file, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rowtune.cost.footprint import Footprint, Side
@@ -11,19 +11,32 @@ from rowtune.cost.footprint import Footprint, Side
 class Linked(NamedTuple):
     """A segment in a step: `blocks` tells which memory of the step each of its shared buffers is (not those
     of the model's own tensors), `names` what its values are called in the step, `title` what it is called;
-    `drops` are the values that no later segment reads."""
+    `drops` are the values that no later segment reads, `policy` is the segment's."""
 
     footprint: Footprint
     blocks: Mapping[int, int]
     names: Mapping[str, str]
     title: str
     drops: Sequence[str]
+    policy: str
+
+
+class Mark(NamedTuple):
+    """Bytes alive before a segment's forward (or backward), at most while it runs, and after it."""
+
+    before: int
+    peak: int
+    after: int
 
 
 class Peak(NamedTuple):
+    """`forward` and `backward` have a mark for each segment, in the order of the plan."""
+
     total: int
     activations: int
     at: str
+    forward: tuple[Mark, ...]
+    backward: tuple[Mark, ...]
 
 
 def compose(
@@ -33,6 +46,7 @@ def compose(
     fixed: int,
     names: Mapping[int, str],
     copies: Mapping[str, tuple[int, int]],
+    held: frozenset[int] = frozenset(),
 ) -> Peak:
     """The most that is alive at any time.
 
@@ -42,39 +56,44 @@ def compose(
         fixed: bytes of parameters, buffers and the optimizer's state.
         names: of blocks, for people.
         copies: of inputs, that a step begins with: block and bytes, by the input's name.
+        held: blocks that somebody else holds on to from their birth.
     """
-    walk = _Walk(sum(batch), fixed, names)
+    walk = _Walk(sum(batch), fixed, names, held)
     for name, (block, size) in copies.items():
         walk.begin(block, size)
         walk.values[name] = block
-    for linked in step:
-        walk.forward(linked)
+    forward = [walk.marked(walk.forward, linked) for linked in step]
     for block, size in outer.items():
         walk.begin(block, size)
-    for linked in reversed(step):
-        walk.backward(linked)
-    return Peak(walk.peak, walk.activations, walk.where)
+    backward = [walk.marked(walk.backward, linked) for linked in reversed(step)]
+    return Peak(walk.peak, walk.activations, walk.where, tuple(forward), tuple(reversed(backward)))
 
 
 class _Walk:
     """`own` and `state`: what segments keep, and the gradients of parameters; `live`: what they share."""
 
-    def __init__(self, batch: int, fixed: int, names: Mapping[int, str]) -> None:
-        self.fixed, self.names = fixed, names
+    def __init__(self, batch: int, fixed: int, names: Mapping[int, str], held: frozenset[int]) -> None:
+        self.fixed, self.names, self.by_others = fixed, names, held
         self.own, self.total, self.live = batch, batch + fixed, 0
         self.held: dict[int, int] = {}
         self.size: dict[int, int] = {}
         self.values: dict[str, int] = {}
         self.gradients: dict[str, int] = {}
-        self.peak = self.activations = 0
+        self.peak = self.activations = self.top = 0
         self.where = ""
+
+    def marked(self, way: Callable[[Linked], None], linked: Linked) -> Mark:
+        """Run a segment one way, and say how much was alive."""
+        before = self.top = self.total + self.live
+        way(linked)
+        return Mark(before, self.top, self.total + self.live)
 
     def hold(self, block: int) -> None:
         if block in self.held:
             self.held[block] += 1
 
     def begin(self, block: int, size: int) -> None:
-        self.held[block] = 1
+        self.held[block] = 2 if block in self.by_others else 1
         self.size[block] = size
         self.live += size
 
@@ -142,6 +161,7 @@ class _Walk:
             activations = self.own + self.live + span.activations
             self.activations = max(self.activations, activations)
             total = self.total + self.live + span.total
+            self.top = max(self.top, total)
             if total > self.peak:
                 self.peak = total
                 self.where = f"{self._largest(span.largest)}{way} of {linked.title}"

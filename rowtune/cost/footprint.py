@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rowtune.runtime.recording import Buffer
-from rowtune.runtime.segment_recording import Crossing, SegmentRecording
+from rowtune.runtime.segment_recording import Crossing, SegmentRecording, Work
 
 Bytes = NDArray[np.int64]
 
@@ -39,7 +39,7 @@ class Side(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """`shared` are the buffers that neighbours hold as well, with their bytes; of these, forward leaves those
-    in `kept` for backward, and `host_bytes` on the host."""
+    in `kept` for backward, and `host_bytes` on the host. `work` and `host` are its calls, for its time."""
 
     forward: Side
     backward: Side
@@ -49,7 +49,9 @@ class Footprint:
     outputs: tuple[Crossing, ...]
     outer: dict[str, int]
     gradients: tuple[Crossing, ...]
-    host_bytes: int
+    work: Work = ()
+    host: int = 0
+    host_bytes: int = 0
 
 
 def footprint(made: SegmentRecording) -> Footprint:
@@ -68,8 +70,10 @@ def footprint(made: SegmentRecording) -> Footprint:
     ]
     kept = frozenset(made.kept) & crossing - {*made.outer.values()}
     sizes = {n: buffers[n].bytes for n in crossing}
-    given_and_made = made.inputs, made.outputs, made.outer, made.gradients
-    return Footprint(sides[0], sides[1], sizes, kept, *given_and_made, made.host_bytes)
+    return Footprint(
+        sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients,
+        made.work, made.host, made.host_bytes,
+    )  # fmt: skip
 
 
 class _Curve:

@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rowtune.cost.compose import compose
-from rowtune.cost.seen import GIVEN, Seen
+from rowtune.cost.compose import Peak, compose
+from rowtune.cost.profile import Clock, Profile
+from rowtune.cost.seen import GIVEN, Seen, Step
 from rowtune.cost.state import state_bytes
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan
@@ -34,28 +35,65 @@ class Cost:
     host_bytes: int = 0
 
 
-def predict(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None) -> Cost:
+def predict(
+    graph: Graph,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    profile: Profile | None = None,
+) -> Cost:
     """Peak and time of one training step in steady state (gradients set to None between steps).
 
     Args:
         graph: with a loss, or without one: then every output has a gradient.
         optimizer: whose state is counted as well, or how many parameter-sized tensors it keeps (SGD with
             momentum 1, Adam 2).
+        profile: of the device that the seconds are for; without one they serve to compare plans roughly.
 
     Raises:
         PlanError: the plan is not one of this graph.
     """
-    seen = _SEEN.get(graph)
-    if seen is None:
-        seen = _SEEN[graph] = Seen()
-    step = seen.step(graph, plan)
+    step, peak = composed(graph, plan, optimizer)
+    clock = _clock(profile or ROUGH)
+    seconds = sum(clock.seconds(s.policy, s.footprint.work, s.footprint.host) for s in step.segments)
+    host = sum(s.footprint.host_bytes for s in step.segments)
+    return Cost(peak.total, peak.activations, seconds, peak.at, step.program, host)
+
+
+def composed(
+    graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None
+) -> tuple[Step, Peak]:
+    """A step's segments, and what is alive while they run."""
+    step = seen(graph).step(graph, plan)
+    return step, alive(graph, step, optimizer)
+
+
+def alive(
+    graph: Graph,
+    step: Step,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    held: frozenset[int] = frozenset(),
+) -> Peak:
+    """What is alive while the step's segments run; see `compose`."""
     weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
     fixed = weights + state_bytes(graph, optimizer)
-    peak = compose(step.segments, step.outer, batch, fixed, step.names, step.copies)
-    host = sum(linked.footprint.host_bytes for linked in step.segments)
-    return Cost(peak.total, peak.activations, step.seconds, peak.at, step.program, host)
+    return compose(step.segments, step.outer, batch, fixed, step.names, step.copies, held)
+
+
+def seen(graph: Graph) -> Seen:
+    """What was recorded of a graph so far."""
+    if graph not in _SEEN:
+        _SEEN[graph] = Seen()
+    return _SEEN[graph]
+
+
+def _clock(profile: Profile) -> Clock:
+    if _CLOCK[0].profile is not profile:
+        _CLOCK[0] = Clock(profile)
+    return _CLOCK[0]
 
 
 _FIXED = ("parameter", "buffer")
+ROUGH = Profile()
+_CLOCK = [Clock(ROUGH)]
 _SEEN: WeakKeyDictionary[Graph, Seen] = WeakKeyDictionary()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from rowtune.cost.alike import Alike, alike, digest
 from rowtune.cost.compose import Linked
 from rowtune.cost.footprint import Footprint, footprint
-from rowtune.cost.time import segment_seconds
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower
@@ -22,7 +21,7 @@ from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import ORDERS, strides
 from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
-from rowtune.runtime.writer import Lives
+from rowtune.runtime.writer import Counted
 
 GIVEN = ("input", "target", "norms")
 
@@ -36,8 +35,9 @@ class Step(NamedTuple):
     """Bytes of the gradients that backward begins with, by block."""
     copies: dict[str, tuple[int, int]]
     """Block and bytes of the inputs that lie otherwise in a step than the user has them, by name."""
-    seconds: float
     program: str
+    blocks: dict[str, int]
+    """The memory of each value that crosses a cut."""
 
 
 class _At(NamedTuple):
@@ -73,7 +73,7 @@ class _Run:
         self.own = {common: name for name, common in names.items()}
         inputs, shared = self._own(key[1]), {self.own[n]: earlier for n, earlier in key[2]}
         try:
-            self.made = SegmentRun(graph, segment, inputs, shared, Lives(answers.call), key[3])
+            self.made = SegmentRun(graph, segment, inputs, shared, Counted(answers), key[3])
         except Exception as error:
             raise _unlike(segment, error) from error
         self.outputs = self._common(self.made.outputs)
@@ -107,7 +107,6 @@ class Seen:
         self._whole: set[Segment] = set()
         self._answers = Answers()
         self._forwards: dict[Key, _Forward] = {}
-        self._seconds: dict[str, float] = {}
         self._digests: dict[int, tuple[object, str]] = {}
         self._alike: dict[str, Alike] = {}
 
@@ -152,11 +151,6 @@ class Seen:
         return digest(
             [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]
         )
-
-    def seconds(self, graph: Graph, segment: SegmentProgram, digest: str) -> float:
-        if digest not in self._seconds:
-            self._seconds[digest] = segment_seconds(graph, segment)
-        return self._seconds[digest]
 
     def alike(self, graph: Graph, segment: SegmentProgram, known: str) -> Alike:
         if known not in self._alike:
@@ -234,8 +228,8 @@ class _Linker:
             self._backward(*each)
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
-        seconds = sum(self.seen.seconds(self.graph, s, d) for s, d in zip(segments, digests, strict=True))
-        return Step(linked[::-1], self.names, outer, self.copies, seconds, digest(digests))
+        blocks = {name: at.block for name, at in self.values.items() if at.block is not None}
+        return Step(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
 
     def _given(self, value: Value) -> _At:
         found, block = _dense(value), self._block(value.name)
@@ -310,7 +304,8 @@ class _Linker:
                 blocks[number] = self._block(f"the gradient of {name}") if known else None
             self.gradients[name] = _At(crossing, blocks[number])
         title = f"{segment.decision.first}..{segment.decision.last}"
-        return Linked(made, {n: b for n, b in blocks.items() if b is not None}, own, title, drops)
+        known_blocks = {n: b for n, b in blocks.items() if b is not None}
+        return Linked(made, known_blocks, own, title, drops, segment.decision.policy)
 
 
 def _dense(value: Value) -> Crossing:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from rowtune.errors import ModelError
 from rowtune.importers.onnx_fold import FLOATS, array, attributes, evaluate
-from rowtune.importers.onnx_module import Branch, Constant, Program, Ref, Step, Weight
+from rowtune.importers.onnx_module import Branch, Constant, Home, Program, Ref, Step, Weight
 from rowtune.importers.onnx_names import GENERATED, Paths, is_path
 from rowtune.importers.onnx_node import DTYPES, Node, Static
 from rowtune.importers.onnx_ops import CONTROL, NORMS, NOT_FOLDED, OPERATORS
 from rowtune.importers.onnx_rewrite import (
     Raw,
     Sharing,
+    Use,
     as_cast,
     fuse_group_norm,
     fuse_linear,
@@ -92,7 +93,8 @@ class _Builder:
         self.kinds = {i.name: i.type.tensor_type.elem_type for i in graph.input}
         self.kinds |= {name: t.data_type for name, t in self.initial.items()}
         self.paths = Paths()
-        self.refs: dict[tuple[str, str], Ref] = {}
+        self.refs: dict[tuple[str, str], Weight] = {}
+        self.uses: dict[tuple[str, str], list[Use]] = {}
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
@@ -114,8 +116,9 @@ class _Builder:
         order = {name: i for i, name in enumerate(self.initial)}
         ranked = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
         program = Program(
-            inputs, _drop(steps, refs), refs, dict(ranked), dict(self.buffers), dict(self.constants)
-        )
+            inputs, _drop(steps, refs), refs, dict(ranked), dict(self.buffers), dict(self.constants),
+            self.homes(sharing),
+        )  # fmt: skip
         convolutions = sum(raw.node.op in ("Conv", "ConvTranspose") for raw in raws)
         return Built(program, tuple(self.norms), convolutions, sharing.separated)
 
@@ -281,13 +284,13 @@ class _Builder:
         if (emptied or slot in WEIGHT_SLOTS.get(op, ())) and self.floating(name):
             if value is not None and slot == 2 and _is_absent(value, self.source.get(name, "")):
                 return None
-            return self.store(name, "parameter")
+            return self.store(name, "parameter", raw, slot)
         if (op, slot) in STATISTICS:
-            return self.store(name, "buffer")
+            return self.store(name, "buffer", raw, slot)
         if value is None and (slot in STATIC_SLOTS.get(op, ()) or name in self.known):
             value = self.known[name] = array(self.initial[name])
         if value is None:
-            return self.store(name, "parameter")
+            return self.store(name, "parameter", raw, slot)
         small = value.size <= 1 or not any(value.strides) or slot in STATIC_SLOTS.get(op, ())
         small = small or op in NORMS  # most of these are a scale of one and a shift of zero
         return Constant(value) if small or not self.floating(name) else self.store(name, "constant")
@@ -297,16 +300,31 @@ class _Builder:
             return self.initial[name].data_type in FLOATS
         return self.known[name].dtype.kind not in "biuOSU"
 
-    def store(self, name: str, kind: str) -> Weight:
+    def store(self, name: str, kind: str, raw: Raw | None = None, slot: int = 0) -> Weight:
         """Register a tensor as parameter, buffer or fixed array, once."""
+        if raw is not None:
+            self.uses.setdefault((name, kind), []).append(Use(raw.outputs[0], raw.node.op, slot))
         if (name, kind) not in self.refs:
             table = {"parameter": self.parameters, "buffer": self.buffers, "constant": self.constants}[kind]
             path = self.paths.claim(name)
             table[path] = self.stored(name)
             self.refs[name, kind] = Weight(path)
-        ref = self.refs[name, kind]
-        assert isinstance(ref, Weight)
-        return ref
+        return self.refs[name, kind]
+
+    def homes(self, sharing: Sharing) -> dict[str, Home]:
+        """Where each parameter and buffer lies in the file. One tensor may be both (zeros that are a bias and
+        a running mean): the second is to have one of its own."""
+        found: dict[str, Home] = {}
+        taken: set[str] = set()
+        for (name, kind), ref in self.refs.items():
+            if kind == "constant":
+                continue
+            if name in taken:
+                found[ref.path] = Home(ref.path, tuple(self.uses.get((name, kind), ())))
+            else:
+                found[ref.path] = Home(name, tuple(sharing.moved.get(name, ())))
+            taken.add(name)
+        return found
 
     def stored(self, name: str) -> Tensor:
         value = self.known[name] if name in self.known else array(self.initial[name])

@@ -65,11 +65,11 @@ def load_onnx(path: str | os.PathLike[str]) -> OnnxModel:
             it uses operators that cannot be trained (all of them are listed).
     """
     file = Path(path)
-    proto = _parse(file)
+    proto = parse(file)
     opset = _opset(proto, file)
     _check_names(proto, file)
     _check_external(proto, file)
-    _check(proto, file)
+    check(proto, file)
     try:
         external_data_helper.load_external_data_for_model(proto, str(file.resolve().parent))
     except (OSError, ValueError, checker.ValidationError) as problem:
@@ -103,7 +103,7 @@ def from_proto(proto: onnx.ModelProto, opset: int, name: str = "the model") -> O
     return OnnxModel(module, inputs, outputs, len(built.norms), built.norms, tuple(notes))
 
 
-def _parse(file: Path) -> onnx.ModelProto:
+def parse(file: Path) -> onnx.ModelProto:
     try:
         data = file.read_bytes()
     except FileNotFoundError as problem:
@@ -137,23 +137,23 @@ def _opset(proto: onnx.ModelProto, file: Path) -> int:
     return int(versions[0])
 
 
-def _graphs(message: Any) -> Iterator[Any]:
+def graphs(message: Any) -> Iterator[Any]:
     """The main graph, local functions, and the branches in them."""
     if isinstance(message, onnx.ModelProto):
         for part in (message.graph, *message.functions):
-            yield from _graphs(part)
+            yield from graphs(part)
         return
     yield message
     for node in message.node:
         for item in node.attribute:
             for graph in (item.g, *item.graphs):
                 if graph.ByteSize():
-                    yield from _graphs(graph)
+                    yield from graphs(graph)
 
 
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """All stored tensors: weights, constants, those of branches and functions."""
-    for graph in _graphs(proto):
+    for graph in graphs(proto):
         yield from getattr(graph, "initializer", ())
         for sparse in getattr(graph, "sparse_initializer", ()):
             yield from (sparse.values, sparse.indices)
@@ -164,7 +164,7 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def _check_names(proto: onnx.ModelProto, file: Path) -> None:
     """protobuf hands out names that are no UTF-8 as bytes; nothing later expects that."""
-    for graph in _graphs(proto):
+    for graph in graphs(proto):
         texts = [item.name for key in ("initializer", "input", "output") for item in _named(graph, key)]
         for node in graph.node:
             texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
@@ -180,7 +180,7 @@ def _named(graph: Any, key: str) -> Any:
 
 def _check_external(proto: onnx.ModelProto, file: Path) -> None:
     folder = file.resolve().parent
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -209,11 +209,11 @@ def _check_range(entries: dict[str, str], size: int, where: str) -> None:
         raise ModelError(f"{where} end at byte {offset + length}, but the file has {size}; it is cut off")
 
 
-def _check(proto: onnx.ModelProto, file: Path) -> None:
-    """ONNX's own rules, but for one that many files break: outputs may come without a shape."""
+def check(proto: onnx.ModelProto, file: Path) -> None:
+    """ONNX's own rules, but for one that many files break: outputs may come without a shape. ModelError."""
     bare = [o.type.tensor_type for o in proto.graph.output if o.type.HasField("tensor_type")]
     bare = [kind for kind in bare if not kind.HasField("shape")]
-    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in _tensors(proto))
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(proto))
     if bare and external:
         return  # the checker takes external data from a file only, and the file would not pass
     for kind in bare:

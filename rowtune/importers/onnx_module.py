@@ -14,6 +14,7 @@ from rowtune.errors import ModelError
 from rowtune.importers.onnx_fold import evaluate
 from rowtune.importers.onnx_node import Mode, Node, Static, Value, is_static, number, to_tensor
 from rowtune.importers.onnx_ops import NOT_FOLDED, WITH_MODE, Operator
+from rowtune.importers.onnx_rewrite import Use
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,18 @@ class Step:
     branches: tuple[Branch, Branch] | None = None
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where a weight lies in the file: the stored tensor `name`. Where layers read one tensor but are trained
+    apart, `uses` are the inputs that are to read one of this name."""
+
+    name: str
+    uses: tuple[Use, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
-    """All that a module is made of: steps, and tensors by path."""
+    """All that a module is made of: steps, tensors by path, and the homes of those that are trained."""
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
@@ -65,6 +75,7 @@ class Program:
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
+    homes: Mapping[str, Home]
 
 
 class OnnxNetwork(nn.Module):
@@ -77,6 +88,7 @@ class OnnxNetwork(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self._inputs, self._steps, self._outputs = program.inputs, program.steps, program.outputs
+        self.homes = program.homes
         for path, value in program.parameters.items():
             owner, leaf = self._owner(path)
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))

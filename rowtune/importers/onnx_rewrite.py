@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import onnx
 
@@ -30,11 +31,21 @@ class Raw:
     branches: tuple[tuple[list[Raw], list[str]], tuple[list[Raw], list[str]]] | None = None
 
 
+class Use(NamedTuple):
+    """An input of a node: the node's first output and operator, and the slot."""
+
+    output: str
+    op: str
+    slot: int
+
+
 @dataclass
 class Sharing:
-    """Stored tensors under further names, and how many of them are separate copies."""
+    """Stored tensors under further names, which inputs read those now, and how many of them are separate
+    copies."""
 
     copies: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    moved: dict[str, list[Use]] = field(default_factory=dict)
     separated: int = 0
 
 
@@ -93,6 +104,8 @@ def name_sharers(
                 if owners[owner] != name:
                     sharing.copies[owners[owner]] = table[name]
                     sharing.separated += 1
+            if owners[owner] != name:
+                sharing.moved.setdefault(owners[owner], []).append(Use(raw.outputs[0], raw.node.op, slot))
             raw.inputs[slot] = owners[owner]
     return sharing
 

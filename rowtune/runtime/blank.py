@@ -8,15 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rowtune.runtime.layout import has_channels_last, strides
-from rowtune.torch_private import FakeTensor, FakeTensorMode, fake_mode_is_on, pytree, without_modes
+from rowtune.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    fake_mode_is_on,
+    pytree,
+    without_modes,
+)
 
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Like(NamedTuple):
+    """What a call's time depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Signature(NamedTuple):
+    """A call but for what is in its tensors: an operator and its arguments, a `Like` for each tensor, (type,
+    value) for what is neither tensor nor tuple; keyword arguments as pairs. Two calls with one signature do
+    the same work."""
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: tuple[Any, ...]
 
 
 aten = torch.ops.aten
@@ -33,7 +58,8 @@ HANDED_ON = frozenset(
 
 class Answers:
     """Runs operators on meta tensors, or in a FakeTensorMode on fake ones; those that make new memory, or
-    write to their first argument, from memory where the same was asked before.
+    write to their first argument, from memory where the same was asked before. `asked` is the
+    signature of the last call (None: it has none).
 
     Args:
         device: that the tensors stand for.
@@ -41,17 +67,23 @@ class Answers:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.known: dict[Any, tuple[Made | None, ...] | Made] = {}
+        self.known: dict[Signature, tuple[Made | None, ...] | Made] = {}
+        self.asked: Signature | None = None
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.asked = None
         how = _kind(func)
-        if how is None:
+        if how is None and func.is_view:
             return func(*args, **kwargs)
         fake = fake_mode_is_on()
         try:
-            key = (func, _key(args, fake), _key(tuple(kwargs.items()), fake) if kwargs else ())
+            named = _key(tuple(kwargs.items()), fake) if kwargs else ()
+            key = Signature(func, _key(args, fake), named)
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
+            return func(*args, **kwargs)
+        self.asked = key
+        if how is None:
             return func(*args, **kwargs)
         device = self.device if fake else META
         if found is not None:
@@ -92,7 +124,7 @@ def _key(argument: Any, fake: bool) -> Any:
     if isinstance(argument, Tensor):
         if not (isinstance(argument, FakeTensor) if fake else argument.is_meta):
             raise _Data
-        return argument.shape, argument.stride(), argument.dtype
+        return Like(argument.shape, argument.stride(), argument.dtype)
     if isinstance(argument, (tuple, list)):
         return tuple([_key(a, fake) for a in argument])
     return argument.__class__, argument  # 1 is not 1.0, nor True

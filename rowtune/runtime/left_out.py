@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rowtune.plan.homes import homes_of
-from rowtune.plan.program import Banded, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Banded, Repeat, Replay, Run, SegmentProgram, Stash, Step
 from rowtune.runtime.recording import Buffer
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Lives
@@ -49,14 +49,14 @@ class LeftOut:
         if banded.sketch and len(images) > 3 and not _by_images(banded):
             images, more = (*images[:2], images[-1]), len(images) - 3
         stashes = banded.repeat.stashes if banded.repeat else None
-        if not more and stashes is None:
+        if not more and banded.repeat is None:
             return banded
         after = {} if stashes is None or banded.repeat is None else {stashes: banded.repeat.more}
 
         homes = homes_of(banded)  # goes through the steps as well: now, and not when they run
 
         def steps(those: Sequence[Step]) -> tuple[Step, ...]:
-            return _Marked(those, lambda: _Pass(self, len(images), more), after, self)
+            return _Marked(those, lambda: _Pass(self, len(images), more), after, self, banded.repeat)
 
         made = replace(
             banded, image_ranges=images, forward=steps(banded.forward), backward=steps(banded.backward)
@@ -133,6 +133,11 @@ class _Pass:
     def done(self) -> bool:
         return self.at == self.images
 
+    @property
+    def times(self) -> int:
+        """How many bands of images the one at work stands for."""
+        return 1 + self.more if self.at == 2 else 1
+
 
 class _Marked(tuple[Step, ...]):
     """Steps that say how far they have been run, each time they are gone through."""
@@ -140,6 +145,7 @@ class _Marked(tuple[Step, ...]):
     _begin: Callable[[], _Pass]
     _after: dict[tuple[int, int], int]
     _left_out: LeftOut
+    _repeat: Repeat | None
     _pass: _Pass | None
 
     def __new__(
@@ -148,22 +154,31 @@ class _Marked(tuple[Step, ...]):
         begin: Callable[[], _Pass],
         after: dict[tuple[int, int], int],
         left_out: LeftOut,
+        repeat: Repeat | None,
     ) -> _Marked:
         made = super().__new__(cls, steps)
         made._begin, made._after, made._left_out, made._pass = begin, after, left_out, None
+        made._repeat = repeat
         return made
 
     def __iter__(self) -> Iterator[Step]:
         if self._pass is None or self._pass.done:
             self._pass = self._begin()
         self._pass.begin()
-        return self._steps()
+        return self._steps(self._pass.times)
 
-    def _steps(self) -> Iterator[Step]:
-        """What is stashed between two bands is stashed as often again as bands between are left out."""
-        mark = self._left_out.mark()
+    def _steps(self, times: int) -> Iterator[Step]:
+        """What is stashed between two bands is stashed as often again as bands between are left out, and each
+        call of such a band counts as often."""
+        mark, recorder = self._left_out.mark(), self._left_out.recorder
+        pieces = self._repeat.pieces if self._repeat else frozenset()
+        often = times * (1 + self._repeat.more) if self._repeat else times
         for step in super().__iter__():
+            recorder.times = (
+                often if isinstance(step, Run | Replay | Back) and step.piece in pieces else times
+            )
             yield step
+            recorder.times = 1
             if type(step) is Stash:
                 for (first, last), more in self._after.items():
                     if step.band == first:

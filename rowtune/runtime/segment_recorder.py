@@ -28,7 +28,7 @@ from rowtune.runtime.recorder import ROLES, let_go_of_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.stores.host import HostPool
-from rowtune.runtime.writer import Lives, Recorder
+from rowtune.runtime.writer import Counted, Lives, Recorder
 from rowtune.torch_private import storage_of
 
 NOTHING: Mapping[str, bool] = {}
@@ -149,6 +149,7 @@ class SegmentRun:
             if t.grad is not None
         }
         recording = self.recorder.recording()
+        counted = self.recorder if isinstance(self.recorder, Counted) else None
         self.caught.clear()
         return SegmentRecording(
             recording, self.forward, self.recorder.calls,
@@ -156,6 +157,7 @@ class SegmentRun:
             weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
+            work=tuple(counted.work.items()) if counted else (), host=counted.host if counted else 0,
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:

@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from rowtune.runtime.blank import Signature
 from rowtune.runtime.recording import Buffer, Recording
+
+Work = tuple[tuple[Signature, int], ...]
+"""Calls by what they do, and how often each is called."""
 
 
 class Crossing(NamedTuple):
@@ -34,7 +38,8 @@ class SegmentRecording:
     the model's. What it makes and the gradients that it hands on are crossings whose memory is the number of
     a buffer; of a parameter that an earlier segment reads too, it hands the gradient on as of an input.
     `left_out` are buffers that no call here makes: those of bands that are like others and were not run.
-    Forward leaves `host_bytes` on the host.
+    Forward leaves `host_bytes` on the host. `work` are the calls of all bands by what they do, and `host` is
+    how many there are, views included; both are left empty by a recorder that does not count.
     """
 
     recording: Recording
@@ -48,6 +53,8 @@ class SegmentRecording:
     weight_gradients: dict[str, int]
     left_out: tuple[Buffer, ...] = ()
     host_bytes: int = 0
+    work: Work = ()
+    host: int = 0
 
     @property
     def kept(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.runtime.blank import Answers, Signature
 from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, View, Way
 from rowtune.torch_private import TorchDispatchMode, key_of
 
@@ -28,6 +29,7 @@ class Lives(TorchDispatchMode):
         self._answer = answer
         self.place: tuple[int, Way] = (0, "forward")
         self.calls = self.live = 0  # so far; bytes
+        self.times = 1  # as many calls does one stand for now
         self._buffers: list[Buffer] = []
         self._known: dict[int, _Life] = {}  # by storage
         self._died: dict[int, int] = {}
@@ -109,6 +111,24 @@ class _Life(weakref.ref[torch.UntypedStorage]):
     __slots__ = ("key", "number")
     key: int
     number: int
+
+
+class Counted(Lives):  # type: ignore[no-untyped-call]
+    """Counts calls by what they do as well: `work` are signatures and how often they are called, with the
+    bands that are left out; `host` counts all calls, views included."""
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(answers.call)
+        self.answers = answers
+        self.work: dict[Signature, int] = {}
+        self.host = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.host += self.times
+        if (asked := self.answers.asked) is not None:
+            self.work[asked] = self.work.get(asked, 0) + self.times
+        return out
 
 
 class Recorder(Lives):  # type: ignore[no-untyped-call]

@@ -14,5 +14,4 @@ task      what a search is given, says and returns
 study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits
 find      workload + budget -> plan file
 output    may it be written, and where else when the disk is full
-train     training under a plan
 """

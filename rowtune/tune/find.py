@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from rowtune.cost.predict import predict
+from rowtune.cost.profile import Profile
 from rowtune.errors import InfeasibleError, UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
 from rowtune.tune.device import device_name
 from rowtune.tune.output import check_replaceable, keep
+from rowtune.tune.profiles import calibration
 from rowtune.tune.records import Record, RecordFile
 from rowtune.tune.reference import plain_peak
 from rowtune.tune.sizes import format_bytes
-from rowtune.tune.space import space
+from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload
 from rowtune.tune.study import search
 from rowtune.tune.supervisor import Worker
@@ -115,10 +117,11 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
     check_state(work, limit)
     cpu = work.problem.device == "cpu"
     with Worker(work.problem, limit) as worker:
+        space = ProgrammeSpace(work.graph, slots, calibration(work.problem.device, worker.calibrate))
         result = search(
             Task(
-                space=space(work.graph),
-                predict=lambda plan: predict(work.graph, plan, slots),
+                space=space,
+                predict=lambda plan: predict(work.graph, plan, slots, space.profile),
                 measure=worker.measure,
                 records=records,
                 limit=limit,
@@ -129,10 +132,11 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
                 trials=request.trials,
                 timeout=request.timeout,
                 seed=request.seed,
+                tell=space.tell,
                 progress=progress,
             )
         )
-    file = _plan_file(request, budget, result)
+    file = _plan_file(request, budget, result, space.profile)
     path = keep(out, lambda path: save_plan(file, path), "the plan")
     return Found(file, result, path, records.unwritten)
 
@@ -149,11 +153,11 @@ def _foreign(request: Request) -> bool:
     return False
 
 
-def _plan_file(request: Request, budget: int, result: SearchResult) -> PlanFile:
+def _plan_file(request: Request, budget: int, result: SearchResult, profile: Profile) -> PlanFile:
     work, best, plain = request.work, result.best, result.plain
     assert best.decisions is not None
     plan = Plan.from_dict(dict(best.decisions))
-    cost = predict(work.graph, plan, work.optimizer.slots)
+    cost = predict(work.graph, plan, work.optimizer.slots, profile)
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None

@@ -1,8 +1,9 @@
-"""The knobs that a search turns, and the plan that follows from a setting of them.
+"""What the search turns, and the plan that follows: the exact programme's, under what the knobs allow.
 
-The network is divided at two cuts into three zones; each zone has a policy and a band height, and a few knobs
-hold for all. The tuple of knobs and their choices depend on the graph alone, so they are the same in every
-trial of a study.
+The programme (rowtune/cost/programme.py) knows the best plan there is by prediction. What it cannot know is
+how far predictions are off. So a trial takes away some of its options: it leaves memory free, or allows a
+part of the network one policy, or one way to order bands, to make tapes, to carry barriers; and measures
+what the programme then finds best. Every trial's plan is the best of its kind.
 """
 
 from __future__ import annotations
@@ -10,329 +11,214 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
-from rowtune.graph.bands import banding
-from rowtune.graph.cuts import barrier_parts, is_local, legal_cut, stretches, why_not
+import numpy as np
+
+from rowtune.cost.candidates import around, batch, first, heights
+from rowtune.cost.predict import composed
+from rowtune.cost.profile import Clock, Profile
+from rowtune.cost.programme import Path, fastest, plan_of, smallest
+from rowtune.cost.state import state_bytes
+from rowtune.cost.table import Option, Table, within
+from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.graph.replay import reads_output
-from rowtune.graph.rules import Opaque
-from rowtune.plan.plan import Plan, Segment
+from rowtune.graph.places import has_barriers
+from rowtune.plan.plan import Plan
+from rowtune.runtime.blank import Signature
+from rowtune.tune.task import Situation
 
-Setting = dict[str, str | int]
+Values = Mapping[str, str]
+Calibrate = Callable[[Mapping[Signature, float], float], Profile]
+"""Measures calls, by how much they matter, for so many seconds at most."""
 
 ZONES = ("front", "middle", "back")
-_SEGMENT = Segment("", "", "rows")
-ROWS = {
-    "rows/sweep": _SEGMENT,
-    "rows/cache": replace(_SEGMENT, halo="cache"),
-    "rows/recompute": replace(_SEGMENT, halo="recompute"),
-}
-"""Policies of a zone that take rows, and their segments but for names and numbers."""
-BARRIERS = {
-    "rows/again": replace(_SEGMENT, halo="recompute", barriers="recompute"),
-    "rows/narrow": replace(_SEGMENT, halo="recompute", barriers="narrow"),
-    "rows/passes": replace(_SEGMENT, barriers="passes"),
-}
-"""For networks with barriers: the tensors there made again, or never, or the wide ones never. From one
-barrier to the next the halo is small."""
-ROWS |= BARRIERS
-BANDS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-ALL_ROWS = 1 << 30
-CUTS = 20
-REGIONS = (1, 2, 3, 4)
-"""Stretches between cuts that are recomputed together."""
-TURNS = ("no", "yes")
-"""Whether these stretches are recomputed once more, each on its own, when its turn in backward comes."""
+POLICIES = ("any", "keep", "checkpoint", "rows")
+"""What a zone may be beside kept."""
+MARGINS = ("1", "0.97", "0.93", "0.88", "0.8")
+"""The share of the memory that the programme is told of."""
+BANDS = {"any": (0, 1 << 40), "low": (0, 12), "middle": (12, 48), "high": (48, 1 << 40)}
+
+LEAST, MOST, STEPS = 4.0, 45.0, 80.0
+"""Planning takes as long as so many plain steps, and so many seconds at least and at most."""
+FIRST, TIMES, LATER = 0.4, 0.25, 0.35
+"""The shares of that: recording the first options, timing calls, recording those around the best paths."""
+FRONT = 8
+"""Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
+TRIES = 4
+"""Times that a path is looked for again whose plan takes more than its options by themselves."""
+PULL = 0.1
+"""How much a factor of the time model is drawn to 1."""
 
 
 @dataclass(frozen=True)
 class Knob:
     name: str
-    choices: tuple[str | int, ...]
+    choices: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Regions:
-    every: int
-    turns: bool
+class ProgrammeSpace:
+    """The programme's plans for a training graph (with its loss).
 
+    Args:
+        slots: parameter-sized tensors that the optimizer keeps.
+        calibrate: makes the profile; without one, times are rough.
+    """
 
-@dataclass(frozen=True)
-class PlanSpace:
-    graph: Graph
-    axis: int
-    cuts: tuple[int, ...]
-    knobs: tuple[Knob, ...]
-
-    def plan(self, values: Mapping[str, str | int]) -> Plan:
-        """The plan of one setting. Zones may be empty; neighbours alike in every respect are one segment."""
-        n = len(self.graph.nodes)
-        first, second = sorted((int(values["cut1"]), int(values["cut2"])))
-        segments: list[Segment] = []
-        for zone, start, stop in zip(ZONES, (0, first, second), (first, second, n), strict=True):
-            if start < stop:
-                segments += self._zone(values, zone, start, stop)
-        return Plan(tuple(self._merged(segments)), self.axis)
-
-    def _zone(self, values: Mapping[str, str | int], zone: str, start: int, stop: int) -> list[Segment]:
-        policy, images = str(values[zone]), int(values.get("images", 0))
-        regions = _Regions(int(values["regions"]), values["turns"] == "yes")
-        if policy == "keep":
-            return [self._segment(start, stop, "keep")]
-        if policy == "checkpoint":
-            return self._recomputed(start, stop, regions, lambda a, b: self._checkpoint(a, b, images))
-        if policy == "images":  # micro-batches: bands of images alone
-            rows = Segment("", "", "rows", 0, "sweep", images or 1, "whole")
-            return self._rows(start, stop, 0, rows, regions)
-        rows = replace(
-            ROWS[policy],
-            band_rows=int(values[f"{zone}_band"]),
-            images=images,
-            tapes=values.get("tapes", "split"),  # type: ignore[arg-type]
-        )
-        return self._rows(start, stop, self.axis, rows, regions)
-
-    def _rows(self, start: int, stop: int, axis: int, rows: Segment, regions: _Regions) -> list[Segment]:
-        """`rows` on every stretch that can be banded, in regions where its barriers are not stored."""
-
-        def like(lo: int, hi: int) -> Segment:
-            if why_not(self.graph, lo, hi, axis):  # a region of the loss alone, say
-                return self._segment(lo, hi, "keep")
-            split = 0 if axis and not is_split(self.graph, lo, hi, axis) else rows.images
-            return replace(rows, first=self._name(lo), last=self._name(hi - 1), images=split)
-
-        made: list[Segment] = []
-        at = start
-        for a, b in self._bandable(start, stop, axis):
-            if a > at:
-                made.append(self._segment(at, a, "keep"))
-            made += [like(a, b)] if rows.barriers == "store" else self._recomputed(a, b, regions, like)
-            at = b
-        if at < stop:
-            made.append(self._segment(at, stop, "keep"))
-        return made
-
-    def _recomputed(
-        self, start: int, stop: int, regions: _Regions, like: Callable[[int, int], Segment]
-    ) -> list[Segment]:
-        """Segments `like` these, in regions; in turns, each region is a checkpoint made of its stretches."""
-        made = []
-        for lo, hi in self._regions(start, stop, regions.every):
-            parts = self._regions(lo, hi, 1) if regions.turns else [(lo, hi)]
-            inside = [s for a, b in parts for s in self._turn(a, b, b == hi, like)]
-            whole = replace(self._segment(lo, hi, "checkpoint"), inside=tuple(inside))
-            made.append(whole if len(parts) > 1 else inside[0])
-        return made
-
-    def _turn(self, start: int, stop: int, last: bool, like: Callable[[int, int], Segment]) -> list[Segment]:
-        """One stretch of a region. A ReLU at its end is kept where its output is made again all the same: the
-        gradient behind it need not live then while that in front of it is found."""
-        relu = stop - 1
-        rows = not last and start < relu and reads_output(self.graph.nodes[relu])
-        if rows and legal_cut(self.graph, relu) and like(start, relu).policy == "rows":
-            return [like(start, relu), self._segment(relu, stop, "keep")]
-        return [like(start, stop)]
-
-    def _checkpoint(self, start: int, stop: int, images: int) -> Segment:
-        """Recomputed for some images at a time, where the segment does not mix images."""
-        made = self._segment(start, stop, "checkpoint")
-        return replace(made, images=images) if images and is_local(self.graph, start, stop, 0) else made
-
-    def _segment(self, start: int, stop: int, policy: str) -> Segment:
-        return Segment(self._name(start), self._name(stop - 1), policy)  # type: ignore[arg-type]
-
-    def _name(self, position: int) -> str:
-        return self.graph.nodes[position].name
-
-    def _regions(self, start: int, stop: int, every: int) -> list[tuple[int, int]]:
-        """Parts of a zone that are recomputed each on its own: from every so many cuts to the next."""
-        inside = [c for c in self.cuts if start < c < stop]
-        return list(pairwise([start, *inside[every - 1 :: every], stop]))
-
-    def _bandable(self, start: int, stop: int, axis: int) -> list[tuple[int, int]]:
-        """Runs of a zone that can be rows segments and are worth it (more than one node)."""
-        rules = banding(self.graph, axis).rules
-        found = []
-        at = start
-        while at < stop:
-            end = at
-            while end < stop and not isinstance(rules[self._name(end)], Opaque):
-                end += 1
-            after = max(end, at + 1)
-            while end > at and not legal_cut(self.graph, end):
-                end -= 1
-            if end > at + 1 and not why_not(self.graph, at, end, axis):
-                found.append((at, end))
-            at = after
-        return found
-
-    def _merged(self, segments: list[Segment]) -> list[Segment]:
-        """Two keep or equal rows segments in a row are one, where the union can be banded."""
-        out: list[Segment] = []
-        for segment in segments:
-            if out and self._same(out[-1], segment):
-                last = out.pop()
-                segment = replace(segment, first=last.first)
-            out.append(segment)
-        return out
-
-    def _same(self, a: Segment, b: Segment) -> bool:
-        if replace(a, first="", last="") != replace(b, first="", last=""):
-            return False
-        if a.policy == "checkpoint" or (a.policy == "rows" and a.barriers != "store"):
-            return False
-        start, stop = self.graph.index[a.first], self.graph.index[b.last] + 1
-        return a.policy == "keep" or not why_not(self.graph, start, stop, self.axis if a.band_rows else 0)
-
-    # -- warm starts -----------------------------------------------------------------------------------------
-
-    def guesses(self) -> list[Setting]:
-        """Good plans to try first: plain, checkpoint, one sweep over everything that can be banded, and rows
-        on the memory-heavy front with each halo, the rest kept or checkpointed."""
-        n = len(self.graph.nodes)
-        found = [self._guess(0, 0, "keep", "keep", "keep"), self._guess(0, 0, "keep", "keep", "checkpoint")]
-        found.append(found[-1] | {"regions": 4, "turns": "yes"})
-        for band, tapes in ((32, "replay"), (8, "split"), (16, "late"), (128, "replay"), (32, "late")):
-            found.append(self._guess(0, 0, "keep", "keep", "rows/sweep", band) | {"tapes": tapes})
-        again, narrow, passes = BARRIERS
-        if again in self._choices["back"]:
-            for band, tapes in ((16, "split"), (32, "late")):
-                for policy in (again, narrow, passes):
-                    found.append(self._guess(0, 0, "keep", "keep", policy, band) | {"tapes": tapes})
-            half, most = self._front(0.5), self._front(0.2)
-            found.append(self._guess(half, most, passes, again, "checkpoint", 16))
-            for rest in ("keep", "checkpoint"):
-                found.append(self._guess(half, most, narrow, again, rest, 32) | {"regions": 2})
-            for every in (2, 3):
-                turns: Setting = {"regions": every, "turns": "yes"}
-                early, late = self._front(0.4), self._front(0.1)
-                found.append(self._guess(early, late, again, "checkpoint", "keep", ALL_ROWS) | turns)
-            found.append(self._guess(half, half, again, "keep", "checkpoint", 16))
-            found.append(self._guess(half, half, "rows/sweep", "keep", "checkpoint", 16))
-        if "images" in self._choices["back"]:
-            found.append(self._guess(0, 0, "keep", "keep", "images"))
-        heavy = self._front(0.2)
-        for halo in ("rows/sweep", "rows/cache", "rows/recompute"):
-            found.append(self._guess(heavy, n, halo, "keep", "keep", 16))
-            found.append(self._guess(self._front(0.4), heavy, halo, halo, "checkpoint", 16))
-        for band in (8, 32):
-            found.append(self._guess(self._front(0.5), heavy, "rows/sweep", "rows/sweep", "keep", band))
-        found.append(self._guess(self._front(0.6), n, "rows/sweep", "checkpoint", "keep", 8))
-        unique: list[Setting] = []
-        for setting in found:
-            if setting not in unique:
-                unique.append(setting)
-        return unique
-
-    def _front(self, rest: float) -> int:
-        """The first cut after which at most `rest` of all activation bytes are made."""
-        sizes = [self.graph.values[node.name].bytes for node in self.graph.nodes]
-        total, after = sum(sizes), sum(sizes)
-        at = 0
-        for cut in self.cuts:
-            after -= sum(sizes[at:cut])
-            at = cut
-            if after <= rest * total:
-                return cut
-        return len(sizes)
-
-    def _guess(self, cut1: int, cut2: int, front: str, middle: str, back: str, band: int = 16) -> Setting:
-        made: Setting = {knob.name: knob.choices[0] for knob in self.knobs}
-        made |= {"cut1": cut1, "cut2": cut2, "front": front, "middle": middle, "back": back}
-        for zone in ZONES:
-            choices = [int(c) for c in self._choices[f"{zone}_band"]]
-            made[f"{zone}_band"] = min(choices, key=lambda c: abs(c - band))
-        return made
+    def __init__(self, graph: Graph, slots: int = 0, calibrate: Calibrate | None = None) -> None:
+        self.graph, self.slots, self.calibrate = graph, slots, calibrate
+        self.table = Table(graph)
+        self.profile = Profile()
+        self.most = float("inf")
+        self.prepared = False
 
     @cached_property
-    def _choices(self) -> dict[str, tuple[str | int, ...]]:
-        return {knob.name: knob.choices for knob in self.knobs}
+    def knobs(self) -> tuple[Knob, ...]:
+        """The same for every search of a graph."""
+        found = [Knob("margin", MARGINS), *(Knob(zone, POLICIES) for zone in ZONES)]
+        found += [Knob("band", tuple(BANDS)), Knob("halo", ("any", "sweep", "recompute", "cache"))]
+        found += [Knob("tapes", ("any", "split", "whole", "late", "replay")), Knob("turns", ("any", "no"))]
+        if has_barriers(self.graph, self.table.axis):
+            found.append(Knob("barriers", ("any", "store", "recompute", "narrow", "passes")))
+        if batch(self.table) > 1:
+            found.append(Knob("images", ("any", "whole", "split")))
+        return tuple(found)
 
+    def guesses(self) -> list[dict[str, str]]:
+        """The programme's own, with some memory to spare, and with each policy left out of all zones."""
+        all_of = {knob.name: knob.choices[0] for knob in self.knobs}
+        found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
+        found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]
+        found += [all_of | {"halo": halo} for halo in ("sweep", "recompute")]
+        found += [all_of | dict.fromkeys(ZONES, policy) for policy in ("rows", "checkpoint")]
+        found += [all_of | {"band": band} for band in ("high", "low")]
+        return found
 
-def space(graph: Graph, axis: int = 2) -> PlanSpace:
-    """The knobs for a training graph (with its loss)."""
-    cuts = candidate_cuts(graph, CUTS)
-    bands = banding(graph, axis)
-    heights = [bands.height(graph.values[n.name]) for n in graph.nodes]
-    tallest = max([*heights, 2])
-    band_choices: tuple[str | int, ...] = (*(b for b in BANDS if b < tallest), tallest)
-    batch = max((graph.values[i].shape[0] for i in graph.inputs if graph.values[i].shape), default=1)
-    images: tuple[str | int, ...] = tuple(k for k in (0, 1, 2, 4, 8, 16) if k < batch)
-    places: tuple[str | int, ...] = (0, *cuts, len(graph.nodes))
-    knobs = [Knob("cut1", places), Knob("cut2", places)]
-    barriers = has_barriers(graph, axis)
-    policies = [
-        "keep",
-        "checkpoint",
-        *(name for name, rows in ROWS.items() if barriers or rows.barriers == "store"),
-    ]
-    if len(images) > 1:
-        policies.append("images")
-    knobs += [Knob(zone, tuple(policies)) for zone in ZONES]
-    knobs += [Knob(f"{zone}_band", band_choices) for zone in ZONES]
-    knobs += [Knob("tapes", ("split", "late", "whole", "replay")), Knob("regions", REGIONS)]
-    knobs.append(Knob("turns", TURNS))
-    if len(images) > 1:
-        knobs.append(Knob("images", images))
-    return PlanSpace(graph, axis, cuts, tuple(knobs))
+    def plan(self, values: Values) -> Plan:
+        """The fastest allowed plan within the memory there is; where none fits, the smallest of all."""
+        most = min(float(values["margin"]) * self.most, 1 << 60)
+        limit, allowed = int(most) - self._fixed, self._allowed(values)
+        for _ in range(TRIES):
+            found = fastest(self.table, limit, allowed)
+            if found is None:
+                break
+            plan = plan_of(self.table, found)
+            over = composed(self.graph, plan, self.slots)[1].total - most
+            if over <= 0:
+                return plan
+            limit -= int(over) + 1  # neighbours share or hold what an option by itself does not
+        return plan_of(self.table, self.smallest())
 
+    def smallest(self) -> Path:
+        """The path with the least peak."""
+        found = fastest(self.table, smallest(self.table) or 1 << 60)
+        assert found is not None, "to keep everything is always an option"
+        return found
 
-def has_barriers(graph: Graph, axis: int) -> bool:
-    return any(len(barrier_parts(graph, a, b, axis)) > 1 for a, b in stretches(graph, axis))
+    # -- what is learnt ------------------------------------------------------------------------------------
 
+    def tell(self, now: Situation) -> None:
+        """Called before the first plan is asked for, and after each measurement."""
+        self.most = now.most
+        if not self.prepared:
+            self.prepared = True
+            self._prepare(now)
+        else:
+            self._correct(now)
 
-def is_split(graph: Graph, start: int, stop: int, axis: int) -> bool:
-    """Whether a rows segment can take some images at a time between its barriers."""
-    return all(is_local(graph, a, b, 0) for a, b in barrier_parts(graph, start, stop, axis))
+    def _prepare(self, now: Situation) -> None:
+        """Record options and time their calls; then record more around the fastest paths."""
+        step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
+        box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
+        self.table.add(first(self.table), within(FIRST * box))
+        if not self.table.options or fastest(self.table, 1 << 60) is None:  # no time at all
+            self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], within(60))
+        if self.calibrate is not None:
+            self.profile = self.calibrate(self.table.work(), TIMES * box)
+            self.table.price(self.profile)
+        until = within(LATER * box)
+        while self.table.add(
+            [k for k in around(self.table, self.paths()) if k not in self.table.known], until
+        ):
+            pass
+        self._correct(now)
 
+    def paths(self) -> list[Path]:
+        """The fastest paths under limits from the least that will do to what plain takes, and under the
+        limit of this search."""
+        low = smallest(self.table)
+        most = fastest(self.table, 1 << 60)
+        if low is None or most is None:
+            return []
+        share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
+        limits = [int(low * share**i) + 1 for i in range(FRONT)]
+        if self.most < 1e300:
+            limits.append(int(self.most) - self._fixed)
+        found = [fastest(self.table, limit) for limit in limits]
+        return [path for path in found if path is not None]
 
-def candidate_cuts(graph: Graph, most: int) -> tuple[int, ...]:
-    """At most `most` places for a segment to end: the network in as many parts of equal bytes, and in each
-    part the legal cut that the fewest bytes cross. Where blocks are joined by narrow places (the ends of
-    residual blocks), only there."""
-    crossing = crossing_bytes(graph)
-    sizes = [graph.values[node.name].bytes for node in graph.nodes]
-    total, so_far = max(sum(sizes), 1), 0
-    legal = [p for p in range(1, len(graph.nodes)) if legal_cut(graph, p)]
-    narrow = _valleys(crossing, legal)
-    allowed = set(narrow if len(narrow) >= most // 2 else legal)
-    best: dict[int, tuple[bool, int, int]] = {}
-    for position in range(1, len(graph.nodes)):
-        so_far += sizes[position - 1]
-        part = min(so_far * most // total, most - 1)
-        if position in allowed:
-            here = (position not in narrow, crossing[position], -position)
-            best[part] = min(best.get(part, here), here)
-    return tuple(sorted(-position for _, _, position in best.values()))
+    def _correct(self, now: Situation) -> None:
+        """Factors of the time model by policy, so that plans that were measured are predicted as measured:
+        least squares, drawn to 1."""
+        names = ("keep", "checkpoint", "rows")
+        clock = Clock(replace(self.profile, factors={}))
+        rows: list[list[float]] = []
+        keep = self.table.segment(0, len(self.graph.nodes), "keep")
+        plain = [(Plan((keep,)), now.plain)] if now.plain is not None else []
+        for plan, record in (
+            *plain,
+            *((Plan.from_dict(dict(r.decisions)), r) for r in now.records if r.decisions),
+        ):
+            if not record.ok or not record.step_seconds:
+                continue
+            spent = dict.fromkeys(names, 0.0)
+            try:
+                for linked in composed(self.graph, plan)[0].segments:
+                    spent[linked.policy] += clock.bare(linked.footprint.work, linked.footprint.host)
+            except RowtuneError:
+                continue
+            rows.append([spent[name] / record.step_seconds for name in names])
+        if not rows:
+            return
+        shares = np.array(rows)
+        left = shares.T @ shares + PULL * np.eye(len(names))
+        right = shares.T @ np.ones(len(rows)) + PULL * np.ones(len(names))
+        found = np.clip(np.linalg.solve(left, right), 0.3, 3.0)
+        self.profile = replace(self.profile, factors=dict(zip(names, map(float, found), strict=True)))
+        self.table.price(self.profile)
 
+    # -- what is allowed -----------------------------------------------------------------------------------
 
-def _valleys(crossing: list[int], legal: list[int]) -> list[int]:
-    """Positions that fewer bytes cross than some before and some behind; a tenth is no difference."""
-    found = []
-    peak = low = crossing[legal[0]] if legal else 0
-    at = 0
-    for position in legal:
-        here = crossing[position]
-        if here <= low:
-            low, at = here, position
-        elif here > 1.1 * low:
-            if peak > 1.1 * low:
-                found.append(at)
-            peak, low, at = here, here, position
-    return found
+    @cached_property
+    def _fixed(self) -> int:
+        """Bytes that every plan takes: parameters, buffers, the optimizer's state, the batch."""
+        kinds = ("parameter", "buffer", "input", "target", "norms")
+        here = sum(v.bytes for v in self.graph.values.values() if v.kind in kinds)
+        return here + state_bytes(self.graph, self.slots)
 
+    def _allowed(self, values: Values) -> Callable[[Option], bool]:
+        """Whether the knobs leave an option in."""
+        low, high = BANDS[values["band"]]
+        tallest = max(heights(self.table), default=1)
 
-def crossing_bytes(graph: Graph) -> list[int]:
-    """Bytes of activations alive across each position, 0 to len(nodes)."""
-    change = [0] * (len(graph.nodes) + 2)
-    for i, node in enumerate(graph.nodes):
-        readers = graph.consumers[node.name]
-        if readers:
-            change[i + 1] += graph.values[node.name].bytes
-            change[min(max(readers), len(graph.nodes)) + 1] -= graph.values[node.name].bytes
-    out, live = [], 0
-    for position in range(len(graph.nodes) + 1):
-        live += change[position]
-        out.append(live)
-    return out
+        def allowed(option: Option) -> bool:
+            main = option.main
+            if main.policy != "keep" and values[self._zone(option)] not in ("any", main.policy):
+                return False
+            if main.inside and values["turns"] == "no":
+                return False
+            if main.policy != "rows":
+                return True
+            asked = (("halo", main.halo), ("barriers", main.barriers))
+            if any(values.get(name, "any") not in ("any", now) for name, now in asked):
+                return False
+            if main.halo == "sweep" and values["tapes"] not in ("any", main.tapes):
+                return False
+            if values.get("images", "any") != "any" and (values["images"] == "split") != bool(main.images):
+                return False
+            return not main.band_rows or low <= min(main.band_rows, tallest) < high
+
+        return allowed
+
+    def _zone(self, option: Option) -> str:
+        """Where the middle of an option lies."""
+        return ZONES[min((option.start + option.stop) * 3 // (2 * (len(self.table.cuts) - 1)), 2)]

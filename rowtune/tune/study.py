@@ -24,15 +24,18 @@ from rowtune.tune.finals import finals
 from rowtune.tune.infeasible import infeasible
 from rowtune.tune.measurement import Effort
 from rowtune.tune.records import PLAIN, Record, digest, front
-from rowtune.tune.sizes import format_bytes
-from rowtune.tune.task import Progress, SearchResult, Task
+from rowtune.tune.sizes import format_bytes, format_seconds
+from rowtune.tune.task import Progress, SearchResult, Situation, Task
 
 # A plan whose first warm step takes this much longer than the best one's cannot win.
 HOPELESS = 1.5
+# A plan is not run if, were it as much faster than predicted as any plan so far, it would still take this
+# much longer than the best one; believed once so many plans were measured.
+BEHIND, BELIEVED = 1.15, 3
 # Proposals per measured trial after which the space counts as exhausted.
-PATIENCE = 60
-# Plans drawn and predicted before the first trial, and how many of them are tried first.
-WARM_DRAWS, WARM_TRIALS = 200, 6
+PATIENCE = 40
+# Of the plans predicted before the first trial so many are tried first, the fastest ahead.
+WARM_TRIALS = 6
 
 
 class Interrupted(Exception):
@@ -95,10 +98,12 @@ class Search:
             knob.name: optuna.distributions.CategoricalDistribution(tuple(knob.choices))
             for knob in task.space.knobs
         }
-        self._seed_study()
 
-    def _seed_study(self) -> None:
-        """Earlier trials as they would have ended under this budget, then the guesses not yet tried."""
+    def _warm_up(self) -> None:
+        """Tell the space what there is; then the study: earlier trials as they would have ended under this
+        budget, and the guesses not yet tried."""
+        self.say(None, "planning")
+        self._report()
         for record in self.task.records.latest().values():
             if self._current(record) and self._usable(record.values):
                 self.study.add_trial(
@@ -113,15 +118,11 @@ class Search:
             self.study.enqueue_trial(guess, skip_if_exists=True)
 
     def _warm_start(self) -> list[dict[str, Any]]:
-        """Settings that earlier runs left unmeasured, the space's guesses, and as many random ones as a tenth
-        of the time allows to predict: those predicted to fit first, the fastest of them ahead. Prediction
-        costs a thousandth of a trial."""
+        """Settings that earlier runs left unmeasured and the space's guesses: those predicted to fit first,
+        the fastest of them ahead. Prediction costs a thousandth of a trial."""
         earlier = [r.values for r in self.task.records.latest().values() if not self._current(r)]
         guesses = [dict(g) for g in (*earlier, *self.task.space.guesses()) if self._usable(g)]
-        drawn = (self._random_setting() for _ in range(WARM_DRAWS))
-        for values in (*guesses, *drawn):
-            if time.monotonic() - self.began > 0.1 * self.task.timeout and values not in guesses:
-                break
+        for values in guesses:
             with contextlib.suppress(Exception):  # such a plan fails again, and is recorded, when it is tried
                 plan = self.task.space.plan(values)
                 cost = self.task.predict(plan)
@@ -151,8 +152,20 @@ class Search:
         if record.ok and record.alloc_retries is not None and (record.peak_bytes or 0) > self.task.limit:
             # What CUDA's allocator reserves depends on what it may; what it gave out does not.
             return (record.allocator_peak_bytes or 0) + self.overhead > self.task.limit
-        too_big = record.predicted_bytes is None or record.predicted_bytes > self._most()
-        return record.status != "rejected" or too_big
+        return record.status != "rejected" or record.predicted_bytes is None or bool(self._why_not(record))
+
+    def _why_not(self, record: Record) -> str:
+        """Why a plan is not worth running, by its prediction; empty if it is."""
+        if (record.predicted_bytes or 0) > self._most():
+            return f"predicted {format_bytes(record.predicted_bytes)}, over the budget"
+        measured = [r for r in self.task.records.latest().values() if r.ok and r.predicted_seconds]
+        best = self.best()
+        if best is None or len(measured) < BELIEVED:
+            return ""
+        ratio = min((r.step_seconds or 0.0) / (r.predicted_seconds or 1.0) for r in measured)
+        expected = ratio * (record.predicted_seconds or 0.0)
+        behind = expected > BEHIND * (best.step_seconds or math.inf)
+        return f"predicted {format_seconds(expected)} a step, which cannot win" if behind else ""
 
     def left(self) -> float:
         return self.task.timeout - (time.monotonic() - self.began)
@@ -180,6 +193,8 @@ class Search:
 
     def explore(self) -> None:
         """Ask, reject or measure, tell, until trials, time or the space run out."""
+        if self.measured() < self.task.trials and self.left() > 0:
+            self._warm_up()
         idle = 0
         while self.measured() < self.task.trials and self.left() > 0 and idle < PATIENCE:
             if self.measured() > 1 and self.best() is None:
@@ -204,6 +219,15 @@ class Search:
             self.task.records.append(record)
             self._tell(trial, record)
             self.say(record)
+            if record.status != "rejected":
+                self._report()
+
+    def _report(self) -> None:
+        """Tell the space how far the search is."""
+        seen = list(self.task.records.latest().values())
+        plain = self.task.records.plain()
+        plain = plain if plain is not None and plain.ok else None
+        self.task.tell(Situation(self._most(), plain, seen, self.left()))
 
     def _try_smallest(self) -> None:
         """Nothing has fitted yet: what is predicted to be smallest."""
@@ -245,8 +269,8 @@ class Search:
         twin = self._twin(cost.program)
         if twin is not None:
             return twin
-        if cost.peak_bytes > self._most():
-            return replace(record, reason=f"predicted {format_bytes(cost.peak_bytes)}, over the budget")
+        if why_not := self._why_not(record):
+            return replace(record, reason=why_not)
         self.say(None, f"predicted {format_bytes(cost.peak_bytes)}")
         return self._measure(plan, record, "quick")
 

@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from rowtune.cost.profile import Profile
 from rowtune.errors import ModelError
 from rowtune.plan.plan import Plan
 from rowtune.problem import Problem
+from rowtune.runtime.blank import Signature
+from rowtune.tune.calibrate import packed
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
 
 OPEN_TIMEOUT = 600.0
@@ -77,6 +80,16 @@ class Worker:
         if result.status != "ok":
             return [None] * len(contenders)
         return [None if taken is None else Timing(*taken) for taken in answer]
+
+    def calibrate(
+        self, work: Mapping[Signature, float], known: Profile | None, seconds: float
+    ) -> Profile | None:
+        """The device's profile with these calls, timed for so many seconds; None where that fails."""
+        self.open()
+        given = None if known is None else known.to_dict()
+        request = {"do": "calibrate", "work": packed(work), "profile": given, "seconds": seconds}
+        result, answer = self._ask(request, 2 * seconds + 60)
+        return Profile.from_dict(answer) if result.status == "ok" else None
 
     @property
     def overhead_bytes(self) -> int:

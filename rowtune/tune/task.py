@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rowtune.plan.plan import Plan
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
@@ -37,6 +37,15 @@ class Costs(Protocol):
     def program(self) -> str: ...
 
 
+class Situation(NamedTuple):
+    """How far a search is: the largest predicted peak that will fit, what was measured, seconds left."""
+
+    most: float
+    plain: Record | None
+    records: Sequence[Record]
+    left: float
+
+
 @dataclass(frozen=True)
 class Progress:
     """Shown while searching: after each trial, and (record None) when one begins to run."""
@@ -53,7 +62,8 @@ class Progress:
 class Task:
     """All that a search needs. `limit` is the budget in bytes less the `reserve`; `trials` counts plans
     measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
-    than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try."""
+    than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try.
+    `tell` is told how far the search is before the first plan is asked for and after each measurement."""
 
     space: Space
     predict: Callable[[Plan], Costs]
@@ -68,6 +78,7 @@ class Task:
     timeout: float = math.inf
     trial_timeout: float = 1800.0
     seed: int = 0
+    tell: Callable[[Situation], None] = field(default=lambda _: None)
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
 

@@ -1,10 +1,12 @@
 """The process that measures: `python -m rowtune.tune.worker`, JSON lines in, JSON lines out.
 
 Requests: {"do": "open", "problem": ..., "budget": bytes or null}, answered with the device's overhead;
-{"do": "measure", "plan": decisions or null, "effort": "quick" or "full", "worth": seconds or null}; and
-{"do": "race", "plans": [[decisions or null, threads], ...], "rounds": n}, answered with [seconds, processor
-seconds] or null for each. One reply a request: {"measurement": ..., "answer": ...}. What the model prints
-goes to stderr, and when the parent dies (its end of the pipe closes) so does this process, even in mid-step.
+{"do": "measure", "plan": decisions or null, "effort": "quick" or "full", "worth": seconds or null};
+{"do": "calibrate", "work": packed calls, "profile": profile or null, "seconds": n}, answered with a profile;
+and {"do": "race", "plans": [[decisions or null, threads], ...], "rounds": n}, answered with [seconds,
+processor seconds] or null for each. One reply a request: {"measurement": ..., "answer": ...}. What the model
+prints goes to stderr, and when the parent dies (its end of the pipe closes) so does this process, even in
+mid-step.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None
     bench: Bench | None = None
     while True:
         request = requests.get()
-        result, answer = Measurement("ok"), None
+        result = Measurement("ok")
+        answer: Any = None
         try:
             if request["do"] == "open":
                 problem = Problem.from_dict(request["problem"])
@@ -57,6 +60,9 @@ def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None
                     guard_host()
                 bench = Bench(problem, request["budget"])
                 answer = bench.overhead_bytes
+            elif request["do"] == "calibrate":
+                assert bench is not None
+                answer = _calibrated(bench.device, request)
             elif request["do"] == "race":
                 assert bench is not None
                 answer = _race(bench, request)
@@ -74,6 +80,14 @@ def _plan(decisions: dict[str, Any] | None) -> Plan | None:
     from rowtune.plan.plan import Plan
 
     return None if decisions is None else Plan.from_dict(decisions)
+
+
+def _calibrated(device: str, request: dict[str, Any]) -> dict[str, Any]:
+    from rowtune.cost.profile import Profile
+    from rowtune.tune.calibrate import calibrated, unpacked
+
+    known = None if request["profile"] is None else Profile.from_dict(request["profile"])
+    return calibrated(known, unpacked(request["work"]), device, request["seconds"]).to_dict()
 
 
 def _race(bench: Bench, request: dict[str, Any]) -> Any:

@@ -1,0 +1,214 @@
+"""A training run: epochs of steps, validations and checkpoints, from the beginning or from where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rowtune.errors import UsageError
+from rowtune.plan.file import PlanFile
+from rowtune.train import checkpoint
+from rowtune.train.data import guarded, open_data
+from rowtune.train.learner import Learner
+from rowtune.train.log import Log
+from rowtune.train.options import Options, Report, Stopping, Trained, ValReport
+from rowtune.train.random_state import begin, capture, restore
+from rowtune.train.setup import check, feed_of, open_checkpoints, settings
+from rowtune.train.stop import Stop
+from rowtune.train.validate import Validator
+from rowtune.train.weights import writer_for
+from rowtune.tune.device import cap_memory, warm_up
+from rowtune.tune.output import ROOM, check_writable, keep
+from rowtune.tune.step import OptimizerSpec, Workload, parse_optimizer
+
+
+def train(
+    file: PlanFile, work: Workload, options: Options, watch: Callable[[Report], None] = lambda _: None
+) -> Trained:
+    """Train, validate and save. Ctrl-C and SIGTERM end the training after the step at hand, which is then in
+    the checkpoint and in the weights; a second one ends it at once.
+
+    Raises:
+        UsageError: a flag, a file or a folder makes no sense; found before the first step where possible.
+        DivergedError: the loss is not finite any more; nothing is saved, checkpoints stay.
+        EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
+    """
+    check(options)
+    device = work.problem.device
+    spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
+    spec = spec if options.lr is None else spec.with_lr(options.lr)
+    if file.threads and device == "cpu":
+        torch.set_num_threads(file.threads)
+    weights = sum(t.numel() * t.itemsize for t in work.module.state_dict().values())
+    write = None
+    if options.save is not None:
+        write = writer_for(options.save, work)
+        check_writable(options.save, "--save", weights + ROOM)
+    found = open_checkpoints(options, int(weights * (2 + spec.slots)))
+    begin(work.problem.seed)
+    limit = file.budget_bytes - file.reserve_bytes
+    warm_up(device)
+    cap_memory(device, limit)
+    run = _Run(file, work, options, spec, found)
+    with Stop(lambda: watch(Stopping(run.learner.done + 1))) as stop:
+        status = "interrupted" if run.train(watch, stop) else "ok"
+    learner = run.learner
+    saved = None
+    if options.save is not None and write is not None and learner.done:
+        saved = keep(options.save, lambda path: write(learner.saved, path), "the weights")
+    val_peak = run.validator.peak if run.validator is not None else None
+    if status == "ok" and max(learner.peak or 0, val_peak or 0) > limit:
+        status = "over_budget"
+    last = run.validated
+    return Trained(
+        status, learner.done, learner.loss, learner.peak, file.budget_bytes, learner.seconds(), saved,
+        None if last is None else {"loss": last.loss, **last.metrics}, val_peak, run.saved, run.notes(),
+    )  # fmt: skip
+
+
+class _Run:
+    """The learner and where it is in its data."""
+
+    def __init__(
+        self,
+        file: PlanFile,
+        work: Workload,
+        options: Options,
+        spec: OptimizerSpec,
+        found: checkpoint.Checkpoint | None,
+    ) -> None:
+        self.work, self.options = work, options
+        self.limit = file.budget_bytes - file.reserve_bytes
+        self.device = work.problem.device
+        self.feed, self.epochs, total = feed_of(work, options)
+        self.validator: Validator | None = None
+        if options.val:
+            feed, _ = open_data(options.val, work, fit=options.fit, workers=options.workers, flag="--val")
+            self.validator = Validator(work, feed, options.val)
+        self.learner = Learner(file, work, options, spec, total)
+        self.steps = options.steps if options.data else total
+        if self.validator is not None:
+            self.validator.check(self.learner.averaged)
+        self.settings = settings(file, work, options, spec, self.feed)
+        self.epoch = self.batch = 0
+        self.validated: ValReport | None = None
+        self.saved: Path | None = None
+        self.unsaved = ""
+        self.saved_step = 0
+        self.random: Any = None
+        if found is not None:
+            self._resume(found)
+        self.log = Log(options, self.learner.done, again=self.batch > 0)
+
+    def train(self, watch: Callable[[Report], None], stop: Stop) -> bool:
+        """All epochs; whether they were interrupted."""
+        try:
+            while self.epoch < self.epochs and not self._finished():
+                ended = self._steps(watch, stop)
+                if self.batch == 0 and not stop.asked:
+                    break
+                if stop.asked or not self._validate(watch, stop):
+                    self._save()
+                    return True
+                if ended:
+                    self.epoch, self.batch = self.epoch + 1, 0
+                if not self.options.checkpoint_every or self._finished() or self.epoch == self.epochs:
+                    self._save()
+        finally:
+            self.log.close()
+        if self.learner.done == 0:
+            raise UsageError(f"--data {self.options.data} gave no batch")
+        return False
+
+    def _steps(self, watch: Callable[[Report], None], stop: Stop) -> bool:
+        """Steps until the epoch, the run or the patience of its user ends; whether the epoch did."""
+        if self.random is not None and not self.batch:
+            restore(self.random, self.device)
+        batches = guarded(self.feed, self.epoch, self.batch, f"--data {self.options.data}")
+        if self.random is not None:  # after the batches before were drawn again
+            restore(self.random, self.device)
+            self.random = None
+        every = self.options.checkpoint_every
+        while not (stop.asked or self._finished()):
+            made = self.learner.step(batches, self.epoch + 1)
+            if made is None:
+                return True
+            report, count = made
+            self.batch += count
+            self.log.add(report)
+            watch(report)
+            if self.learner.here == 1:  # the plan's own kernels are loaded now, and part of the context
+                cap_memory(self.device, self.limit)
+            self.learner.check_loss(f"; {self.saved} is the last checkpoint" if self.saved else "")
+            if every and self.learner.done % every == 0:
+                self._save()
+        return self.feed.batches == self.batch
+
+    def _finished(self) -> bool:
+        return self.steps is not None and self.learner.done >= self.steps
+
+    def _validate(self, watch: Callable[[Report], None], stop: Stop) -> bool:
+        """False where it was interrupted."""
+        if self.validator is None:
+            return True
+        learner = self.learner
+        report = self.validator.run(
+            learner.averaged,
+            learner.optimizer,
+            learner.kept,
+            learner.done,
+            self.epoch + 1,
+            lambda: stop.asked,
+        )
+        if report is None:
+            return False
+        self.validated = report
+        self.log.add(report)
+        watch(report)
+        return True
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """A checkpoint, once a step; a disk that is full costs this one, and the one before it stays."""
+        folder, learner = self.options.checkpoint, self.learner
+        if folder is None or learner.done in (0, self.saved_step):
+            return
+        average = learner.average
+        state = checkpoint.State(
+            learner.done, self.epoch, self.batch, learner.loss,
+            learner.optimizer.state_dict(), learner.schedule.state_dict(),
+            0 if average is None else int(average.n_averaged),
+            capture(self.device), self.feed.began, self.settings,
+        )  # fmt: skip
+        ema = None if average is None else average.module.state_dict()
+        try:
+            self.saved = checkpoint.save(folder, state, learner.model.state_dict(), ema)
+            self.saved_step, self.unsaved = learner.done, ""
+        except OSError as error:
+            self.unsaved = (
+                f"the checkpoint of step {learner.done} could not be written to {folder}: "
+                f"{error.strerror or error}"
+            )
+
+    def _resume(self, found: checkpoint.Checkpoint) -> None:
+        """Be where the run was that wrote this."""
+        learner, state = self.learner, found.state
+        checkpoint.check_same(state.settings, self.settings, found.path)
+        learner.model.load_state_dict(found.weights)
+        learner.optimizer.load_state_dict(dict(state.optimizer))
+        learner.schedule.load_state_dict(dict(state.schedule))
+        if learner.average is not None and found.ema is not None:
+            learner.average.module.load_state_dict(found.ema)
+            learner.average.n_averaged.fill_(state.averaged)
+        learner.done, learner.loss = state.step, state.loss
+        self.epoch, self.batch = state.epoch, state.batch
+        self.feed.began, self.random = state.began, state.random  # type: ignore[assignment]
+        self.saved, self.saved_step = found.path, state.step
+
+    def notes(self) -> tuple[str, ...]:
+        """What went wrong without ending the run."""
+        return tuple(text for text in (self.unsaved, self.log.unwritten) if text)

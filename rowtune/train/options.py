@@ -1,0 +1,107 @@
+"""What a training run is told, what it says while it runs, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rowtune.runtime.module import Engine
+
+Fit = Literal["", "resize", "crop"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about a run that is not in the plan; the command line's flags have the same names.
+
+    Attributes:
+        fit: how images come to the plan's size; by default pairs are cropped and all others resized.
+        ema: decay of the average of the weights, 0 for none; where there is one, it is what is validated and
+            saved.
+        checkpoint_every: steps; 0: at the end of every epoch.
+        force: files of an earlier run may be replaced.
+        engine: what runs rows segments (see `apply`); `verify_every` compares both ways.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    data: str = ""
+    val: str = ""
+    fit: Fit = ""
+    workers: int = 0
+    optimizer: str = ""
+    lr: float | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    clip: float = 0.0
+    accumulate: int = 1
+    ema: float = 0.0
+    save: Path | None = None
+    checkpoint: Path | None = None
+    checkpoint_every: int = 0
+    resume: bool = False
+    metrics: Path | None = None
+    tensorboard: Path | None = None
+    force: bool = False
+    keep_going: bool = False
+    engine: Engine = "listed"
+    verify_every: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """After each step. `peak_bytes` is known from the metered step on; `images_per_second` counts the reading
+    of the batch as well, `seconds` do not."""
+
+    step: int
+    steps: int | None
+    loss: float
+    seconds: float
+    peak_bytes: int | None
+    lr: float = 0.0
+    epoch: int = 1
+    epochs: int | None = None
+    images_per_second: float = 0.0
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class ValReport:
+    """After each validation: the loss and the task's metrics, over all images of --val."""
+
+    step: int
+    epoch: int
+    loss: float
+    metrics: Mapping[str, float]
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A signal came: this step, or the validation after it, is the last. Said from the signal's handler."""
+
+    step: int
+
+
+Report = StepReport | ValReport | Stopping
+
+
+@dataclass(frozen=True)
+class Trained:
+    """status: ok, over_budget or interrupted. `weights` is where they are, if they were to be saved;
+    `peak_bytes` that of a step, `val_peak_bytes` that of a validation; `notes` what went wrong on the way."""
+
+    status: str
+    steps: int
+    loss: float | None
+    peak_bytes: int | None
+    budget_bytes: int
+    step_seconds: float | None
+    weights: Path | None = None
+    validation: Mapping[str, float] | None = None
+    val_peak_bytes: int | None = None
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
