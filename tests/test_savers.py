@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from savers import NETS, Case, case, plans
 from torch import Tensor, nn
+from training import plan_file, workload
 
 import rowtune
 from rowtune.errors import PlanError, UsageError
@@ -27,6 +28,8 @@ from rowtune.runtime.stores.fp16 import FP16
 from rowtune.runtime.stores.host import Host, HostPool
 from rowtune.runtime.stores.keeping import Keeping
 from rowtune.torch_private import storage_of
+from rowtune.train.loop import train
+from rowtune.train.options import Options
 from rowtune.tune.reference import Place
 from rowtune.tune.step import Plain, run_step, scaler_for
 from rowtune.tune.verify import Verifier
@@ -348,6 +351,31 @@ def test_what_the_step_in_backward_is_not_for():
         check_training(plan, clipped=True)
     with pytest.raises(UsageError, match="which accumulation of gradients cannot wait for"):
         check_training(plan, accumulated=True)
+
+
+WHOLE = [{"layout": "channels_last"}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"step_in_backward": True}]
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_the_training_loop_does_as_the_plan_says(whole):
+    losses = []
+    for change in ({}, whole):
+        work = workload("zoo:per_pixel", "1x3x12x8")
+        file = plan_file(work)
+        file = replace(file, plan=replace(file.plan, **change))
+        found = train(file, work, Options(steps=3))
+        assert found.status == "ok" and found.loss is not None
+        losses.append(found.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02 if "dtype" in whole else 1e-5)
+
+
+def test_the_training_loop_refuses_to_clip_what_it_has_used():
+    work = workload("zoo:per_pixel", "1x3x12x8")
+    file = plan_file(work)
+    file = replace(file, plan=replace(file.plan, step_in_backward=True))
+    for options in (Options(steps=1, clip=1.0), Options(steps=1, accumulate=2)):
+        with pytest.raises(UsageError, match="a plan with step_in_backward uses each gradient as it comes"):
+            train(file, work, options)
 
 
 # -- in combination ----------------------------------------------------------------------------------------

@@ -216,21 +216,39 @@ def run_step(
     target: Tensor,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """One training step; the loss, detached. With a `scaler`, `module` is one that a plan was applied to: a
-    single sweep makes gradients before there is a loss to be scaled."""
+    """One training step; the loss, detached."""
     optimizer.zero_grad(set_to_none=True)
+    loss = run_backward(module, optimizer, inputs, target, scaler)
+    use_gradients(optimizer, scaler)
+    return loss
+
+
+def run_backward(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[Tensor, ...],
+    target: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Forward and backward, as a plan has them if `module` has one; the loss, detached. With a `scaler` it
+    has: a single sweep makes gradients before there is a loss to be scaled."""
+    if scaler is not None:
+        module.loss_scale = scaler.scale(torch.ones((), device=target.device))
+    loss: Tensor = module(*inputs, targets=target)
+    if scaler is not None:
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    elif isinstance(module, RowtuneModule) and module.plan.step_in_backward:
+        with step_in_backward(optimizer):
+            loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def use_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """The optimizer's step: on no gradients at all where backward used them."""
     if scaler is None:
-        loss = module(*inputs, targets=target)
-        if isinstance(module, RowtuneModule) and module.plan.step_in_backward:
-            with step_in_backward(optimizer):
-                loss.backward()
-        else:
-            loss.backward()
-            optimizer.step()
-        return loss.detach()  # type: ignore[no-any-return]
-    module.loss_scale = scaler.scale(torch.ones((), device=target.device))
-    loss = module(*inputs, targets=target)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach()  # type: ignore[no-any-return]
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
