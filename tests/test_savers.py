@@ -30,6 +30,7 @@ from rowtune.runtime.stores.keeping import Keeping
 from rowtune.torch_private import storage_of
 from rowtune.train.loop import train
 from rowtune.train.options import Options
+from rowtune.tune.measure import Bench
 from rowtune.tune.reference import Place
 from rowtune.tune.step import Plain, run_step, scaler_for
 from rowtune.tune.verify import Verifier
@@ -278,6 +279,17 @@ def test_what_lives_anyway_stays():
     first, second = keeping.unpack(kept), keeping.unpack(kept)
     assert first is second and torch.equal(first + 1, y)
     assert kept.here is None and keeping.unpack(kept) is not first  # a graph may run backward again
+
+
+def test_an_error_that_is_allowed_is_none_and_a_larger_one_is_wrong(small):
+    work = workload("zoo:per_pixel", "1x3x16x12")
+    bench = Bench(work.problem, work=work)
+    plan = stored(rowtune.uniform_plan(work.graph, "keep"), "bf16", max_grad_error=0.1)
+    found = bench.measure(plan)
+    assert found.status == "ok" and found.max_relative_error is not None
+    assert 1e-3 < found.max_relative_error < plan.max_grad_error
+    assert bench.measure(replace(plan, max_grad_error=1e-4)).status == "wrong"
+    assert replace(plan, segments=(replace(plan.segments[0], store="host"),)).allowed_error == 0
 
 
 # -- the optimizer's step in backward ----------------------------------------------------------------------

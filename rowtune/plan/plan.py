@@ -99,6 +99,11 @@ class Plan:
         found = {f.name: getattr(self, f.name) for f in whole}
         return {**found, "segments": [s.to_dict() for s in self.segments]}
 
+    @property
+    def allowed_error(self) -> float:
+        """Of gradients: what stores that round may cost; 0 where none is taken."""
+        return self.max_grad_error if any(s.store in LOSSY for s in self.segments) else 0.0
+
     def leaves(self) -> tuple[Segment, ...]:
         """The segments that are made of no others, in order."""
         return tuple(leaf for s in self.segments for leaf in _leaves(s))

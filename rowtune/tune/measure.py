@@ -72,7 +72,7 @@ class Bench:
     def check(self, plan: Plan, dtype: torch.dtype | None = None) -> Check:
         """Gradients of a plan against the plain network's."""
         self._restore()
-        return self._verify().check(self._planned(plan), dtype, plan.dtype)
+        return self._verify().check(self._planned(plan), dtype, plan.dtype, plan.allowed_error)
 
     def _planned(self, plan: Plan) -> Callable[[nn.Module], nn.Module]:
         """Applies the plan; what was verified is what is timed, and is made once."""

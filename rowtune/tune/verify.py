@@ -7,9 +7,10 @@
 A running mean may be zero but for rounding (two batch norms in a row), and a ratio of rounding is noise; what
 the network sees of it is its size beside the deviation.
 
-A plan under autocast is compared with plain PyTorch under the same autocast, with the tolerance of its type.
-In float32 and less, two correct orders of summation differ, and a ReLU at zero may flip: where they disagree
-by more than their tolerance, the verdict is float64's.
+A plan under autocast is compared with plain PyTorch under the same autocast, with the tolerance of its
+type; one whose stores round may be off by what it allows itself. In float32 and less, two correct orders of
+summation differ, and a ReLU at zero may flip: where they disagree by more than their tolerance, the verdict
+is float64's.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def _announce(runner: nn.Module, scale: float) -> None:
         runner.loss_scale = scale
 
 
-def compare(expected: Outcome, got: Outcome, dtype: torch.dtype, note: str = "") -> Check:
+def compare(
+    expected: Outcome, got: Outcome, dtype: torch.dtype, note: str = "", allowed: float = 0.0
+) -> Check:
     """The measure above over everything trainable; a missing or extra gradient is an infinite error."""
     floor = FLOOR * max((float(g.abs().max()) for g in expected.gradients.values() if g.numel()), default=0.0)
     errors = {"loss": _error(expected.loss, got.loss, 0.0)}
@@ -109,7 +112,7 @@ def compare(expected: Outcome, got: Outcome, dtype: torch.dtype, note: str = "")
         own = _buffer_floor(name, expected.buffers)
         errors[name] = _error(expected.buffers[name], got.buffers.get(name), own)
     worst = max(errors, key=lambda name: errors[name])
-    ok = errors[worst] <= TOLERANCE[dtype]
+    ok = errors[worst] <= max(TOLERANCE[dtype], allowed)
     return Check(errors[worst], worst, tuple(errors), str(dtype).split(".")[1], ok, note)
 
 
@@ -162,27 +165,31 @@ class Verifier:
         self._expected: dict[tuple[torch.dtype, Precision], tuple[Place, Outcome]] = {}
 
     def check(
-        self, planned: Planned, dtype: torch.dtype | None = None, precision: Precision = "as given"
+        self,
+        planned: Planned,
+        dtype: torch.dtype | None = None,
+        precision: Precision = "as given",
+        allowed: float = 0.0,
     ) -> Check:
         """In the model's own dtype and the plan's `precision`; in float64, which autocast leaves alone, where
-        asked, or where the first does not agree."""
+        asked, or where the first does not agree. An error up to `allowed` is none."""
         own = self._dtype()
-        result = self._compare(planned, dtype or own, precision)
+        result = self._compare(planned, dtype or own, precision, allowed)
         if result.ok or dtype is not None or own == torch.float64:
             return result
-        return self._compare(planned, torch.float64, precision)
+        return self._compare(planned, torch.float64, precision, allowed)
 
     def _dtype(self) -> torch.dtype:
         floating = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
         return floating[0] if floating else torch.float32
 
-    def _compare(self, planned: Planned, dtype: torch.dtype, precision: Precision) -> Check:
+    def _compare(self, planned: Planned, dtype: torch.dtype, precision: Precision, allowed: float) -> Check:
         if (dtype, precision) not in self._expected:
             self._expected[dtype, precision] = self._reference(dtype, precision)
         place, expected = self._expected[dtype, precision]
         got = self._run(planned, place.batch, self._device, dtype, precision)
         lower = DTYPES.get(precision, dtype) if dtype != torch.float64 else dtype
-        check = compare(expected, got, lower, self._note)
+        check = compare(expected, got, lower, self._note, allowed)
         return replace(check, inputs=", ".join("x".join(map(str, t.shape)) for t in place.batch[0]))
 
     def _reference(self, dtype: torch.dtype, precision: Precision) -> tuple[Place, Outcome]:
