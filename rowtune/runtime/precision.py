@@ -29,3 +29,17 @@ def blank_mode(precision: Precision) -> tuple[AbstractContextManager[Any], torch
     if precision not in DTYPES:
         return nullcontext(), torch.device("meta")
     return FakeTensorMode(), torch.device("cpu")
+
+
+def autocast_key() -> tuple[str, bool, torch.dtype]:
+    """What autocast does now."""
+    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def as_it_was(key: tuple[str, bool, torch.dtype]) -> AbstractContextManager[Any]:
+    """Autocast as it was when forward ran, for what backward runs again."""
+    kind, enabled, dtype = key
+    if not enabled and not autocast_key()[1]:
+        return nullcontext()
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.passes import PassesRun
+from rowtune.runtime.precision import as_it_was, autocast_key
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.stores.keeping import Keeping, saving
@@ -255,20 +255,6 @@ SEED = "seed of this step"
 """A tensor beside those that a segment reads, where it draws masks and runs from lists."""
 
 
-def autocast_key() -> tuple[str, bool, torch.dtype]:
-    """What autocast does now."""
-    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-def _autocast(key: tuple[str, bool, torch.dtype]) -> AbstractContextManager[Any]:
-    """Autocast as it was when forward ran, for what backward runs again."""
-    kind, enabled, dtype = key
-    if not enabled and not autocast_key()[1]:
-        return nullcontext()
-    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-
-
 class _BandedSegment(torch.autograd.Function):
     """One node of autograd's graph for a whole rows segment. Weights are inputs of the node, so that hooks
     on their gradients (DistributedDataParallel, FSDP) run as for any other operator."""
@@ -276,7 +262,7 @@ class _BandedSegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         needs = tuple(ctx.needs_input_grad[1:]) if call.grad_enabled else (False,) * len(tensors)
-        with _autocast(call.autocast):
+        with as_it_was(call.autocast):
             outputs = call.forward(tensors, needs)
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
@@ -312,7 +298,7 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     tensors = call.recalled()
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
     run.recall(call.detached(tensors))
-    with _autocast(call.autocast):
+    with as_it_was(call.autocast):
         made = run.backward(given)
     call.done()
     return _in_order(call, made, tensors, ctx.needs, _reached(call, given) - _finished(call))
