@@ -406,6 +406,17 @@ def test_combinations(name, data, small):
     assert made.memory(plan).error < 0.01
 
 
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(["edsr", "per_pixel"]), store=st.sampled_from(sorted(BOUNDS)), data=st.data())
+def test_combinations_that_round(name, store, data, small):
+    made = case(name, torch.float32)
+    plan = replace(data.draw(plans(made.training, ("device", "host", store))), max_grad_error=BOUNDS[store])
+    layout = data.draw(st.sampled_from(["contiguous", "channels_last"]))
+    plan = replace(plan, layout=layout, step_in_backward=data.draw(st.booleans()))
+    assert made.error(plan) < plan.max_grad_error
+    assert made.memory(plan).error < 0.01
+
+
 # -- what a plan may say -----------------------------------------------------------------------------------
 
 
