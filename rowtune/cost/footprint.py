@@ -39,7 +39,7 @@ class Side(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """`shared` are the buffers that neighbours hold as well, with their bytes; of these, forward leaves those
-    in `kept` for backward. `work` and `host` are its calls, for its time."""
+    in `kept` for backward, and `host_bytes` on the host. `work` and `host` are its calls, for its time."""
 
     forward: Side
     backward: Side
@@ -51,6 +51,7 @@ class Footprint:
     gradients: tuple[Crossing, ...]
     work: Work = ()
     host: int = 0
+    host_bytes: int = 0
 
 
 def footprint(made: SegmentRecording) -> Footprint:
@@ -71,7 +72,7 @@ def footprint(made: SegmentRecording) -> Footprint:
     sizes = {n: buffers[n].bytes for n in crossing}
     return Footprint(
         sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients,
-        made.work, made.host,
+        made.work, made.host, made.host_bytes,
     )  # fmt: skip
 
 
