@@ -30,13 +30,13 @@ from torch import Tensor
 
 import rowtune
 from rowtune.graph.losses import parse
+from rowtune.graph.places import has_barriers
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.tune.device import device_name, synchronize
 from rowtune.tune.measure import Bench
-from rowtune.graph.places import has_barriers
 from rowtune.tune.step import Workload, define
 
 # Test-sized networks, their arguments and shapes: what is verified in float64.

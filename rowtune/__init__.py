@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rowtune.plan.plan import Plan as Plan
     from rowtune.plan.plan import Segment as Segment
     from rowtune.plan.uniform import uniform_plan as uniform_plan
+    from rowtune.runtime.in_backward import step_in_backward as step_in_backward
     from rowtune.runtime.module import apply as apply
 
 __version__ = "0.1.0"
@@ -31,11 +32,15 @@ _HOMES = {
     "apply": "rowtune.runtime.module",
     "lower": "rowtune.plan.lower",
     "predict": "rowtune.cost.predict",
+    "step_in_backward": "rowtune.runtime.in_backward",
     "trace": "rowtune.importers.trace",
     "uniform_plan": "rowtune.plan.uniform",
 }
 
-__all__ = ["Plan", "Segment", "__version__", "apply", "lower", "predict", "trace", "uniform_plan", "zoo"]
+__all__ = [
+    *("Plan", "Segment", "__version__", "apply", "lower", "predict", "step_in_backward", "trace"),
+    *("uniform_plan", "zoo"),
+]
 
 
 def __getattr__(name: str) -> Any:

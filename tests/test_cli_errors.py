@@ -38,7 +38,7 @@ def fails(): raise OSError("disk on fire")
 def number(): return 7
 """
 PLAN = {
-    "schema": 1,
+    "schema": 2,
     "model": {"kind": "factory", "source": "cli_factories:net", "args": {}},
     "inputs": [{"name": "x", "shape": [1, 3, 16, 16], "dtype": "float32"}],
     "dtype": "",

@@ -49,6 +49,16 @@ def test_a_person_can_read_it() -> None:
     assert max(map(len, text.splitlines())) <= 160
 
 
+def test_savers_are_read_back(tmp_path: Path) -> None:
+    """What is at its default is not written: such a plan reads as before."""
+    assert set(PLAN.to_dict()) == {"axis", "segments"}
+    segments = (replace(PLAN.segments[0], store="host"), replace(PLAN.segments[1], store="bf16"))
+    plan = Plan(segments, 2, "channels_last", "bf16", True, 0.02)
+    save_plan(replace(FILE, plan=plan), tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json").plan == plan
+    assert '"store": "host"' in (tmp_path / "plan.json").read_text()
+
+
 def edit(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     """The file's JSON with one place changed (deleted where value is `...`)."""
     data: Any = json.loads(json.dumps(FILE.to_dict()))
@@ -65,7 +75,15 @@ def edit(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("schema",), 2, "schema 2"),
+        (("schema",), 1, "schema 1; this .* Make a new plan: rowtune search zoo:unet .*64 --budget 10000"),
+        (("schema",), 3, "schema 3"),
+        (("decisions", "layout"), "nchw", "layout is one of"),
+        (("decisions", "dtype"), "int8", "dtype is one of"),
+        (("decisions", "step_in_backward"), 1, "step_in_backward is true or false"),
+        (("decisions", "max_grad_error"), "0.1", "max_grad_error is a number"),
+        (("decisions", "stores"), {}, "unknown key 'stores'"),
+        (("decisions", "segments", 0, "store"), "disk", "store is one of"),
+        (("decisions", "segments", 0, "store"), "fp16", "the plan allows no error"),
         (("schema",), ..., "schema None"),
         (("surprise",), 1, "unknown key 'surprise'"),
         (("loss",), ..., "missing key 'loss'"),
@@ -114,7 +132,7 @@ def test_whatever_is_wrong_is_named(tmp_path: Path, path: tuple[Any, ...], value
         b"null",
         b"\xff\xfe\x00",
         b'{"schema": NaN}',
-        pickle.dumps({"schema": 1}),
+        pickle.dumps({"schema": 2}),
         b"[" * 100_000,
     ],
 )

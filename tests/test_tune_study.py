@@ -354,12 +354,12 @@ def test_a_trial_is_told_what_it_has_to_beat_and_a_hopeless_one_is_kept_for_smal
             return made
 
     path = tmp_path / "r.jsonl"
-    result = search(task(Strict(), limit=150_000, path=path))
+    result = search(task(Strict(), limit=500_000, path=path, trials=12))
     slow = {r.digest for r in result.records if r.status == "slow"}
     assert worths[0] == math.inf and min(worths) < math.inf and slow
     assert all(r.peak_bytes is None for r in result.records if r.status == "slow")
     again = Strict()
-    tight = search(task(again, limit=20_000, path=path, trials=60))
+    tight = search(task(again, limit=12_100, path=path, trials=60))
     assert tight.best.ok and slow & set(again.runs("quick"))
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from rowtune import __version__
-from rowtune.cli import demo, inspect, report, run, search, verify
+from rowtune.cli import calibrate, demo, fit, inspect, report, run, search, verify
 from rowtune.errors import RowtuneError
 
 INTERRUPTED = 130
@@ -81,11 +81,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.callback()(_root)
+app.command("fit")(guarded(fit.command))
 app.command("inspect")(guarded(inspect.command))
 app.command("search")(guarded(search.command))
 app.command("run")(guarded(run.command))
 app.command("report")(guarded(report.command))
 app.command("verify")(guarded(verify.command))
+app.command("calibrate")(guarded(calibrate.command))
 app.command("demo")(guarded(demo.command))
 
 

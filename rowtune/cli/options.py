@@ -55,6 +55,14 @@ OptimizerName = Annotated[
         "--optimizer", help="sgd, adam, adamw or rmsprop with options, as in sgd:lr=0.01,momentum=0.9."
     ),
 ]
+DeviceProfile = Annotated[
+    str,
+    typer.Option(
+        "--device-profile",
+        metavar="NAME|FILE",
+        help="Times are for this device: a file of calibrate -o, or one that comes with rowtune.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -45,6 +45,7 @@ def compose(
     batch: Iterable[int],
     fixed: int,
     names: Mapping[int, str],
+    copies: Mapping[str, tuple[int, int]],
     held: frozenset[int] = frozenset(),
 ) -> Peak:
     """The most that is alive at any time.
@@ -54,9 +55,13 @@ def compose(
         batch: bytes of what the caller holds.
         fixed: bytes of parameters, buffers and the optimizer's state.
         names: of blocks, for people.
+        copies: of inputs, that a step begins with: block and bytes, by the input's name.
         held: blocks that somebody else holds on to from their birth.
     """
     walk = _Walk(sum(batch), fixed, names, held)
+    for name, (block, size) in copies.items():
+        walk.begin(block, size)
+        walk.values[name] = block
     forward = [walk.marked(walk.forward, linked) for linked in step]
     for block, size in outer.items():
         walk.begin(block, size)

@@ -4,7 +4,7 @@ ends that its neighbours hold as well."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ class Side(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """`shared` are the buffers that neighbours hold as well, with their bytes; of these, forward leaves those
-    in `kept` for backward. `work` and `host` are its calls, for its time."""
+    in `kept` for backward, and `host_bytes` on the host. `work` and `host` are its calls, for its time."""
 
     forward: Side
     backward: Side
@@ -51,6 +51,7 @@ class Footprint:
     gradients: tuple[Crossing, ...]
     work: Work = ()
     host: int = 0
+    host_bytes: int = 0
 
 
 def footprint(made: SegmentRecording) -> Footprint:
@@ -71,8 +72,23 @@ def footprint(made: SegmentRecording) -> Footprint:
     sizes = {n: buffers[n].bytes for n in crossing}
     return Footprint(
         sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients,
-        made.work, made.host,
+        made.work, made.host, made.host_bytes,
     )  # fmt: skip
+
+
+def at_last_use(made: SegmentRecording) -> SegmentRecording:
+    """A schedule's recording as its list runs it: what is the segment's own is let go of after the last call
+    that looks at it, however long the schedule's Python held it (rowtune/runtime/lists/code.py)."""
+    shared = {*made.inputs.values(), *made.outer.values(), *made.weights.values()}
+    shared |= {c.memory for c in (*made.outputs, *made.gradients)}
+
+    def shortened(number: int, b: Buffer) -> Buffer:
+        if number in shared or b.role != "activation" or b.died is None or b.used is None or b.born < 0:
+            return b
+        return replace(b, died=max(b.born, b.used))
+
+    buffers = tuple(shortened(n, b) for n, b in enumerate(made.recording.buffers))
+    return replace(made, recording=replace(made.recording, buffers=buffers))
 
 
 class _Curve:

@@ -22,15 +22,17 @@ from rowtune.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Cost:
-    """`activation_bytes` leaves out parameters, gradients and optimizer state; `peak_at` names the largest
+    """`activation_bytes` leaves out parameters, gradients (but those that are used in backward, and live as
+    short as activations) and optimizer state; `peak_at` names the largest
     tensor of the moment and the segment whose forward or backward sets the peak. Plans of one graph that run
-    alike have the same `program`."""
+    alike have the same `program`. `host_bytes` is what stores keep in the host's memory."""
 
     peak_bytes: int
     activation_bytes: int
     seconds: float
     peak_at: str
     program: str = ""
+    host_bytes: int = 0
 
 
 def predict(
@@ -53,7 +55,8 @@ def predict(
     step, peak = composed(graph, plan, optimizer)
     clock = _clock(profile or ROUGH)
     seconds = sum(clock.seconds(s.policy, s.footprint.work, s.footprint.host) for s in step.segments)
-    return Cost(peak.total, peak.activations, seconds, peak.at, step.program)
+    host = sum(s.footprint.host_bytes for s in step.segments)
+    return Cost(peak.total, peak.activations, seconds, peak.at, step.program, host)
 
 
 def composed(
@@ -74,7 +77,7 @@ def alive(
     weights = sum(v.bytes for v in graph.values.values() if v.kind in _FIXED)
     batch = (v.bytes for v in graph.values.values() if v.kind in GIVEN)
     fixed = weights + state_bytes(graph, optimizer)
-    return compose(step.segments, step.outer, batch, fixed, step.names, held)
+    return compose(step.segments, step.outer, batch, fixed, step.names, step.copies, held)
 
 
 def seen(graph: Graph) -> Seen:

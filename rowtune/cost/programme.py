@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rowtune.cost.table import Option, Restriction, Table
-from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.plan import Plan
 
 MOST_STATES = 96
 """States kept at a cut: more differ by next to nothing."""
@@ -99,13 +99,8 @@ def smallest(table: Table, allowed: Restriction = lambda _: True) -> int | None:
 
 
 def plan_of(table: Table, path: Path) -> Plan:
-    """Neighbours that are kept are one segment."""
-    made: list[Segment] = []
-    for segment in (s for option in path.options for s in option.segments):
-        if made and segment.policy == made[-1].policy == "keep":
-            segment = Segment(made.pop().first, segment.last)
-        made.append(segment)
-    return Plan(tuple(made), table.axis)
+    """Neighbours that are kept stay segments of their own: a segment holds what it reads until its end."""
+    return Plan(tuple(s for option in path.options for s in option.segments), table.axis)
 
 
 def _undominated(states: Sequence[_State]) -> list[_State]:

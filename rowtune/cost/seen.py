@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rowtune.cost.alike import Alike, alike, digest
 from rowtune.cost.compose import Linked
-from rowtune.cost.footprint import Footprint, footprint
+from rowtune.cost.footprint import Footprint, at_last_use, footprint
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower
@@ -18,7 +18,8 @@ from rowtune.plan.program import Program, SegmentProgram, steps_of
 from rowtune.plan.repeat import shortened
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
-from rowtune.runtime.segment_recorder import SegmentRun
+from rowtune.runtime.layout import ORDERS, strides
+from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
 from rowtune.runtime.writer import Counted
 
@@ -32,6 +33,8 @@ class Step(NamedTuple):
     names: dict[int, str]
     outer: dict[int, int]
     """Bytes of the gradients that backward begins with, by block."""
+    copies: dict[str, tuple[int, int]]
+    """Block and bytes of the inputs that lie otherwise in a step than the user has them, by name."""
     program: str
     blocks: dict[str, int]
     """The memory of each value that crosses a cut."""
@@ -44,9 +47,9 @@ class _At(NamedTuple):
     block: int | None
 
 
-Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...]]
+Key = tuple[str, tuple[Crossing, ...], tuple[tuple[str, bool], ...], How]
 """A segment's program, its inputs and the parameters that it shares with others, by the names that they
-have in all segments like it."""
+have in all segments like it, and the step that it is part of."""
 
 
 class _Forward:
@@ -70,14 +73,16 @@ class _Run:
         self.own = {common: name for name, common in names.items()}
         inputs, shared = self._own(key[1]), {self.own[n]: earlier for n, earlier in key[2]}
         try:
-            self.made = SegmentRun(graph, segment, inputs, shared, Counted(answers))
+            self.made = SegmentRun(graph, segment, inputs, shared, Counted(answers), key[3])
         except Exception as error:
             raise _unlike(segment, error) from error
         self.outputs = self._common(self.made.outputs)
 
     def backward(self, outer: tuple[Crossing, ...]) -> Footprint:
         try:
-            found = footprint(self.made.backward(self._own(outer)))
+            recorded = self.made.backward(self._own(outer))
+            rows = self.segment.banded is not None or self.segment.passes is not None
+            found = footprint(at_last_use(recorded) if rows else recorded)
         except Exception as error:
             raise _unlike(self.segment, error) from error
         return replace(
@@ -131,10 +136,11 @@ class Seen:
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
         if segment.inner:
-            return digest([segment.decision.policy, _finishes(segment), *map(self.digest, segment.inner)])
+            how = segment.decision.policy, segment.decision.store
+            return digest([how, _finishes(segment), *map(self.digest, segment.inner)])
         if segment.passes is not None:
             passes = (*segment.passes.forward, *segment.passes.backward)
-            return digest([_finishes(segment), *map(self.digest, passes)])
+            return digest([segment.decision.store, _finishes(segment), *map(self.digest, passes)])
         if segment.banded is None:
             return digest(steps_of(segment))
         # Neighbours decide what is spared and finished; the bands are the same object all the while.
@@ -210,6 +216,7 @@ class _Linker:
         self.seen, self.program, self.graph = seen, program, program.graph
         self.blocks = count()
         self.names: dict[int, str] = {}
+        self.copies: dict[str, tuple[int, int]] = {}
         self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
         self.gradients: dict[str, _At] = {}
 
@@ -218,26 +225,34 @@ class _Linker:
         digests = [self.seen.digest(s) for s in segments]
         shared = _shared(self.graph, segments)
         keys = [self._forward(*each) for each in zip(segments, digests, shared, strict=True)]
-        outer = {self._outer(name): self.graph.values[name].bytes for name in dict.fromkeys(self._trained())}
+        outer = dict(self._outer(name) for name in dict.fromkeys(self._trained()))
         linked = [
             self._backward(*each)
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
         blocks = {name: at.block for name, at in self.values.items() if at.block is not None}
-        return Step(linked[::-1], self.names, outer, digest(digests), blocks)
+        return Step(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
 
     def _given(self, value: Value) -> _At:
-        return _At(_dense(value), self._block(value.name))
+        found, block = _dense(value), self._block(value.name)
+        rearranged = value.kind == "input" and len(value.shape) in ORDERS
+        if self.program.plan.layout == "channels_last" and rearranged:
+            found = found._replace(stride=strides(value.shape))
+            if value.shape[1] > 1:
+                self.copies[value.name] = block, value.bytes
+        return _At(found, block)
 
     def _trained(self) -> list[str]:
         """The outputs that backward begins with: the loss, or all that have a gradient."""
         outputs = self.graph.outputs[: 1 if self.graph.loss is not None else None]
         return [n for n in outputs if n in self.values and self.values[n].crossing.wanted]
 
-    def _outer(self, name: str) -> int:
+    def _outer(self, name: str) -> tuple[int, int]:
+        """Block and bytes of an output's gradient."""
         block = self._block(f"the gradient of {name}")
-        self.gradients[name] = _At(_dense(self.graph.values[name]), block)
-        return block
+        value = replace(self.graph.values[name], dtype=self.values[name].crossing.dtype)
+        self.gradients[name] = _At(_dense(value), block)
+        return block, value.bytes
 
     def _block(self, name: str) -> int:
         block = next(self.blocks)
@@ -250,7 +265,8 @@ class _Linker:
         common, names = self.seen.alike(self.graph, segment, known)
         inputs = segment.part.inputs
         given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
-        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names)
+        how = How(self.program.plan.dtype, self.program.plan.step_in_backward)
+        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), how
         forward = self.seen.forward(self.graph, segment, key, names)
         own = {common: name for name, common in names.items()}
         fresh: dict[int, int] = {}
@@ -268,7 +284,7 @@ class _Linker:
     def _backward(
         self, segment: SegmentProgram, key: tuple[Key, dict[str, str]], drops: Sequence[str]
     ) -> Linked:
-        (_, _, shared), names = key
+        (_, _, shared, _), names = key
         own = {common: name for name, common in names.items()}
         there = (*segment.part.outputs, *segment.part.inputs)
         reached = [n for n in there if n in self.gradients and self.values[n].crossing.wanted]

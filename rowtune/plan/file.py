@@ -20,9 +20,9 @@ from rowtune.errors import PlanError
 from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, typed
 
-SCHEMA = 1
+SCHEMA = 2
 
-PREDICTED = ("peak_bytes", "activation_bytes", "seconds", "peak_at")
+PREDICTED = ("peak_bytes", "activation_bytes", "host_bytes", "seconds", "peak_at")
 MEASURED = (
     "peak_bytes",
     "allocator_peak_bytes",
@@ -85,7 +85,8 @@ class PlanFile:
             raise PlanError("a plan is a JSON object")
         if data.get("schema") != SCHEMA:
             raise PlanError(
-                f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}: search again"
+                f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}. Make a new plan: "
+                f"{_search(data)}"
             )
         data = {"threads": 0, **data}
         if set(data) != _KEYS:
@@ -107,6 +108,18 @@ class PlanFile:
             versions=typed(data, "versions", dict),
             threads=data["threads"],
         )
+
+
+def _search(data: dict[str, Any]) -> str:
+    """The command that makes such a plan, as far as an older file says how."""
+    budget = data.get("budget_bytes")
+    try:
+        problem = Problem.from_dict(data)
+        shapes = "".join(f" --shape {s.name}:{'x'.join(map(str, s.shape))}" for s in problem.inputs)
+        asked = f"{problem.model}{shapes}"
+    except (PlanError, TypeError, ValueError, KeyError, AttributeError):
+        asked = "MODEL"
+    return f"rowtune search {asked} --budget {budget if type(budget) is int else 'SIZE'}"
 
 
 def versions() -> dict[str, str]:

@@ -203,7 +203,8 @@ def _part(
     bands, images = banding(graph, axis), banding(graph, 0)
     rules = [bands.rule(node.name) for node in part.nodes]
     if all(rule.dim is None and not reduces(rule) for rule in rules):  # nobody reads what has rows
-        return _plain(graph, Segment(decision.first, decision.last, "keep"), part, scheduler)
+        kept = Segment(decision.first, decision.last, "keep", store=decision.store)
+        return _plain(graph, kept, part, scheduler)
     return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
 
 

@@ -6,7 +6,8 @@ how its interior is computed. It holds no sizes that depend on the device, and n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from rowtune.errors import PlanError
@@ -16,6 +17,11 @@ Halo = Literal["recompute", "cache", "sweep"]
 Tapes = Literal["split", "whole", "late", "replay"]
 Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
+Precision = Literal["as given", "bf16", "fp16"]
+Store = Literal["device", "host", "bf16", "fp16"]
+
+LOSSY: frozenset[Store] = frozenset({"bf16", "fp16"})
+"""Stores that give back something else than they were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,9 @@ class Segment:
                 store: keep the tensor there; recompute: make it again in backward, from the segment's inputs;
                 passes: never make it, stream the segment once more for each barrier;
                 narrow: recompute, but passes for tensors that are wider than what they are made from
+    store       where what the segment keeps from forward to backward stays (keep: what autograd saves; the
+                others: their inputs, and the rows that halo cache stashes). device: where it is made; host:
+                offloaded; bf16, fp16: rounded, for which the plan says how much error it may cost
     inside      segments that a checkpoint is made of: run one by one when it is recomputed, each as it says
                 itself, so that their own recomputations take turns (recursive checkpointing, as in Chen et
                 al., "Training deep nets with sublinear memory cost", arXiv 1604.06174)
@@ -49,6 +58,7 @@ class Segment:
     images: int = 0
     tapes: Tapes = "split"
     barriers: Barriers = "store"
+    store: Store = "device"
     band_cols: int = 0
     inside: tuple[Segment, ...] = ()
 
@@ -66,22 +76,33 @@ class Segment:
 class Plan:
     """Segments in order, and what holds for the whole step.
 
-    `axis` is the band axis of the inputs (2: the first spatial one). `stores`, `dtype` are reserved: where
-    cut tensors, inputs and targets are kept, and in which type.
+    axis    the band axis of the inputs (2: the first spatial one)
+    layout  how feature maps lie in memory: channels_last brings the inputs into it, operators hand it on
+    dtype   bf16, fp16: the step runs under autocast; fp16 wants its loss scaled (`RowtuneModule.loss_scale`)
+    step_in_backward
+            the optimizer uses each gradient as soon as it is complete, and lets go of it
+            (rowtune.step_in_backward); not with clipping or accumulation, which look at all of them
+    max_grad_error
+            of gradients, relative, that stores which round may cost; 0: none of them is allowed
     """
 
     segments: tuple[Segment, ...]
     axis: int = 2
     layout: Layout = "contiguous"
-    dtype: str = "as given"
-    stores: tuple[tuple[str, str], ...] = ()
+    dtype: Precision = "as given"
+    step_in_backward: bool = False
+    max_grad_error: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; fields at their default are left out of a segment."""
-        out = asdict(self)
-        out["stores"] = dict(self.stores)
-        out["segments"] = [s.to_dict() for s in self.segments]
-        return out
+        """Plain JSON values; fields at their default are left out."""
+        whole = [f for f in fields(self) if f.name in ("axis",) or getattr(self, f.name) != f.default]
+        found = {f.name: getattr(self, f.name) for f in whole}
+        return {**found, "segments": [s.to_dict() for s in self.segments]}
+
+    @property
+    def allowed_error(self) -> float:
+        """Of gradients: what stores that round may cost; 0 where none is taken."""
+        return self.max_grad_error if any(s.store in LOSSY for s in self.segments) else 0.0
 
     def leaves(self) -> tuple[Segment, ...]:
         """The segments that are made of no others, in order."""
@@ -96,23 +117,33 @@ class Plan:
         if unknown:
             raise PlanError(f"the plan's decisions have an unknown key {sorted(unknown)[0]!r}")
         segments = tuple(_segment(item) for item in data["segments"])
-        rest = {k: v for k, v in data.items() if k != "segments"}
-        rest["stores"] = tuple(sorted(dict(rest.get("stores") or {}).items()))
-        return checked(Plan(segments, **rest))
+        return checked(Plan(**{**data, "segments": segments}))
 
 
 def checked(plan: Any) -> Plan:
     """The plan, if a file could hold it: PlanError names the first value out of range."""
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
-    if plan.stores or plan.dtype != "as given":
-        raise PlanError("the plan uses stores or dtype, which this version of rowtune only reserves")
-    if plan.layout != "contiguous":
-        raise PlanError(f"layout {plan.layout!r} is reserved; this version runs contiguous tensors only")
+    _check_choices(plan, {"layout": Layout, "dtype": Precision})
     if type(plan.axis) is not int or plan.axis < 2:
         raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
+    if type(plan.step_in_backward) is not bool:
+        raise PlanError(f"step_in_backward is true or false, not {plan.step_in_backward!r}")
+    if plan.step_in_backward and plan.dtype == "fp16":
+        raise PlanError(
+            "step_in_backward does not go with dtype fp16: loss scaling looks at all gradients before the "
+            "first is used; take dtype bf16, or leave step_in_backward out"
+        )
+    error = plan.max_grad_error
+    if type(error) not in (int, float) or not 0 <= error < math.inf:
+        raise PlanError(f"max_grad_error is a number of at least 0, not {error!r}")
     for segment in plan.segments:
         _check(segment)
+        if segment.store in LOSSY and not error:
+            raise PlanError(
+                f"segment {segment.first}..{segment.last}: store {segment.store} rounds what it keeps, and "
+                "the plan allows no error of gradients; give it max_grad_error, or take store host"
+            )
     return plan
 
 
@@ -130,12 +161,17 @@ def _segment(data: Any) -> Segment:
     return Segment(**{**data, "inside": tuple(_segment(item) for item in inside)})
 
 
+def _check_choices(made: Any, choices: dict[str, Any]) -> None:
+    for key, kind in choices.items():
+        if getattr(made, key) not in get_args(kind):
+            raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
+
+
 def _check(made: Segment) -> None:
     for inner in made.inside:
         _check(inner)
-    for key, kind in (("policy", Policy), ("halo", Halo), ("tapes", Tapes), ("barriers", Barriers)):
-        if getattr(made, key) not in get_args(kind):
-            raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
+    choices = {"policy": Policy, "halo": Halo, "tapes": Tapes, "barriers": Barriers, "store": Store}
+    _check_choices(made, choices)
     for key in ("band_rows", "images", "band_cols"):
         value = getattr(made, key)
         if type(value) is not int or value < 0:
@@ -144,6 +180,12 @@ def _check(made: Segment) -> None:
         raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows or images of at least 1")
     if made.inside and made.policy != "checkpoint":
         raise PlanError(f"segment {made.first}..{made.last}: only a checkpoint has segments inside")
+    stored = [s for inner in made.inside for s in (inner, *_leaves(inner)) if s.store != "device"]
+    if stored:
+        raise PlanError(
+            f"segment {stored[0].first}..{stored[0].last} lies inside a checkpoint and keeps nothing from "
+            f"forward to backward; give store {stored[0].store} to {made.first}..{made.last}"
+        )
     if made.inside and made.images:
         raise PlanError(f"segment {made.first}..{made.last}: give images to the segments inside")
     if made.band_cols:

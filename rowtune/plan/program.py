@@ -166,6 +166,10 @@ class Program:
 
 def steps_of(segment: SegmentProgram, called: Callable[[str], str] = str) -> Any:
     """All that decides what a segment runs and keeps, with values `called` by other names."""
+    return segment.decision.store, _steps_of(segment, called)
+
+
+def _steps_of(segment: SegmentProgram, called: Callable[[str], str]) -> Any:
     nodes = [called(node.name) for node in segment.part.nodes]
     nodes += [*map(called, segment.part.inputs), *map(called, segment.part.outputs)]
     finishes = [[called(n) for n in finish[:2]] for finish in segment.finishes]

@@ -24,10 +24,12 @@ from rowtune.rows import Rows
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
+from rowtune.runtime.layout import has_channels_last
 from rowtune.runtime.lines import Lines, PieceGradients
+from rowtune.runtime.stores.keeping import Keeping, Kept
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
-from rowtune.runtime.weights import WeightSums, cast_once
+from rowtune.runtime.weights import WeightSums, cast_once, last_channels
 from rowtune.runtime.windows import Windows
 from rowtune.torch_private import storage_of
 
@@ -40,6 +42,7 @@ class BandedRun:
         tensors: segment inputs and weights by name, detached.
         wanted: which of them need a gradient.
         seed: of this step's random masks.
+        keeping: where stashes are kept; None: where they are.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class BandedRun:
         *,
         first_time: bool = True,
         totals: Mapping[str, Tensor] | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         assert segment.banded is not None
+        self.keeping = keeping
         self.graph, self.segment, self.program = graph, segment, segment.banded
         self.wanted, self.first_time = wanted, first_time
         self.settled: frozenset[str] = frozenset()
@@ -65,8 +70,8 @@ class BandedRun:
         self.sums = Sums(graph, self.program, tensors, seed, totals)
         self.recall(tensors)
         self.carriers: frozenset[str] = frozenset()
-        self.stash: dict[int, list[tuple[str, Rows, Tensor]]] = {}
-        self.stashes: list[dict[int, list[tuple[str, Rows, Tensor]]]] = []
+        self.stash: dict[int, list[tuple[str, Rows, Tensor | Kept]]] = {}
+        self.stashes: list[dict[int, list[tuple[str, Rows, Tensor | Kept]]]] = []
 
     def recall(self, tensors: dict[str, Tensor]) -> None:
         """Segment inputs and weights, for the backward of a call that let go of them."""
@@ -79,6 +84,8 @@ class BandedRun:
         checkpoint does not."""
         self.recall({})
         self.leaves: dict[str, Tensor] = {}
+        if self.keeping is not None:
+            self.keeping.forget()
 
     # -- forward -------------------------------------------------------------------------------------------
 
@@ -148,16 +155,24 @@ class BandedRun:
         self.arriving = InputGradients(self.gradients.inputs)
         self.carriers = self._carriers()
         self.evaluator.totals = self.sums.totals
-        nodes = [node for group in self.program.groups for node in group.nodes]
         self.leaves = {
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
-            for n, t in cast_once(self.whole, nodes).items()
+            for n, t in self._weights().items()
         }
         summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
         for name, leaf in self.leaves.items():
             if leaf.requires_grad:
                 leaf.register_hook(summing.hook(name))  # type: ignore[no-untyped-call]
         self._images(ALL_IMAGES)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is used whole, as convolutions use it."""
+        nodes = [node for group in self.program.groups for node in group.nodes]
+        found = cast_once(self.whole, nodes)
+        lie_so = any(
+            has_channels_last(self.tensors[n]) for n in self.segment.part.inputs if n in self.tensors
+        )
+        return last_channels(found, nodes) if lie_so else found
 
     def _images(self, images: Rows) -> None:
         total = images.lo == 0 and len(self.program.image_ranges) == 1
@@ -194,12 +209,14 @@ class BandedRun:
             self._restore(step)
 
     def _stash(self, step: Stash) -> None:
-        self.stash[step.band] = [(n, *chunk) for n in step.values for chunk in self.lines.chunks[n]]
+        pack = self.keeping.pack if self.keeping else _itself
+        chunks = [(n, rows, t) for n in step.values for rows, t in self.lines.chunks[n]]
+        self.stash[step.band] = [(n, rows, pack(t)) for n, rows, t in chunks]
 
     def _restore(self, step: Restore) -> None:
         self.lines.clear()
-        for name, rows, tensor in self.stash.pop(step.band, ()):
-            self.lines.put(name, rows, tensor)
+        for name, rows, kept in self.stash.pop(step.band, ()):
+            self.lines.put(name, rows, kept.get() if isinstance(kept, Kept) else kept)
 
     def _run(self, step: Run) -> None:
         piece = self.program.pieces[step.piece]
@@ -367,3 +384,7 @@ class BandedRun:
         """Where a value's images lie, if that is another dimension than that of its rows."""
         at = self.program.images.dims[name]
         return at if at != self.dims[name] else None
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rowtune.torch_private import OpOverload
+from rowtune.runtime.layout import has_channels_last, strides
+from rowtune.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    fake_mode_is_on,
+    pytree,
+    without_modes,
+)
 
 Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
@@ -36,11 +44,29 @@ class Signature(NamedTuple):
     kwargs: tuple[Any, ...]
 
 
-class Answers:
-    """Runs operators on meta tensors; those that make new memory, or write to their first argument, from
-    memory where the same was asked before. `asked` is the signature of the last call (None: it has none)."""
+aten = torch.ops.aten
+CONVOLUTIONS = frozenset({aten.convolution.default, aten.convolution_backward.default})
+HANDED_ON = frozenset(
+    {
+        *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.roll.default),
+        *(aten.reflection_pad2d.default, aten.reflection_pad3d.default),
+        *(aten.replication_pad2d.default, aten.replication_pad3d.default),
+    }
+)
+"""Operators that keep the channels last on a CPU, and make them contiguous on meta tensors."""
 
-    def __init__(self) -> None:
+
+class Answers:
+    """Runs operators on meta tensors, or in a FakeTensorMode on fake ones; those that make new memory, or
+    write to their first argument, from memory where the same was asked before. `asked` is the
+    signature of the last call (None: it has none).
+
+    Args:
+        device: that the tensors stand for.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self.known: dict[Signature, tuple[Made | None, ...] | Made] = {}
         self.asked: Signature | None = None
 
@@ -49,32 +75,58 @@ class Answers:
         how = _kind(func)
         if how is None and func.is_view:
             return func(*args, **kwargs)
+        fake = fake_mode_is_on()
         try:
-            key = Signature(func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
+            named = _key(tuple(kwargs.items()), fake) if kwargs else ()
+            key = Signature(func, _key(args, fake), named)
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
             return func(*args, **kwargs)
         self.asked = key
         if how is None:
             return func(*args, **kwargs)
-        if found is None:
-            out = func(*args, **kwargs)
-            self.known[key] = _described(out)
-            return out
-        return how(found, args)
+        device = self.device if fake else META
+        if found is not None:
+            return how(found, args, device)
+        made = self._laid_out(func, args, kwargs)
+        if made is not None:
+            self.known[key] = made
+            return how(made, args, device)
+        out = func(*args, **kwargs)
+        self.known[key] = _described(out)
+        return out
+
+    def _laid_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operator returns where the device's kernels choose a layout of which meta tensors know
+        nothing."""
+        if func in HANDED_ON and self.device.type == "cpu" and has_channels_last(args[0]):
+            made: Tensor = func(*args, **kwargs)
+            return made.shape, strides(made.shape), made.dtype
+        if func not in CONVOLUTIONS or all(a.is_contiguous() for a in args if isinstance(a, Tensor)):
+            return None
+        with without_modes(), FakeTensorMode():
+            given, named = pytree.tree_map_only(
+                Tensor,
+                lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device),
+                (args, kwargs),
+            )
+            return _described(func(*given, **named))
 
 
 class _Data(Exception):
     pass
 
 
-def _key(argument: Any) -> Any:
+META = torch.device("meta")
+
+
+def _key(argument: Any, fake: bool) -> Any:
     if isinstance(argument, Tensor):
-        if not argument.is_meta:
+        if not (isinstance(argument, FakeTensor) if fake else argument.is_meta):
             raise _Data
         return Like(argument.shape, argument.stride(), argument.dtype)
     if isinstance(argument, (tuple, list)):
-        return tuple([_key(a) for a in argument])
+        return tuple([_key(a, fake) for a in argument])
     return argument.__class__, argument  # 1 is not 1.0, nor True
 
 
@@ -84,26 +136,28 @@ def _described(out: Any) -> tuple[Made | None, ...] | Made:
     return tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in out)
 
 
-def _blank(made: Made) -> Tensor:
+def _blank(made: Made, device: torch.device) -> Tensor:
     shape, stride, dtype = made
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-def _one(found: Any, args: tuple[Any, ...]) -> Tensor:
-    return _blank(found)
+def _one(found: Any, args: tuple[Any, ...], device: torch.device) -> Tensor:
+    return _blank(found, device)
 
 
-def _several(found: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if made is None else _blank(made) for made in found)
+def _several(found: Any, args: tuple[Any, ...], device: torch.device) -> tuple[Tensor | None, ...]:
+    return tuple(None if made is None else _blank(made, device) for made in found)
 
 
-def _first(found: Any, args: tuple[Any, ...]) -> Any:
+def _first(found: Any, args: tuple[Any, ...], device: torch.device) -> Any:
     return args[0]
 
 
 @cache
-def _kind(func: Any) -> Callable[[Any, tuple[Any, ...]], Any] | None:
+def _kind(func: Any) -> Callable[[Any, tuple[Any, ...], torch.device], Any] | None:
     """How an operator's answer is made from memory: by its schema; None where it is a view, say."""
+    if func is torch.ops.aten._unsafe_view.default:  # a view, though its schema denies it
+        return None
     schema = func._schema
     aliased = [a for a in schema.arguments if a.alias_info is not None]
     returned = [str(r.type) for r in schema.returns]

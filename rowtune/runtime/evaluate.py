@@ -17,9 +17,17 @@ from rowtune.kernels.known import with_value
 from rowtune.plan.groups import Group
 from rowtune.rows import Rows, need
 from rowtune.runtime.dropout import Seed, draws, dropout_slab, seeded
+from rowtune.runtime.layout import ORDERS, has_channels_last
 
 ALL_IMAGES = Rows(0, -1)
 NOTHING: Mapping[str, Tensor] = {}
+
+aten = torch.ops.aten
+ANY_LAYOUT: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+"""A graph is traced on contiguous tensors, and flattening is a view there. In channels_last it is none."""
 
 
 def run_whole(node: Node, lookup: Callable[[str], Any], seed: Seed, *, first_time: bool = True) -> Any:
@@ -41,7 +49,7 @@ def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: See
     if node.random:
         with seeded(seed, node.name, args, kwargs):
             return node.target(*args, **kwargs)
-    return node.target(*args, **kwargs)
+    return ANY_LAYOUT.get(node.target, node.target)(*args, **kwargs)
 
 
 def _dropout(node: Node, args: tuple[Any, ...], seed: Seed) -> Tensor:
@@ -183,9 +191,7 @@ class Evaluator:
 
 def empty_in_order(part: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of `shape` whose channels come last in memory if those of `part` do."""
-    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = part.dim() in orders and part.stride(1) == 1 and part.stride(-1) >= part.shape[1] > 1
-    order = orders[part.dim()] if last else torch.contiguous_format
+    order = ORDERS[part.dim()] if has_channels_last(part) else torch.contiguous_format
     return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
 
 

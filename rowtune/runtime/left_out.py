@@ -14,15 +14,22 @@ from typing import NamedTuple
 from rowtune.plan.homes import homes_of
 from rowtune.plan.program import Back, Banded, Repeat, Replay, Run, SegmentProgram, Stash, Step
 from rowtune.runtime.recording import Buffer
+from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Lives
 
 
 class LeftOut:
-    """What the bands that a segment's program leaves out would leave behind."""
+    """What the bands that a program leaves out would leave behind: on the device, and on the `host`."""
 
-    def __init__(self, recorder: Lives) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Lives, host: HostPool) -> None:
+        self.recorder, self.host = recorder, host
         self.groups: list[_Group] = []
+        self.more_on_host = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """With what the bands that were left out would have put there."""
+        return self.host.bytes + self.more_on_host
 
     def marked(self, segment: SegmentProgram) -> SegmentProgram:
         """The same segment, telling when it leaves bands out, and without the bands of images that are like
@@ -58,12 +65,13 @@ class LeftOut:
         return made
 
     def mark(self) -> _Mark:
-        return _Mark(self.recorder.live, self.recorder.buffers, len(self.groups))
+        return _Mark(self.recorder.live, self.recorder.buffers, len(self.groups), self.host_bytes)
 
     def since(self, mark: _Mark, more: int) -> None:
         """What is alive now and was not at `mark` is there `more` times more."""
         now = self.recorder
         inside = self.groups[mark.groups :]
+        self.more_on_host += more * (self.host_bytes - mark.host_bytes)
         self.groups.append(_Group(now.live - mark.live, now.alive(mark.buffers), inside, more, now.calls - 1))
 
     def buffers(self, made: Sequence[Buffer]) -> tuple[Buffer, ...]:
@@ -73,11 +81,12 @@ class LeftOut:
 
 
 class _Mark(NamedTuple):
-    """What there was at one time: bytes alive, and the numbers of buffers and groups."""
+    """What there was at one time: bytes alive, the numbers of buffers and groups, bytes on the host."""
 
     live: int
     buffers: int
     groups: int
+    host_bytes: int
 
 
 class _Group(NamedTuple):

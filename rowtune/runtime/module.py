@@ -23,10 +23,13 @@ from rowtune.plan.adapt import eval_plan
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
+from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
+from rowtune.runtime.precision import autocast
 from rowtune.runtime.segments import Engine as Engine
 from rowtune.runtime.segments import Step, run_segment
-from rowtune.torch_private import pytree
+from rowtune.runtime.stores.host import HostPool
+from rowtune.torch_private import pytree, storage_of
 
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 
@@ -88,10 +91,11 @@ class RowtuneModule(nn.Module):
         self._fingerprint, self._graph = fingerprint, graph
         self._programs: dict[Any, Program] = {}
         self.lists = Lists()
+        self.host = HostPool()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their programs anew."""
-        return {**self.__dict__, "_programs": {}, "_graph": None, "lists": Lists()}
+        return {**self.__dict__, "_programs": {}, "_graph": None, "lists": Lists(), "host": HostPool()}
 
     def train(self, mode: bool = True) -> RowtuneModule:
         super().train(mode)
@@ -107,7 +111,8 @@ class RowtuneModule(nn.Module):
             raise UsageError("targets were given to a module without a loss; give apply(..., loss=...)")
         program = self.program(inputs, named, with_targets=targets is not None, outputs=outputs)
         flat = [t for t in pytree.tree_leaves((inputs, named)) if isinstance(t, Tensor)]
-        found = self._run(program, flat, targets)
+        with autocast(self.plan.dtype, flat[0].device.type):
+            found = self._run(program, flat, targets)
         graph = program.graph
         if targets is not None:
             model_outputs = found[1:]
@@ -160,7 +165,7 @@ class RowtuneModule(nn.Module):
 
     def _run(self, program: Program, flat: list[Tensor], targets: Tensor | None) -> list[Tensor]:
         graph = program.graph
-        env: dict[str, Any] = dict(zip(graph.inputs, flat, strict=True))
+        env: dict[str, Any] = dict(zip(graph.inputs, arranged(flat, self.plan.layout), strict=True))
         env |= _fixed(graph, self)
         if targets is not None:
             self._check_target(graph, targets)
@@ -170,7 +175,11 @@ class RowtuneModule(nn.Module):
                 norms = self.loss.norms(targets, graph.values[graph.loss_output].shape)
             env[NORMS] = norms.to(graph.values[NORMS].dtype)
         lists = self.lists if self.engine == "listed" else None
-        step = Step(program, _step_seed(graph), self.loss_scale, lists)
+        given = (*flat, *(t for n, t in env.items() if graph.values[n].kind != "input"))
+        stored = any(s.store != "device" for s in self.plan.segments)
+        outside = frozenset(map(storage_of, given)) if stored else frozenset()
+        seed = _step_seed(graph)
+        step = Step(program, seed, self.loss_scale, lists, outside=outside, host=self.host)
         flat.clear()
         for segment, dead in zip(program.segments, program.drops, strict=True):
             run_segment(step, segment, env)

@@ -11,10 +11,13 @@ from rowtune.graph.graph import Graph, Value
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
+from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recording import Recording, Role, check
 from rowtune.runtime.segments import Engine, Step, run_segment
 from rowtune.runtime.writer import Recorder
+from rowtune.torch_private import storage_of
 
 ROLES: dict[str, Role] = {
     "parameter": "parameter", "buffer": "buffer", "constant": "constant",
@@ -31,7 +34,7 @@ def record(program: Program, engine: Engine = "listed") -> Recording:
     graph = program.graph
     with uncollected():  # the collector would end buffers at any call; nothing here waits for it
         step = _Step(graph, program, engine)
-        with step.recorder:
+        with step.mode, step.recorder:
             step.run()
         step.gradients()
         made = step.recorder.recording()
@@ -44,19 +47,29 @@ class _Step:
 
     def __init__(self, graph: Graph, program: Program, engine: Engine) -> None:
         self.graph, self.program, self.engine = graph, program, engine
-        self.given = {v.name: _blank(v) for v in graph.values.values() if v.kind in ROLES}
+        dtype = program.plan.dtype
+        self.mode, device = blank_mode(dtype)
+        self.cast = autocast(dtype, device.type)
+        with self.mode:
+            self.given = {v.name: _blank(v, device) for v in graph.values.values() if v.kind in ROLES}
         self.recorder = Recorder(Answers().call)
         for name, tensor in self.given.items():
             self.recorder.know(tensor, name, ROLES[graph.values[name].kind])
+            if tensor.requires_grad and program.plan.step_in_backward:
+                tensor.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
 
     def run(self) -> None:
         env: dict[str, Any] = dict(self.given)
-        step = Step(self.program, lists=Lists(after=0) if self.engine == "listed" else None)
-        for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
-            self.recorder.place = (i, "forward")
-            run_segment(step, segment, env)
-            for name in dead:
-                env.pop(name, None)
+        inputs = self.graph.inputs
+        env |= zip(inputs, arranged((env[n] for n in inputs), self.program.plan.layout), strict=True)
+        lists = Lists(after=0) if self.engine == "listed" else None
+        step = Step(self.program, lists=lists, outside=frozenset(map(storage_of, self.given.values())))
+        with self.cast:
+            for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
+                self.recorder.place = (i, "forward")
+                run_segment(step, segment, env)
+                for name in dead:
+                    env.pop(name, None)
         loss = env.pop(self.graph.outputs[0])
         env.clear()
         self.recorder.place = (len(self.program.segments) - 1, "backward")
@@ -69,7 +82,12 @@ class _Step:
                 self.recorder.tag(tensor.grad, f"the gradient of {name}", "gradient")
 
 
-def _blank(value: Value) -> Tensor:
-    made = torch.empty(value.shape, dtype=value.dtype, device="meta")
+def let_go_of_gradient(parameter: Tensor) -> None:
+    """A gradient that is used in backward: an optimizer in place takes no memory for that."""
+    parameter.grad = None
+
+
+def _blank(value: Value, device: torch.device) -> Tensor:
+    made = torch.empty(value.shape, dtype=value.dtype, device=device)
     wanted = value.kind == "parameter" and value.requires_grad and made.is_floating_point()
     return made.requires_grad_(wanted)

@@ -27,13 +27,15 @@ STATE: frozenset[str] = frozenset({"parameter", "buffer", "gradient"})
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """Memory of `bytes` bytes, alive from the end of call `born` (-1: before the first) to the end of call
-    `died` (None: beyond the last). `name` is that of a value or of the operator that made it."""
+    `died` (None: beyond the last). `name` is that of a value or of the operator that made it. `used` is the
+    last call that looked at it, where that was noted (-1: none did)."""
 
     name: str
     bytes: int
     role: Role
     born: int
     died: int | None
+    used: int | None = None
 
 
 class View(NamedTuple):

@@ -11,23 +11,37 @@ engine alone holds then, as in a real step.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.plan.lower import uncollected
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Plan, Precision
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.blank import Answers
+from rowtune.runtime.layout import is_copy
 from rowtune.runtime.left_out import LeftOut
-from rowtune.runtime.recorder import ROLES
+from rowtune.runtime.precision import autocast, blank_mode
+from rowtune.runtime.recorder import ROLES, let_go_of_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording
 from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Counted, Lives, Recorder
+from rowtune.torch_private import storage_of
 
 NOTHING: Mapping[str, bool] = {}
+
+
+class How(NamedTuple):
+    """What of a plan holds for the whole step, and how its segments are recorded."""
+
+    dtype: Precision = "as given"
+    step_in_backward: bool = False
+
+
+AS_GIVEN = How()
 
 
 class SegmentRun:
@@ -39,6 +53,7 @@ class SegmentRun:
         shared: parameters that other segments read as well; of those that an earlier one reads (True), the
             gradient is handed on.
         recorder: a `Lives` notes no calls, and takes half the time.
+        how: the step that it is part of.
     """
 
     def __init__(
@@ -48,20 +63,27 @@ class SegmentRun:
         inputs: Collection[Crossing],
         shared: Mapping[str, bool] = NOTHING,
         recorder: Lives | None = None,
+        how: How = AS_GIVEN,
     ) -> None:
-        self.graph = graph
+        self.graph, self.how = graph, how
+        self.mode, self.blank = blank_mode(how.dtype)
         self.recorder = Recorder(Answers().call) if recorder is None else recorder
         self.caught: dict[str, Tensor] = {}
         self.tails: dict[str, _Tail] = {}
         self.weights: dict[str, Tensor] = {}
-        self.left_out = LeftOut(self.recorder)
+        host = HostPool()
+        self.left_out = LeftOut(self.recorder, host)
         self.model = _model(segment)
-        env = self._environment(inputs, shared)
-        self.given = {n: self._know(n, t) for n, t in env.items()}
-        one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
-        with uncollected():
-            with self.recorder:
-                run_segment(Step(one), one.segments[0], env)
+        with self.mode, uncollected():
+            env = self._environment(inputs, shared)
+            self.given = {n: self._know(n, t) for n, t in env.items()}
+            one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
+            outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
+            step = Step(one, outside=outside, host=host)
+            with self.recorder, autocast(how.dtype, self.blank.type):
+                run_segment(step, one.segments[0], env)
+            self.host_bytes = self.left_out.host_bytes
+            del step
             self.forward = self.recorder.calls
             self.outputs = tuple(self._crossing(n, n, env[n]) for n in segment.part.outputs)
             for name, tensor in env.items():
@@ -74,17 +96,21 @@ class SegmentRun:
         env: dict[str, Any] = {}
         memory: dict[int, Tensor] = {}
         for crossing in inputs:
-            box = [_like(crossing, memory)]
+            box = [self._like(crossing, memory)]
             env[crossing.name] = self._head(crossing.name, box) if crossing.wanted else box.pop()
         for name in self.model:
             value = self.graph.values[name]
-            made = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            made = torch.empty(value.shape, dtype=value.dtype, device=self.blank)
             wanted = value.kind == "parameter" and value.requires_grad and made.is_floating_point()
             if wanted and shared.get(name):
                 env[name] = self._head(name, [made])
             else:
                 env[name] = self.weights[name] = made.requires_grad_(wanted)
         return env
+
+    def _outside(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor lives anyway: the model's, or the batch's unless it was laid out anew."""
+        return self.graph.values[name].kind in ROLES and not is_copy(tensor)
 
     def _head(self, name: str, box: list[Tensor]) -> Tensor:
         token = torch.zeros((), requires_grad=True)
@@ -103,15 +129,19 @@ class SegmentRun:
     def backward(self, outer: Collection[Crossing]) -> SegmentRecording:
         """The recording, with these gradients of its outputs and of inputs that later segments read too."""
         assert self.recorder.calls == self.forward, "a backward is recorded once"
-        handed = self._hand_over(outer)
-        roots = [self.tails[c.name].root for c in outer]
-        ones = [torch.ones(()) for _ in roots]
         self.recorder.place = (0, "backward")
-        with uncollected(), self.recorder:
-            self.tails.clear()
-            if roots:
-                torch.autograd.backward(roots, ones)
-            roots.clear()
+        for weight in self.weights.values() if self.how.step_in_backward else ():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
+        with self.mode, uncollected():
+            handed = self._hand_over(outer)
+            roots = [self.tails[c.name].root for c in outer]
+            ones = [torch.ones(()) for _ in roots]
+            with self.recorder:
+                self.tails.clear()
+                if roots:
+                    torch.autograd.backward(roots, ones)
+                roots.clear()
         caught = tuple(self._crossing(n, _gradient(n), g) for n, g in self.caught.items())
         added = {
             n: self.recorder.tag(t.grad, _gradient(n), "gradient")
@@ -126,7 +156,7 @@ class SegmentRun:
             inputs={n: b for n, b in self.given.items() if n not in self.model},
             weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
-            left_out=self.left_out.buffers(recording.buffers),
+            left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
             work=tuple(counted.work.items()) if counted else (), host=counted.host if counted else 0,
         )  # fmt: skip
 
@@ -134,10 +164,17 @@ class SegmentRun:
         memory: dict[int, Tensor] = {}
         handed = {}
         for crossing in outer:
-            tensor = _like(crossing, memory)
+            tensor = self._like(crossing, memory)
             handed[crossing.name] = self.recorder.buffer_of(tensor, _gradient(crossing.name), "activation")
             self.tails[crossing.name].box.append(tensor)
         return handed
+
+    def _like(self, crossing: Crossing, memory: dict[int, Tensor]) -> Tensor:
+        """A tensor without data that lies in memory as the crossing does."""
+        if crossing.memory not in memory:
+            memory[crossing.memory] = torch.empty(crossing.bytes, dtype=torch.uint8, device=self.blank)
+        typed = memory[crossing.memory].view(crossing.dtype)
+        return typed.as_strided(crossing.shape, crossing.stride, crossing.offset).detach()
 
 
 def _gradient(name: str) -> str:
@@ -151,15 +188,6 @@ def _model(segment: SegmentProgram) -> list[str]:
     read |= dict.fromkeys(n for inner in segment.inner for n in _model(inner))
     made = own | {*segment.part.inputs} | {o for inner in segment.inner for o in inner.part.outputs}
     return [n for n in dict.fromkeys([*segment.part.weights, *read]) if n not in made]
-
-
-def _like(crossing: Crossing, memory: dict[int, Tensor]) -> Tensor:
-    """A tensor without data that lies in memory as the crossing does."""
-    if crossing.memory not in memory:
-        memory[crossing.memory] = torch.empty(crossing.bytes, dtype=torch.uint8, device="meta")
-    storage = memory[crossing.memory].untyped_storage()
-    made = torch.empty(0, dtype=crossing.dtype, device="meta")
-    return made.set_(storage, crossing.offset, crossing.shape, crossing.stride)
 
 
 class _Head(torch.autograd.Function):

@@ -38,8 +38,8 @@ class SegmentRecording:
     the model's. What it makes and the gradients that it hands on are crossings whose memory is the number of
     a buffer; of a parameter that an earlier segment reads too, it hands the gradient on as of an input.
     `left_out` are buffers that no call here makes: those of bands that are like others and were not run.
-    `work` are the calls of all bands by what they do, and `host` is how many there are, views included; both
-    are left empty by a recorder that does not count.
+    Forward leaves `host_bytes` on the host. `work` are the calls of all bands by what they do, and `host` is
+    how many there are, views included; both are left empty by a recorder that does not count.
     """
 
     recording: Recording
@@ -52,6 +52,7 @@ class SegmentRecording:
     gradients: tuple[Crossing, ...]
     weight_gradients: dict[str, int]
     left_out: tuple[Buffer, ...] = ()
+    host_bytes: int = 0
     work: Work = ()
     host: int = 0
 

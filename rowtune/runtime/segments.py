@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +20,10 @@ from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.passes import PassesRun
+from rowtune.runtime.precision import as_it_was, autocast_key
+from rowtune.runtime.stores import STORES
+from rowtune.runtime.stores.host import HostPool
+from rowtune.runtime.stores.keeping import Keeping, saving
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
@@ -38,6 +41,7 @@ class Step:
 
     `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
     segments run from `lists`; without, their schedules run. Inside a checkpoint segments run `twice`.
+    `outside` is memory that lives anyway, by `storage_of`; stores on the host are in `host`.
     """
 
     program: Program
@@ -46,17 +50,30 @@ class Step:
     lists: Lists | None = None
     earlier: Earlier = field(default_factory=dict)
     twice: bool = False
+    outside: frozenset[int] = frozenset()
+    host: HostPool = field(default_factory=HostPool)
+
+    def keeping(self, segment: SegmentProgram) -> Keeping | None:
+        """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint
+        nothing is kept."""
+        store = segment.decision.store
+        if store == "device" or self.twice or not torch.is_grad_enabled():
+            return None
+        return Keeping(STORES[store](self.host), self.outside)
 
 
 def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
     """Add the segment's outputs to `env`."""
+    keeping = step.keeping(segment)
     again = segment.inner or segment.decision.policy == "checkpoint"
     if segment.banded is not None or segment.passes is not None:
-        _run_banded(step, segment, env)
+        _run_banded(step, segment, env, keeping)
     elif again and torch.is_grad_enabled():
-        _run_checkpoint(step, segment, env)
+        with saving(keeping):
+            _run_checkpoint(step, segment, env)
     else:
-        env |= _run_inside(step, segment, env, {})
+        with saving(keeping):
+            env |= _run_inside(step, segment, env, {})
 
 
 def _run_inside(step: Step, segment: SegmentProgram, env: Env, inputs: Env) -> Env:
@@ -104,13 +121,14 @@ def _run_checkpoint(step: Step, segment: SegmentProgram, env: Env) -> None:
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
 
-def _run_banded(step: Step, segment: SegmentProgram, env: Env) -> None:
+def _run_banded(step: Step, segment: SegmentProgram, env: Env, keeping: Keeping | None) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
-    call = _Call(step, segment, names, changed, tensors[0].device)
+    call = _Call(step, segment, names, changed, tensors[0].device, keeping)
     if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
-        call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
+        with saving(keeping):
+            call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
@@ -133,8 +151,15 @@ class _Call:
     """What one call of a rows segment carries from forward to backward."""
 
     def __init__(
-        self, step: Step, segment: SegmentProgram, names: list[str], changed: Env, device: torch.device
+        self,
+        step: Step,
+        segment: SegmentProgram,
+        names: list[str],
+        changed: Env,
+        device: torch.device,
+        keeping: Keeping | None,
     ) -> None:
+        self.keeping = keeping
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
         drawn = step.lists is not None and any(map(draws, segment.part.nodes))
@@ -175,14 +200,17 @@ class _Call:
     def begun(self, given: dict[str, Tensor], needs: tuple[bool, ...]) -> Traced:
         """A run of the segment's schedule, or of the calls that an earlier run of it made."""
         wanted, step, segment = self.wanted(needs), self.step, self.segment
-        graph, seed = step.program.graph, step.seed  # not the step: it knows its runs
+        graph, seed, keeping = step.program.graph, step.seed, self.keeping  # not the step: it knows its runs
 
         def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
-            kind, own = PassesRun if segment.passes else BandedRun, tensors.get(SEED, seed)
-            return kind(graph, segment, tensors, wanted, own, first_time=first_time)
+            own = tensors.get(SEED, seed)
+            if segment.passes:
+                return PassesRun(graph, segment, tensors, wanted, own, first_time=first_time)
+            return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
 
         nodes = segment.part.nodes
-        if step.lists is None or any(n.random and n.op != "dropout" for n in nodes):
+        stashed = keeping is not None and segment.decision.halo == "cache"  # put and got band by band
+        if step.lists is None or stashed or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
         begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale, casts)
@@ -227,20 +255,6 @@ SEED = "seed of this step"
 """A tensor beside those that a segment reads, where it draws masks and runs from lists."""
 
 
-def autocast_key() -> tuple[str, bool, torch.dtype]:
-    """What autocast does now."""
-    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
-    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-
-def _autocast(key: tuple[str, bool, torch.dtype]) -> AbstractContextManager[Any]:
-    """Autocast as it was when forward ran, for what backward runs again."""
-    kind, enabled, dtype = key
-    if not enabled and not autocast_key()[1]:
-        return nullcontext()
-    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-
-
 class _BandedSegment(torch.autograd.Function):
     """One node of autograd's graph for a whole rows segment. Weights are inputs of the node, so that hooks
     on their gradients (DistributedDataParallel, FSDP) run as for any other operator."""
@@ -248,7 +262,7 @@ class _BandedSegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         needs = tuple(ctx.needs_input_grad[1:]) if call.grad_enabled else (False,) * len(tensors)
-        with _autocast(call.autocast):
+        with as_it_was(call.autocast):
             outputs = call.forward(tensors, needs)
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
@@ -284,7 +298,7 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     tensors = call.recalled()
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
     run.recall(call.detached(tensors))
-    with _autocast(call.autocast):
+    with as_it_was(call.autocast):
         made = run.backward(given)
     call.done()
     return _in_order(call, made, tensors, ctx.needs, _reached(call, given) - _finished(call))

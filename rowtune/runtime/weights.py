@@ -1,4 +1,4 @@
-"""Sums of weight gradients over bands and images."""
+"""Weights as a rows segment uses them, and sums of their gradients over bands and images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from rowtune.graph.graph import Node
 from rowtune.kernels.constants import zero
 from rowtune.runtime.evaluate import grad_dtype
+from rowtune.runtime.layout import channels_last
 
 PRODUCTS = {"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}
 
@@ -28,6 +29,12 @@ def cast_once(tensors: Mapping[str, Tensor], nodes: Iterable[Node]) -> dict[str,
         n: t.to(dtype) if n in products and t.is_floating_point() and t.dtype != torch.float64 else t
         for n, t in tensors.items()
     }
+
+
+def last_channels(tensors: Mapping[str, Tensor], nodes: Iterable[Node]) -> dict[str, Tensor]:
+    """Weights of convolutions with their channels last: so once a call, and not inside each convolution."""
+    products = _only_in_products(nodes)
+    return {n: channels_last(t) if n in products else t for n, t in tensors.items()}
 
 
 def _only_in_products(nodes: Iterable[Node]) -> set[str]:

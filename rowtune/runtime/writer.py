@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -115,17 +115,38 @@ class _Life(weakref.ref[torch.UntypedStorage]):
 
 class Counted(Lives):  # type: ignore[no-untyped-call]
     """Counts calls by what they do as well: `work` are signatures and how often they are called, with the
-    bands that are left out; `host` counts all calls, views included."""
+    bands that are left out; `host` counts all calls, views included. Notes of each buffer which call looked
+    at it last."""
 
     def __init__(self, answers: Answers) -> None:
         super().__init__(answers.call)
         self.answers = answers
         self.work: dict[Signature, int] = {}
         self.host = 0
+        self._last: dict[int, int] = {}
+
+    def finished(self) -> tuple[Buffer, ...]:
+        last = self._last
+        return tuple(replace(b, used=last.get(n, -1)) for n, b in enumerate(super().finished()))
+
+    def _use(self, arguments: Iterable[Any]) -> None:
+        """The call that is being counted looks at these."""
+        known, last, now = self._known, self._last, self.calls - 1
+        for a in arguments:
+            if isinstance(a, Tensor):
+                life = known.get(key_of(a.untyped_storage()))
+                if life is not None:
+                    last[life.number] = now
+            elif isinstance(a, (list, tuple)):
+                self._use(a)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.host += self.times
+        if not func.is_view:
+            self._use(args)
+            if kwargs:
+                self._use(kwargs.values())
         if (asked := self.answers.asked) is not None:
             self.work[asked] = self.work.get(asked, 0) + self.times
         return out

@@ -17,12 +17,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rowtune.errors import DivergedError, EnginesDifferError, ModelError, RowtuneError
 from rowtune.plan.file import PlanFile
+from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
 from rowtune.train.options import Options, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.tune.device import synchronize
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.step import Batch, OptimizerSpec, Workload
+from rowtune.tune.step import Batch, OptimizerSpec, Workload, run_backward, scaler_for, use_gradients
 from rowtune.tune.verify import compare, outcome
 
 
@@ -45,7 +46,9 @@ class Learner:
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, work.loss, graph=graph, engine=other)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        check_training(file.plan, clipped=options.clip > 0, accumulated=options.accumulate > 1)
         self.optimizer = spec.make(self.trained)
+        self.scaler = scaler_for(file.plan, self.device)
         self.schedule = parse_schedule(options.schedule, options.warmup).make(self.optimizer, total)
         self.average: AveragedModel | None = None
         self.averaged = self.runner  # what is validated
@@ -149,13 +152,15 @@ class _Step:
             self._backward(learner.runner, batch)
             del batch
             batch = next(self.batches, None) if self.count < options.accumulate else None
+        if learner.scaler is not None:
+            learner.scaler.unscale_(learner.optimizer)
         if self.count > 1:
             for weight in learner.trained:
                 if weight.grad is not None:
                     weight.grad.div_(self.count)
         if options.clip:
             self.norm = float(nn.utils.clip_grad_norm_(learner.trained, options.clip))
-        learner.optimizer.step()
+        use_gradients(learner.optimizer, learner.scaler)
         learner.schedule.step()
         if learner.average is not None:
             learner.average.update_parameters(learner.model)
@@ -163,14 +168,14 @@ class _Step:
     def _backward(self, runner: RowtuneModule, batch: Batch) -> None:
         inputs, target = batch
         try:
-            loss = runner(*inputs, targets=target)
-            loss.backward()
+            learner = self.learner
+            loss = run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, RowtuneError):
                 raise
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"step {self.learner.done + 1} on inputs {shapes} failed: {reason}") from error
-        self.total = self.total.to(loss.device) + loss.detach()
+        self.total = self.total.to(loss.device) + loss
         self.count += 1
         self.images += inputs[0].shape[0]

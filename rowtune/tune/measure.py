@@ -26,7 +26,7 @@ from rowtune.tune.device import cap_memory, context_bytes, release, synchronize,
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing, failure
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.reference import places
-from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, run_step
+from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, run_step, scaler_for
 from rowtune.tune.verify import Check, Verifier
 
 # Steps that a card is metered over; seconds of timed steps, and the most of them.
@@ -72,7 +72,7 @@ class Bench:
     def check(self, plan: Plan, dtype: torch.dtype | None = None) -> Check:
         """Gradients of a plan against the plain network's."""
         self._restore()
-        return self._verify().check(self._planned(plan), dtype)
+        return self._verify().check(self._planned(plan), dtype, plan.dtype, plan.allowed_error)
 
     def _planned(self, plan: Plan) -> Callable[[nn.Module], nn.Module]:
         """Applies the plan; what was verified is what is timed, and is made once."""
@@ -120,9 +120,10 @@ class Bench:
 
     def _step(self, plan: Plan | None, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
         runner = Plain(self.module, self.work.loss) if plan is None else self._planned(plan)(self.module)
+        scaler = scaler_for(plan, self.device)
 
         def step() -> None:
-            run_step(runner, optimizer, *batch)
+            run_step(runner, optimizer, *batch, scaler)
 
         return step
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rowtune.cost.profile import Profile, load
-from rowtune.errors import PlanError
+from rowtune.errors import PlanError, UsageError
 from rowtune.plan.file import write_text
 from rowtune.runtime.blank import Signature
 from rowtune.tune.device import device_name
@@ -40,6 +40,27 @@ def known(device: str) -> Profile | None:
     with contextlib.suppress(PlanError, OSError):
         return load(profile_path(device))
     return None
+
+
+def shipped() -> dict[str, Path]:
+    """Profiles that come with rowtune, by the name of their file: those of its repository."""
+    place = Path(__file__).resolve().parents[2] / "profiles"
+    return {path.stem: path for path in sorted(place.glob("*.json"))}
+
+
+def chosen(text: str) -> Profile:
+    """By file, or by name of one that comes with rowtune.
+
+    Raises:
+        UsageError: there is none.
+        PlanError: the file is no profile.
+    """
+    here = shipped()
+    path = here.get(text, Path(text))
+    if not path.exists():
+        names = ", ".join(here) or "none"
+        raise UsageError(f"--device-profile {text}: no such file, and of those shipped ({names}) none")
+    return load(path)
 
 
 def remember(device: str, profile: Profile) -> None:

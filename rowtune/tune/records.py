@@ -19,7 +19,7 @@ from rowtune.errors import PlanError, UsageError
 from rowtune.plan.file import write_text
 from rowtune.plan.plan import Plan
 
-SCHEMA = 2
+SCHEMA = 3
 PLAIN = "plain"
 
 

@@ -96,7 +96,7 @@ class ProgrammeSpace:
     def plan(self, values: Values) -> Plan:
         """The fastest allowed plan within the memory there is; where none fits, the smallest of all."""
         most = min(float(values["margin"]) * self.most, 1 << 60)
-        limit, allowed = int(most) - self._fixed, self._allowed(values)
+        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots), self._allowed(values)
         for _ in range(TRIES):
             found = fastest(self.table, limit, allowed)
             if found is None:
@@ -152,7 +152,7 @@ class ProgrammeSpace:
         share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
         limits = [int(low * share**i) + 1 for i in range(FRONT)]
         if self.most < 1e300:
-            limits.append(int(self.most) - self._fixed)
+            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots))
         found = [fastest(self.table, limit) for limit in limits]
         return [path for path in found if path is not None]
 
@@ -188,13 +188,6 @@ class ProgrammeSpace:
 
     # -- what is allowed -----------------------------------------------------------------------------------
 
-    @cached_property
-    def _fixed(self) -> int:
-        """Bytes that every plan takes: parameters, buffers, the optimizer's state, the batch."""
-        kinds = ("parameter", "buffer", "input", "target", "norms")
-        here = sum(v.bytes for v in self.graph.values.values() if v.kind in kinds)
-        return here + state_bytes(self.graph, self.slots)
-
     def _allowed(self, values: Values) -> Callable[[Option], bool]:
         """Whether the knobs leave an option in."""
         low, high = BANDS[values["band"]]
@@ -222,3 +215,10 @@ class ProgrammeSpace:
     def _zone(self, option: Option) -> str:
         """Where the middle of an option lies."""
         return ZONES[min((option.start + option.stop) * 3 // (2 * (len(self.table.cuts) - 1)), 2)]
+
+
+def fixed_bytes(graph: Graph, slots: int) -> int:
+    """What every plan takes: parameters, buffers, the optimizer's state, the batch."""
+    kinds = ("parameter", "buffer", "input", "target", "norms")
+    here = sum(v.bytes for v in graph.values.values() if v.kind in kinds)
+    return here + state_bytes(graph, slots)

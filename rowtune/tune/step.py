@@ -20,7 +20,10 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers import source
 from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
+from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, Source, TensorSpec
+from rowtune.runtime.in_backward import step_in_backward
+from rowtune.runtime.module import RowtuneModule
 from rowtune.torch_private import pytree
 
 DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
@@ -200,12 +203,52 @@ class Plain(nn.Module):
         return self.loss(pytree.tree_leaves(self.module(*inputs))[0], targets)
 
 
+def scaler_for(plan: Plan | None, device: str) -> torch.amp.GradScaler | None:
+    """What scales the loss of a plan in fp16, whose small gradients would be zeros."""
+    fp16 = plan is not None and plan.dtype == "fp16"
+    return torch.amp.GradScaler(torch.device(device).type) if fp16 else None
+
+
 def run_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tensor, ...], target: Tensor
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[Tensor, ...],
+    target: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """One training step; the loss, detached."""
     optimizer.zero_grad(set_to_none=True)
-    loss = module(*inputs, targets=target)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()  # type: ignore[no-any-return]
+    loss = run_backward(module, optimizer, inputs, target, scaler)
+    use_gradients(optimizer, scaler)
+    return loss
+
+
+def run_backward(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: tuple[Tensor, ...],
+    target: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Forward and backward, as a plan has them if `module` has one; the loss, detached. With a `scaler` it
+    has: a single sweep makes gradients before there is a loss to be scaled."""
+    if scaler is not None:
+        module.loss_scale = scaler.scale(torch.ones((), device=target.device))
+    loss: Tensor = module(*inputs, targets=target)
+    if scaler is not None:
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    elif isinstance(module, RowtuneModule) and module.plan.step_in_backward:
+        with step_in_backward(optimizer):
+            loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def use_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """The optimizer's step: on no gradients at all where backward used them."""
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()

@@ -172,7 +172,7 @@ def _traced(
     # Autocast looks at devices: where it is on, stand-ins are fake tensors of this one.
     casts = device.type != "meta" and (begin.casts or torch.is_autocast_enabled(device.type))
     blank = device if casts else torch.device("meta")
-    tracer = Tracer(device, blank, _asked if casts else answer, way)
+    tracer = Tracer(device, blank, answer, way)
     layouts = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_modes())
@@ -202,10 +202,6 @@ def _traced(
 
 def _itself(t: Tensor) -> Tensor:
     return t
-
-
-def _asked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
 
 
 def _beside(

@@ -31,7 +31,7 @@ class Lists:
     def __init__(self, after: int = 1) -> None:
         self.after = after
         self.kinds: dict[Hashable, dict[Hashable, Kind]] = {}
-        self.answers = Answers()
+        self.answers: dict[torch.device, Answers] = {}
         self._seen: Counter[Hashable] = Counter()
 
     def run(self, segment: Hashable, key: Hashable, tensors: dict[str, Tensor], begin: Begin) -> Traced:
@@ -39,10 +39,12 @@ class Lists:
         devices = {t.device for t in tensors.values()}
         if len(devices) > 1 or not all(type(t) in (Tensor, nn.Parameter) for t in tensors.values()):
             return begin.run(tensors, True)
+        (device,) = devices
         kinds = self.kinds.setdefault(segment, {})
-        key = (key, begin.lives, *devices, layout_of(tensors))
+        key = (key, begin.lives, device, layout_of(tensors))
         if key not in kinds and len(kinds) < MOST_KINDS and self._often(hash((segment, key))):
-            kinds[key] = written(self.answers.call, tensors, begin)
+            answers = self.answers.setdefault(device, Answers(device))
+            kinds[key] = written(answers.call, tensors, begin)
         kind = kinds.get(key)
         return begin.run(tensors, True) if kind is None or kind.why_not else Run(kind, tensors, begin)
 
