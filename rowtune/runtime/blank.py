@@ -56,6 +56,10 @@ HANDED_ON = frozenset(
 """Operators that keep the channels last on a CPU, and make them contiguous on meta tensors."""
 
 
+MOST_KNOWN = 1 << 17
+"""Answers that are kept; some hundred bytes each."""
+
+
 class Answers:
     """Runs operators on meta tensors, or in a FakeTensorMode on fake ones; those that make new memory, or
     write to their first argument, from memory where the same was asked before. `asked` is the
@@ -72,6 +76,8 @@ class Answers:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.asked = None
+        if len(self.known) > MOST_KNOWN:
+            self.known.clear()
         how = _kind(func)
         if how is None and func.is_view:
             return func(*args, **kwargs)
@@ -111,6 +117,12 @@ class Answers:
                 (args, kwargs),
             )
             return _described(func(*given, **named))
+
+
+@cache
+def answers_for(device: torch.device) -> Answers:
+    """The process's own: the next plan of a search asks much the same. Nothing of a model is in them."""
+    return Answers(device)
 
 
 class _Data(Exception):

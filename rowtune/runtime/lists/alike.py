@@ -79,29 +79,32 @@ class Alike:
         return max(self.ages.values(), default=0)
 
 
-def alike(turns: Mapping[int, Calls], loop: int, turn: int, places: Places, views: Sequence[View]) -> Alike:
-    """What `turn` does, if those before did the same.
+def alike(
+    turns: Mapping[int, Calls], loop: int, turn: int, places: Places, views: Sequence[View], oldest: int = 0
+) -> Alike:
+    """What `turn` does, if the one before did the same.
+
+    Args:
+        oldest: so many turns before must have called the same. Turns that made what is read must anyway.
 
     Raises:
         NotAlike: they did not.
     """
-    if turn < 2:
+    last, now = turns.get(turn - 1, {}), turns[turn]
+    if last.keys() != now.keys() or not now:
         raise NotAlike
     matching = _Matching(loop, turn, places.of, views)
-    three = before, last, now = [turns.get(t, {}) for t in (turn - 2, turn - 1, turn)]
-    if not before.keys() == last.keys() == now.keys() or not now:
-        raise NotAlike
     found = matching.found
-    found.calls = [matching.call(at, *(calls[at] for calls in three)) for at in now]
+    found.calls = [matching.call(at, last[at], call) for at, call in now.items()]
     did = {at: call.op for at, call in now.items()}
-    for t in range(turn - found.oldest, turn - 2):  # what they made is what later turns read
+    for t in range(turn - max(oldest, found.oldest), turn - 1):  # what they made is what later turns read
         if {at: call.op for at, call in turns[t].items()} != did:
             raise NotAlike
     return found
 
 
 class _Matching:
-    """Three turns in a row, call by call."""
+    """Two turns in a row, call by call."""
 
     def __init__(
         self, loop: int, turn: int, places: Mapping[int, Place | None], views: Sequence[View]
@@ -110,61 +113,57 @@ class _Matching:
         self.found = Alike()
         self.numbers_move = True
 
-    def call(self, at: int, a: Call, b: Call, c: Call) -> Call:
-        if not (a.op is b.op is c.op and a.way == b.way == c.way and a.kwargs.keys() == c.kwargs.keys()):
+    def call(self, at: int, a: Call, b: Call) -> Call:
+        if a.op is not b.op or a.way != b.way or a.kwargs.keys() != b.kwargs.keys():
             raise NotAlike
         # What autograd runs knows rows from when its graph was made: they would be old after the loop.
-        self.numbers_move = c.way == "forward"
-        args = self._same(a.args, b.args, c.args)
-        kwargs = {k: self._same(a.kwargs[k], b.kwargs[k], c.kwargs[k]) for k in c.kwargs}
-        if not len(a.makes) == len(b.makes) == len(c.makes):
+        self.numbers_move = b.way == "forward"
+        args = self._same(a.args, b.args)
+        kwargs = {k: self._same(a.kwargs[k], b.kwargs[k]) for k in b.kwargs}
+        if len(a.makes) != len(b.makes):
             raise NotAlike
-        for out, three in enumerate(zip(a.makes, b.makes, c.makes, strict=True)):
-            self._made(at, out, *three)
-        return c._replace(args=args, kwargs=kwargs)
+        for out, (one, other) in enumerate(zip(a.makes, b.makes, strict=True)):
+            self._made(at, out, one, other)
+        return b._replace(args=args, kwargs=kwargs)
 
-    def _made(self, at: int, out: int, *views: int) -> None:
-        turns = range(self.turn - 2, self.turn + 1)
-        new = [self.places.get(v) == (self.loop, t, at, out) for t, v in zip(turns, views, strict=True)]
+    def _made(self, at: int, out: int, a: int, b: int) -> None:
+        new = [self.places.get(v) == (self.loop, t, at, out) for v, t in ((a, self.turn - 1), (b, self.turn))]
         if all(new):
-            if len({self.views[v][2:] for v in views}) > 1:
+            if self.views[a][2:] != self.views[b][2:]:
                 raise NotAlike
         elif any(new):
             raise NotAlike
-        elif max(views) >= 0:
-            self._view(*views)
+        elif max(a, b) >= 0:
+            self._view(a, b)
 
-    def _same(self, a: Any, b: Any, c: Any) -> Any:
-        if not type(a) is type(b) is type(c):
+    def _same(self, a: Any, b: Any) -> Any:
+        if type(a) is not type(b):
             raise NotAlike
-        if isinstance(c, At):
-            return self._view(a.view, b.view, c.view)
-        if isinstance(c, (list, tuple)):
-            if not len(a) == len(b) == len(c):
+        if isinstance(b, At):
+            return self._view(a.view, b.view)
+        if isinstance(b, (list, tuple)):
+            if len(a) != len(b):
                 raise NotAlike
-            return type(c)([self._same(*three) for three in zip(a, b, c, strict=True)])
-        if a == b == c:
-            return c
-        if type(c) is int and self.numbers_move and b - a == c - b:
-            return Moving(c, c - b)
+            return type(b)([self._same(*both) for both in zip(a, b, strict=True)])
+        if a == b:
+            return b
+        if type(b) is int and self.numbers_move:
+            return Moving(b, b - a)
         raise NotAlike
 
-    def _view(self, a: int, b: int, c: int) -> At | Earlier:
-        places = [self.places.get(v) for v in (a, b, c)]
-        if a == b == c:
-            place = places[-1]
-            if place is not None and place.loop == self.loop and place.turn >= self.turn - 2:
+    def _view(self, a: int, b: int) -> At | Earlier:
+        one, other = self.places.get(a), self.places.get(b)
+        if a == b:
+            if other is not None and other.loop == self.loop and other.turn >= self.turn - 1:
                 raise NotAlike
-            self.found.still.add(c)
-            return At(c)
-        turns = range(self.turn - 2, self.turn + 1)
-        ages = {t - p.turn for t, p in zip(turns, places, strict=True) if p is not None}
-        sources = {(p.loop, p.at, p.out) for p in places if p is not None}
-        if None in places or len(ages) != 1 or len(sources) != 1:
+            self.found.still.add(b)
+            return At(b)
+        if one is None or other is None or not one.loop == other.loop == self.loop:
             raise NotAlike
-        ((loop, at, out),), (age,) = sources, ages
-        if loop != self.loop:
+        age = self.turn - other.turn
+        if one != other._replace(turn=other.turn - 1):
             raise NotAlike
+        _, _, at, out = other
         if age:
             self.found.ages[at, out] = max(age, self.found.ages.get((at, out), 0))
-        return Earlier(age, at, out) if age else At(c)
+        return Earlier(age, at, out) if age else At(b)

@@ -94,30 +94,31 @@ class _Writer:
 
     def _loop(self, loop: Loop, dying: list[int], last: dict[int, int]) -> Iterator[str]:
         """Variables are set before, and by each turn for the next; what else a turn makes dies in it."""
-        body, names = loop.body, [(self._local[c.first], c) for c in loop.carried]
-        own = {v for call in body for v in call.makes} | {c.view for c in loop.carried}
-        own -= {v for v in own if v in self._local}
-        used = {v: i for i, call in enumerate(body) for v in call.reads}
-        used |= dict.fromkeys([c.after for c in loop.carried], len(body))
-        firsts = {c.first for c in loop.carried}
-        if loop.carried:
-            variables = ", ".join([self._new(c.view) for _, c in names])
-            yield f"{variables} = {', '.join([name for name, _ in names])}"
-        yield from self._del([v for v in dying if v in firsts])
+        firsts = [self._local[c.first] for c in loop.carried]
+        variables = {c.view: self._new(c.view) for c in loop.carried}
+        if firsts:
+            yield f"{', '.join(variables.values())} = {', '.join(firsts)}"
+        read = {v for call in loop.body for v in call.reads}
+        early = [v for v in dying if v not in read]
+        yield from self._del(early)
         yield f"for i in range({loop.times}):"
-        for i, call in enumerate(body):
-            ends = [v for v in dict.fromkeys(call.reads) if v in own and used[v] == i]
-            names_kept = {v: self._local[v] for v in ends if any(v == c.view for c in loop.carried)}
-            for line in self._call(call, [v for v in ends if v not in names_kept], used):
-                yield f"    {line}"
-            if names_kept:
-                yield f"    del {', '.join(names_kept.values())}"
-        if loop.carried:
-            yield f"    {variables} = {', '.join([self._local[c.after] for c in loop.carried])}"
-        made = {v for call in body for v in call.makes}
-        yield from (f"    {line}" for line in self._del([c.after for c in loop.carried if c.after in made]))
-        unread = [c.view for c in loop.carried if c.view not in last]
-        yield from self._del([*(v for v in dying if v not in firsts), *unread])
+        yield from (f"    {line}" for line in self._body(loop, variables))
+        unread = [v for v in variables if v not in last]
+        yield from self._del([*(v for v in dying if v in read), *unread])
+
+    def _body(self, loop: Loop, variables: dict[int, str]) -> Iterator[str]:
+        made = {v for call in loop.body for v in call.makes if v not in self._local}
+        last = {v: i for i, call in enumerate(loop.body) for v in call.reads}
+        last |= dict.fromkeys([c.after for c in loop.carried], len(loop.body))
+        for i, call in enumerate(loop.body):
+            ends = [v for v in dict.fromkeys(call.reads) if last[v] == i]
+            yield from self._call(call, [v for v in ends if v in made], last)
+            if old := [variables[v] for v in ends if v in variables]:
+                yield f"del {', '.join(old)}"
+        if variables:
+            after = [self._local[c.after] for c in loop.carried]
+            yield f"{', '.join(variables.values())} = {', '.join(after)}"
+            yield from self._del([c.after for c in loop.carried if c.after in made])
 
     def _del(self, views: list[int]) -> Iterator[str]:
         if views:

@@ -52,8 +52,8 @@ class Rolled:
     given: tuple[int, ...]
     constants: Mapping[int, Tensor]
     results: tuple[int, ...]
-    ages: Mapping[int, Mapping[tuple[int, int], int]]
-    """By loop, call and output: how many turns later what it makes is still read, at most."""
+    turns: Mapping[int, Alike]
+    """What the turns of each loop do."""
 
 
 def rolled(listing: Listing, traced: Rolled | None = None) -> Rolled:
@@ -104,7 +104,8 @@ class _Rolling:
             if last[loop] != number:
                 calls += these
                 continue
-            found = alike(turns, loop, number, self.places, self.views)
+            oldest = 0 if self.traced is None else self.traced.turns[loop].oldest
+            found = alike(turns, loop, number, self.places, self.views, oldest)
             self.ended[loop] = ended = _Ended(found, loop, number, turns)
             self.shared |= self._shared(ended)
             calls.append(ended)
@@ -112,9 +113,9 @@ class _Rolling:
         if self.listing.more.keys() - self.ended.keys():
             raise NotAlike
         made = tuple([self._loop(c) if isinstance(c, _Ended) else c for c in calls])
-        ages = {loop: ended.found.ages for loop, ended in self.ended.items()}
-        views = tuple(self.views)
-        return Rolled(made, views, self.listing.given, self.listing.constants, results, ages)
+        alike_turns = {loop: ended.found for loop, ended in self.ended.items()}
+        given, constants = self.listing.given, self.listing.constants
+        return Rolled(made, tuple(self.views), given, constants, results, alike_turns)
 
     def _renamed(self, calls: Sequence[Call]) -> list[Call]:
         """With the variables of loops that have ended in place of what turns made."""
@@ -155,23 +156,15 @@ class _Rolling:
         if place is None or ended is None or view in ended.found.still:
             return view
         age = ended.turn - place.turn + 1
-        ages = ended.found.ages if self.traced is None else self.traced.ages[place.loop]
+        ages = self._traced(ended).ages
         if age <= max(1, ages.get((place.at, place.out), 0)):
             return self._variable(ended, Earlier(age, place.at, place.out))
-        if self.traced is None or not self._is_fixed(view):
-            raise NotAlike
+        if view not in self._traced(ended).still:
+            raise NotAlike("what only some turns make is read after them")
         return view
 
-    def _is_fixed(self, view: int) -> bool:
-        """Whether a view is made of nothing that turns make: once made, it is not made again."""
-        place = self.places.of.get(view)
-        if place is None or place.loop not in self.ended:
-            return view not in self.old
-        ended = self.ended[place.loop]
-        if view in ended.found.still:
-            return True
-        call = ended.turns[place.turn].get(place.at)
-        return place.turn < ended.turn and call is not None and all(map(self._is_fixed, call.reads))
+    def _traced(self, ended: _Ended) -> Alike:
+        return ended.found if self.traced is None else self.traced.turns[ended.loop]
 
     def _variable(self, ended: _Ended, which: Earlier) -> int:
         if which not in ended.variables:

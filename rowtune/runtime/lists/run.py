@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.runtime.blank import Answers
+from rowtune.runtime.blank import answers_for
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.kinds import Begin, Kind, Life, Traced, layout_of, named, written
 from rowtune.runtime.recording import View
@@ -31,7 +31,6 @@ class Lists:
     def __init__(self, after: int = 1) -> None:
         self.after = after
         self.kinds: dict[Hashable, dict[Hashable, Kind]] = {}
-        self.answers: dict[torch.device, Answers] = {}
         self._seen: Counter[Hashable] = Counter()
 
     def run(self, segment: Hashable, key: Hashable, tensors: dict[str, Tensor], begin: Begin) -> Traced:
@@ -43,8 +42,7 @@ class Lists:
         kinds = self.kinds.setdefault(segment, {})
         key = (key, begin.lives, device, layout_of(tensors))
         if key not in kinds and len(kinds) < MOST_KINDS and self._often(hash((segment, key))):
-            answers = self.answers.setdefault(device, Answers(device))
-            kinds[key] = written(answers.call, tensors, begin)
+            kinds[key] = written(answers_for(device).call, tensors, begin)
         kind = kinds.get(key)
         return begin.run(tensors, True) if kind is None or kind.why_not else Run(kind, tensors, begin)
 

@@ -36,9 +36,9 @@ def in_turns(tracer: Tracer, run: BandedRun, steps: tuple[Step, ...]) -> None:
 
 
 def _run_turns(tracer: Tracer, run: BandedRun, steps: tuple[Step, ...], turns: Turns) -> int:
-    """The step to go on with. The last turns run by themselves: what they make is read by others than what
-    those before make."""
-    loop, at, before = tracer.begin_loop(), turns.start, None
+    """The step to go on with. The last turn runs by itself: what those after the loop read and write of the
+    loop's is then what a turn does, and the same calls go in all of them."""
+    loop, at, before = tracer.begin_loop(), turns.start, seen_from(run, turns, -1)
     for turn in range(turns.times):
         with tracer.turn(loop, turn):
             each(tracer, run, steps[at : at + turns.length])
@@ -48,7 +48,7 @@ def _run_turns(tracer: Tracer, run: BandedRun, steps: tuple[Step, ...], turns: T
         before = now
         if oldest is None:
             continue
-        left = min(turns.times - turn - 1 - max(1, oldest), room(run, steps, turns))
+        left = min(turns.times - turn - 2, room(run, steps, turns))
         if left > 1:
             move(run, steps, turns, left)
             tracer.more[loop] = left

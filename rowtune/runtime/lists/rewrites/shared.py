@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rowtune.graph.graph import numel
-from rowtune.runtime.lists.listing import Listing, is_pure, written
+from rowtune.runtime.lists.listing import Listing, is_pure, renamed, written
 from rowtune.runtime.recording import At, Call
 
 aten = torch.ops.aten
@@ -28,10 +28,18 @@ def rewrite(listing: Listing) -> Listing:
     outside = listing.outside()
     instead: dict[int, int] = {}
     seen: dict[Any, tuple[int, ...]] = {}
+    of_turns: set[Any] = set()
     defined = {*listing.given, *listing.constants}
     kept: list[Call] = []
+
+    def name(view: int) -> int:
+        return instead.get(view, view)
+
     for call in listing.calls:
-        call = _renamed(call, instead)
+        call = renamed(call, name)
+        if call.turn is None and of_turns:  # what a turn made is that of the last turn after a loop
+            seen = {key: made for key, made in seen.items() if key not in of_turns}
+            of_turns.clear()
         made = [v for v in call.makes if v >= 0]
         if made and is_pure(call.op) and all(v in defined for v in made):
             continue  # a view of what is there, seen before
@@ -41,28 +49,13 @@ def rewrite(listing: Listing) -> Listing:
             continue
         if key is not None:
             seen[key] = call.makes
+            if call.turn is not None and call.turn.loop in listing.more:
+                of_turns.add(key)
         for view in written(call):
             version[listing.buffer(view)] += 1
         defined |= {*made}
         kept.append(call)
     return listing.with_calls(iter(kept))
-
-
-def _renamed(call: Call, instead: dict[int, int]) -> Call:
-    if not any(v in instead for v in call.reads):
-        return call
-    reads = tuple(instead.get(v, v) for v in call.reads)
-    args = _swapped(call.args, instead)
-    kwargs = {k: _swapped(a, instead) for k, a in call.kwargs.items()}
-    return call._replace(args=args, kwargs=kwargs, reads=reads)
-
-
-def _swapped(argument: Any, instead: dict[int, int]) -> Any:
-    if isinstance(argument, At):
-        return At(instead.get(argument.view, argument.view))
-    if isinstance(argument, (list, tuple)):
-        return type(argument)([_swapped(a, instead) for a in argument])
-    return argument
 
 
 def _shareable(listing: Listing, call: Call, writes: Counter[int], outside: frozenset[int]) -> bool:
