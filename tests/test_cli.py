@@ -242,6 +242,19 @@ def test_inspect_lists_the_calls_of_a_step(folder: Path, searched: Any) -> None:
     assert call("inspect", "missing.json", "--calls", code=2)["status"] == "error"
 
 
+def test_inspect_says_what_runs_from_lists(
+    folder: Path, searched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = call("inspect", "plan.json")
+    rows = [s for s in made["segments"] if s["policy"] == "rows"]
+    assert rows and all(s["runs"] == "from a list" and not s["why"] for s in rows)
+    monkeypatch.setattr("rowtune.runtime.lists.tracer.MOST_CALLS", 3)
+    traced = next(s for s in call("inspect", "plan.json")["segments"] if s["policy"] == "rows")
+    assert traced["runs"] == "traced each time" and traced["why"] == "more than 3 calls"
+    shown = CliRunner().invoke(app, ["inspect", "plan.json"])
+    assert shown.exit_code == 0 and "more than 3 calls" in shown.stdout
+
+
 def test_nothing_fits(folder: Path) -> None:
     made = call("search", *MODEL, "--budget", "2kB", "--trials", "3", "-o", "no.json", code=4)
     assert made["status"] == "infeasible" and "--budget" in made["error"]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from rowtune.graph.training import with_loss
 from rowtune.importers.source import parse_source
 from rowtune.importers.trace import trace
 from rowtune.plan.uniform import uniform_plan
+from rowtune.runtime.lists import run as lists_run
 from rowtune.runtime.module import apply
+from rowtune.tune import measure
 from rowtune.tune.measure import Bench
 from rowtune.tune.reference import Place, places, plain_peak
 from rowtune.tune.step import Plain, define, parse_optimizer
@@ -276,3 +279,27 @@ def test_dropout_is_compared_with_a_plan_that_keeps_everything(
     plan = uniform_plan(bench.work.graph, "rows", 4)
     check = bench.check(plan)
     assert check.ok and "random" in check.note
+
+
+def test_lists_are_written_before_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first warm step, which decides whether a plan is slow, would be the one that writes them."""
+    bench = Bench(define(parse_source("zoo:unet_bn", ["base=2", "depth=2"]), ["1x3x32x8"]).problem)
+    told: list[str] = []
+    write, timed = lists_run.written, measure.time_step
+
+    def written(*args: Any) -> Any:
+        told.append("written")
+        return write(*args)
+
+    def time_step(step: Callable[[], None], device: str) -> Any:
+        told.append("timed")
+        return timed(step, device)
+
+    monkeypatch.setattr(lists_run, "written", written)
+    monkeypatch.setattr(measure, "time_step", time_step)
+    for barriers in ("store", "recompute"):
+        told.clear()
+        plan = uniform_plan(bench.work.graph, "rows", 8, barriers=barriers)  # type: ignore[arg-type]
+        assert bench.measure(plan).status == "ok"
+        assert {"written", "timed"} == {*told}
+        assert "written" not in told[told.index("timed") :]

@@ -9,6 +9,7 @@ import typer
 
 from rowtune.cli import options
 from rowtune.cli.calls import show_calls
+from rowtune.cli.lists import show_lists
 from rowtune.cli.screen import Screen, facts, plain_table
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ def command(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Say what a model is, and where and why banding stops."""
+    """Say what a model is, and where and why banding stops; of a plan.json, how its segments are run."""
     from rowtune.importers.source import PT2_WARNING, parse_source
     from rowtune.tune.step import define
 
     screen = Screen(as_json, quiet, verbose)
-    if calls:
-        show_calls(screen, Path(model))
+    if calls or model.endswith(".json"):
+        (show_calls if calls else show_lists)(screen, Path(model))
         return
     source = parse_source(model, model_arg or ())
     screen.opening(source)

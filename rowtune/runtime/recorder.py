@@ -31,9 +31,8 @@ def record(program: Program, engine: Engine = "listed") -> Recording:
     The runtime itself runs, on PyTorch's meta tensors. What a first step alone does (tables that are made
     once) and the optimizer's step are outside. `engine` is what runs rows segments.
     """
-    graph = program.graph
     with uncollected():  # the collector would end buffers at any call; nothing here waits for it
-        step = _Step(graph, program, engine)
+        step = _Step(program.graph, program, Lists(after=0) if engine == "listed" else None)
         with step.mode, step.recorder:
             step.run()
         step.gradients()
@@ -42,11 +41,21 @@ def record(program: Program, engine: Engine = "listed") -> Recording:
     return check(made)
 
 
+def written_lists(program: Program) -> Lists:
+    """The lists that its rows segments run from, written down in one step on tensors without data."""
+    lists = Lists(after=0)
+    with uncollected():
+        step = _Step(program.graph, program, lists)
+        with step.mode, step.recorder:
+            step.run()
+    return lists
+
+
 class _Step:
     """Tensors without data for all that a step is given, and the step."""
 
-    def __init__(self, graph: Graph, program: Program, engine: Engine) -> None:
-        self.graph, self.program, self.engine = graph, program, engine
+    def __init__(self, graph: Graph, program: Program, lists: Lists | None) -> None:
+        self.graph, self.program, self.lists = graph, program, lists
         dtype = program.plan.dtype
         self.mode, device = blank_mode(dtype)
         self.cast = autocast(dtype, device.type)
@@ -62,8 +71,7 @@ class _Step:
         env: dict[str, Any] = dict(self.given)
         inputs = self.graph.inputs
         env |= zip(inputs, arranged((env[n] for n in inputs), self.program.plan.layout), strict=True)
-        lists = Lists(after=0) if self.engine == "listed" else None
-        step = Step(self.program, lists=lists, outside=frozenset(map(storage_of, self.given.values())))
+        step = Step(self.program, lists=self.lists, outside=frozenset(map(storage_of, self.given.values())))
         with self.cast:
             for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
                 self.recorder.place = (i, "forward")

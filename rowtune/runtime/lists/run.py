@@ -53,7 +53,11 @@ class Lists:
 
     def why_not(self) -> set[str]:
         """Why some runs are traced each time."""
-        return {kind.why_not for kinds in self.kinds.values() for kind in kinds.values() if kind.why_not}
+        return {why for segment in self.kinds for why in self.why_traced(segment)}
+
+    def why_traced(self, segment: Hashable) -> set[str]:
+        """Why some runs of one segment are."""
+        return {kind.why_not for kind in self.kinds.get(segment, {}).values() if kind.why_not}
 
 
 class Run:
