@@ -134,6 +134,8 @@ def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin, lives: tuple[Li
     """The sections of these lives. Most segments within a checkpoint have only the longest."""
     try:
         runs = [_traced(kind.answer, kind.way, life, tensors, begin, None) for life in lives]
+    except NotAlike:
+        raise
     except Exception as why:  # an operator that does not run without data; on real tensors it may
         kind.why_not = f"{type(why).__name__}: {why}" if not isinstance(why, NotListed) else str(why)
         return

@@ -127,7 +127,18 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
     # -- turns ---------------------------------------------------------------------------------------------
 
     def steps(self, run: Any, steps: Any) -> None:
+        if self.more:
+            self._forget_parts()
         self._steps(self, run, steps)
+
+    def _forget_parts(self) -> None:
+        """Other images begin. The rows that a loop looked at for those before are not those of its last turn:
+        they are looked at anew."""
+        first: dict[int, int] = {}
+        for view in self._seen.values():
+            first.setdefault(self._views[view].buffer, view)
+        whole = {*first.values(), *self.sections[-1].given.values()}
+        self._seen = {key: view for key, view in self._seen.items() if view in whole}
 
     def begin_loop(self) -> int:
         """The number of a loop."""
@@ -166,6 +177,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
 
         Raises:
             NotListed: the calls cannot be run again.
+            NotAlike: they could, with all bands among them.
         """
         views = tuple(self._views)
         reads = [self._outside(section) for section in self.sections]
@@ -175,7 +187,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
             for view in map(views.__getitem__, outside):
                 home = next((i for i in range(at - 1, -1, -1) if view in made[i]), None)
                 if home is None:
-                    raise NotListed("a tensor comes from nowhere")
+                    raise NotAlike if self.more else NotListed("a tensor comes from nowhere")
                 left[home][view] = made[home][view]
         found = []
         for section, outside, leaves in zip(self.sections, reads, left, strict=True):
