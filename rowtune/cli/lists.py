@@ -1,4 +1,4 @@
-"""`rowtune inspect plan.json`: how each segment of a plan is run: by PyTorch, from a list, or traced each time."""
+"""`rowtune inspect plan.json`: whether PyTorch runs a segment, a list, or its schedule each time, and why."""
 
 from __future__ import annotations
 

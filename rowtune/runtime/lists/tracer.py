@@ -28,7 +28,8 @@ Key = tuple[str, str]
 Named = Mapping[Key, Tensor]
 
 MOST_CALLS = 200_000
-"""A run of more calls is not written down: as code it would take long to make, and much memory."""
+"""A run of more calls, bands like others left out, is not written down: that would take long, and the code
+much memory."""
 
 READS_VALUES = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"})
 """What comes after depends on what is in a tensor."""
@@ -103,8 +104,6 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         with self:
             yield made
         made.stop = len(self._calls)
-        if made.stop > MOST_CALLS:
-            raise NotListed(f"more than {MOST_CALLS} calls")
 
     def ask(self, section: Section, results: Named) -> None:
         """These tensors go out of the section."""
@@ -164,6 +163,8 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
             return None
 
     def _placed(self) -> tuple[int, Way, Turn | None]:
+        if len(self._calls) >= MOST_CALLS:
+            raise NotListed(f"more than {MOST_CALLS} calls")
         way: Way = "backward" if autograd_runs() else "forward"
         if self._turn is None:
             return 0, way, None
@@ -188,6 +189,8 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
                 home = next((i for i in range(at - 1, -1, -1) if view in made[i]), None)
                 if home is None:
                     raise NotAlike if self.more else NotListed("a tensor comes from nowhere")
+                if self._is_part(self.sections[home], made[home][view]):
+                    raise NotAlike
                 left[home][view] = made[home][view]
         found = []
         for section, outside, leaves in zip(self.sections, reads, left, strict=True):
@@ -205,6 +208,12 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
             renew = tuple(self._renew.values())
             found.append(Listed(listing, keys[0], state, keys[1], tuple(leaves), renew))
         return found
+
+    def _is_part(self, section: Section, view: int) -> bool:
+        """Whether a view is of part of what a section was given: a loop may have looked at others by it."""
+        given = section.given.values()
+        buffers = {self._views[v].buffer for v in given}
+        return bool(self.more) and view not in given and self._views[view].buffer in buffers
 
     def _made_in(self, section: Section) -> dict[View, int]:
         here = [v for call in self._calls[section.start : section.stop] for v in call.makes if v >= 0]
