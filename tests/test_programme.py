@@ -180,8 +180,8 @@ def test_less_memory_takes_no_less_time(name):
 
 
 def test_the_programme_is_exact_on_its_table():
-    """Against every path there is, on a table small enough to list them: at least as fast as what takes 5%
-    less memory (of tensors that cross a cut, some held and some not, it assumes the worse)."""
+    """Against every path there is, on a table small enough to list them: at least as fast as what takes a
+    tenth less memory (of tensors that cross a cut, some held and some not, it assumes the worse)."""
     made = Table(graph("unet"))
     made.cuts = made.cuts[::4] if made.cuts[-1] == made.cuts[::4][-1] else (*made.cuts[::4], made.cuts[-1])
     last = len(made.cuts) - 1
@@ -205,12 +205,12 @@ def test_the_programme_is_exact_on_its_table():
         every.append((peak, sum(map(made.seconds, path))))
     assert len(every) > 50
     low, high = min(p for p, _ in every), max(p for p, _ in every)
-    assert low <= (smallest(made) or 0) <= 1.05 * low
-    for limit in range(int(1.06 * low), high, max((high - low) // 15, 1)):
+    assert low <= (smallest(made) or 0) <= 1.1 * low
+    for limit in range(int(1.11 * low), high, max((high - low) // 15, 1)):
         found = fastest(made, limit)
         assert found is not None and found.peak <= limit
         assert predict(graph("unet"), plan_of(made, found), 0).peak_bytes - fixed("unet") <= 1.005 * limit
-        assert found.seconds <= 1.001 * min(t for p, t in every if p <= limit / 1.05)
+        assert found.seconds <= 1.001 * min(t for p, t in every if p <= limit / 1.1)
 
 
 # -- the space -----------------------------------------------------------------------------------------------
