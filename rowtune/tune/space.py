@@ -253,9 +253,10 @@ class ProgrammeSpace:
 
     def _may(self, option: Option) -> bool:
         """Whether the savers leave an option in."""
-        needs = {s.policy for s in option.segments} - {"keep"}
-        needs |= {name for s in option.segments for name, used in (
-            ("turns", s.inside), ("images", s.images), ("offload", s.store == "host")) if used}  # fmt: skip
+        needs: set[str] = {s.policy for s in option.segments if s.policy != "keep"}
+        for segment in option.segments:
+            uses = {"turns": segment.inside, "images": segment.images, "offload": segment.store == "host"}
+            needs |= {name for name, used in uses.items() if used}
         return needs <= self.savers
 
     def _zone(self, option: Option) -> str:
