@@ -9,6 +9,7 @@ what the programme then finds best. Every trial's plan is the best of its kind.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -158,10 +159,9 @@ class ProgrammeSpace:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
+        self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = offloaded(self.table) if "offload" in self.savers else ()
         self.table.add(chain(stores, first(self.table)), within(FIRST * box))
-        if not self.table.options or fastest(self.table, 1 << 60) is None:  # no time at all
-            self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], within(60))
         if self.calibrate is not None:
             self.profile = self.calibrate(self.table.work(), TIMES * box)
             self.table.price(self.profile)
