@@ -3,11 +3,11 @@
     python benchmarks/times.py                       ten networks, 20 plans each
     python benchmarks/times.py unet resnet50 --plans 10
 
-Each network's plans are random paths through the programme's table and its warm starts; the calls of all of
-them are timed first, as a search does. A plan's step is the median of a few, without the optimizer's (which no
-plan changes), on warm lists. Per network: median relative error, the same after one common factor (what a
-search corrects by its first measurements), and the rank correlation. On a machine that does other work as
-well run it with OMP_NUM_THREADS=1. Results go to benchmarks/results/.
+Each network's plans are random paths through the programme's table and the programme's own; the calls of all
+of them are timed first, as a search does. A plan's step is the median of a few, without the optimizer's
+(which no plan changes), on warm lists. Per network: median relative error, the same after one common factor
+(what a search corrects by its first measurements), and the rank correlation. On a machine that does other
+work as well run it with OMP_NUM_THREADS=1. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -133,14 +133,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing calls, for each network")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    head = f"{'network':20}{'plans':>6}{'timing':>9}{'error':>8}{'corrected':>11}{'rank':>7}{'slowest/fastest':>17}"
-    print(head)
+    print(f"{'network':20}{'plans':>6}{'timing':>9}{'error':>8}{'corrected':>11}{'rank':>7}{'spread':>9}")
     found = []
     for name in given.networks:
         found.append(made := measure(name, given.plans, given.seconds))
         print(
             f"{name:20}{made['plans']:6}{made['calibration_seconds']:7.1f} s{made['median_error']:8.1%}"
-            f"{made['corrected_median_error']:11.1%}{made['rank_correlation']:7.2f}{made['spread']:17.1f}",
+            f"{made['corrected_median_error']:11.1%}{made['rank_correlation']:7.2f}{made['spread']:9.1f}",
             flush=True,
         )
     for key in ("median_error", "corrected_median_error", "rank_correlation"):

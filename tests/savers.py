@@ -75,7 +75,7 @@ class Case:
 
     def memory(self, plan: Plan) -> Memory:
         """Predicted and measured, of a step with momentum."""
-        made = rowtune.predict(self.training, plan, 1)
+        made = rowtune.predict(self.training, plan, 1, engine="traced")
         module = self.apply(plan)
         optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=0.9, fused=True)
 

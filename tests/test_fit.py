@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
 from rowtune.cost.predict import predict
-from rowtune.cost.profile import Profile
+from rowtune.cost.profile import Profile, load
 from rowtune.errors import UsageError
 from rowtune.graph.training import with_loss
 from rowtune.importers.source import parse_source
@@ -99,3 +100,19 @@ def test_times_come_from_a_profile(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["plain"]["seconds"] > 1.0
     lost = CliRunner().invoke(app, ["fit", *model, *flags, "nobody-has-this-card"])
     assert lost.exit_code == 2 and "nobody-has-this-card" in lost.output
+
+
+def test_a_device_is_timed_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROWTUNE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "here.json"
+    model = ["zoo:unet", "--model-arg", "base=4", "--model-arg", "depth=1", "--shape", "1x3x64x32"]
+    flags = ["--seconds", "2", "-o", str(out), "--json"]
+    done = CliRunner().invoke(app, ["calibrate", *model, *flags])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout.splitlines()[-1])
+    assert made["points"] >= made["families"] > 5 and Path(made["cache"]).parent == tmp_path / "cache"
+    assert load(out).curves.keys() == load(Path(made["cache"])).curves.keys()
+    again = CliRunner().invoke(app, ["calibrate", *model, *flags])
+    assert again.exit_code == 2 and "--force" in again.output
+    fitted = CliRunner().invoke(app, ["fit", *model, "--budget", "1GB", "--over", "N", "--json"])
+    assert json.loads(fitted.stdout.splitlines()[-1])["plain"]["seconds"] > 0, "from the cache"

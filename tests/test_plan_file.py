@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rowtune.errors import PlanError
-from rowtune.plan.file import PlanFile, dumps, load_plan, save_plan
+from rowtune.errors import InfeasibleError, PlanError
+from rowtune.plan.file import PlanFile, at_budget, dumps, load_plan, save_plan
 from rowtune.plan.plan import Plan, Segment
 from rowtune.problem import Problem, Source, TensorSpec
 
@@ -40,6 +40,23 @@ def test_round_trip(tmp_path: Path) -> None:
     save_plan(FILE, path)
     assert load_plan(path) == FILE
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_another_budget_takes_another_point_of_the_front() -> None:
+    small, fast = Plan((Segment("a", "b", "checkpoint"),)), Plan((Segment("a", "b"),))
+    front = tuple(
+        {"peak_bytes": peak, "step_seconds": seconds, "decisions": plan.to_dict()}
+        for peak, seconds, plan in ((5_000, 0.9, small), (9_100, 0.25, PLAN), (20_000, 0.1, fast))
+    )
+    file = replace(FILE, front=front, reserve_bytes=1_000, threads=1)
+    for budget, plan in ((6_000, small), (9_999, small), (10_100, PLAN), (50_000, fast)):
+        found = at_budget(file, budget)
+        assert (found.plan, found.budget_bytes, found.threads) == (plan, budget, 0)
+        assert found.measured["peak_bytes"] <= budget - 1_000
+    with pytest.raises(InfeasibleError, match="takes 6000 bytes"):
+        at_budget(file, 5_999)
+    with pytest.raises(InfeasibleError, match="search again"):
+        at_budget(replace(file, front=()), 1 << 30)
 
 
 def test_a_person_can_read_it() -> None:

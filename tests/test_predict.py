@@ -73,11 +73,12 @@ class Bench:
         self.training = with_loss(self.graph, self.loss)
         self.space: PlanSpace = space(self.training)
 
-    def predict(self, plan: Plan, slots: int = 1) -> Cost:
-        return rowtune.predict(self.training, plan, slots)
+    def predict(self, plan: Plan, slots: int = 1, engine: Any = "traced") -> Cost:
+        return rowtune.predict(self.training, plan, slots, engine=engine)
 
     def measure(self, plan: Plan, slots: int = 1, engine: Any = "traced") -> Memory:
         module = rowtune.apply(self.model, plan, self.loss, engine=engine)
+        module.lists.after = 0
         optimizer = OPTIMIZERS[slots](self.model.parameters())
 
         def step() -> None:
@@ -165,14 +166,19 @@ def test_warm_starts(name):
 
 
 @pytest.mark.parametrize("name", ["per_pixel", "unet_bn", "resnet50", "edsr"])
-def test_lists_take_what_is_predicted_or_less(name):
-    """They let go of tensors after their last use; a stash of boundary rows may hold on to some more."""
-    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()[::4]]
+def test_lists_take_what_is_predicted(name, monkeypatch):
+    """What trains: tensors end with their last use. What lists share lives longer, at most 16 kB each: that
+    is much of networks as small as these. Inside a checkpoint less is taken than is predicted."""
+    monkeypatch.setattr("rowtune.runtime.lists.rewrites.shared.SMALL", 64)
+    plans = [bench(name).space.plan(values) for values in bench(name).space.guesses()[::3]]
+    plans += [rowtune.uniform_plan(bench(name).training, "rows", 16, halo) for halo in ("cache", "recompute")]
     found = []
     for plan in plans:
-        predicted = bench(name).predict(plan).activation_bytes
+        predicted = bench(name).predict(plan, engine="listed").activation_bytes
         found.append(bench(name).measure(plan, engine="listed").activation_bytes / predicted - 1)
-    assert -0.3 < min(found) and max(found) < 0.03, found
+        assert predicted <= bench(name).predict(plan).activation_bytes
+    assert median(map(abs, found)) <= 0.002, found
+    assert -0.2 < min(found) and max(found) < 0.02, found
 
 
 @pytest.mark.parametrize("name", NETS)

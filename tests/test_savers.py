@@ -347,6 +347,7 @@ def test_what_the_step_in_backward_is_not_for():
     made = case("edsr")
     plan = replace(uniform(made.training, "keep"), step_in_backward=True)
     module, optimizer = made.apply(plan), torch.optim.SGD(made.net.parameters(), lr=0.0)
+    made.net.zero_grad()  # other tests use the same network
     with rowtune.step_in_backward(optimizer):
         module(made.x, targets=made.target).backward()
         with pytest.raises(UsageError, match="got a second one; to accumulate gradients"):

@@ -63,6 +63,15 @@ DeviceProfile = Annotated[
         help="Times are for this device: a file of calibrate -o, or one that comes with rowtune.",
     ),
 ]
+Savers = Annotated[
+    str,
+    typer.Option(
+        "--savers",
+        metavar="NAMES",
+        help="What plans may use: rows, checkpoint, turns, images, channels_last (these by default), "
+        "offload, bf16, step_in_backward; or changes to the default, as in +offload,-turns.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -70,6 +70,12 @@ def command(
         typer.Option("--workers", min=0, help="Processes that read images.", rich_help_panel="Data"),
     ] = 0,
     shape: options.Shapes = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget", metavar="SIZE", help="Train with the fastest plan of the file's front within this."
+        ),
+    ] = "",
     steps: Annotated[
         int | None,
         typer.Option("--steps", help="Training steps; 10 on random data.", rich_help_panel="Steps"),
@@ -193,6 +199,11 @@ def command(
     """Train with a plan, on random data or your own."""
     screen = Screen(as_json, quiet, verbose)
     file = read_plan(plan)
+    if budget:
+        from rowtune.plan.file import at_budget
+        from rowtune.tune.sizes import parse_size
+
+        file = at_budget(file, parse_size(budget))
     if save is not None:
         from rowtune.tune.output import check_writable
 

@@ -28,6 +28,7 @@ def command(
     device: options.Device = "auto",
     loss: options.LossName = "",
     optimizer: options.OptimizerName = "",
+    savers: options.Savers = "",
     reserve: options.Reserve = "",
     trials: Annotated[
         int, typer.Option("--trials", min=1, help="Plans to measure, earlier runs included.")
@@ -48,10 +49,12 @@ def command(
     from rowtune.importers.source import parse_source
     from rowtune.tune.find import Request, records_path
     from rowtune.tune.output import check_writable
+    from rowtune.tune.savers import parse
     from rowtune.tune.sizes import parse_budget, parse_size
 
     screen = Screen(as_json, quiet, verbose)
     size = parse_budget(budget)
+    allowed = parse(savers)
     kept = parse_size(reserve, "--reserve") if reserve else 0
     source = parse_source(model, model_arg or ())
     check_writable(out)
@@ -70,7 +73,7 @@ def command(
         seed=seed,
     )
     limit = timeout or float("inf")
-    request = Request(work, size, out, trials, limit, seed, kept, fresh, force)
+    request = Request(work, size, out, trials, limit, seed, kept, fresh, force, allowed)
     found = find_shown(screen, request, default_loss=not loss, default_optimizer=not optimizer)
     screen.json(as_dict(found, found.path))
     return INTERRUPTED if found.result.interrupted else 0

@@ -73,6 +73,16 @@ def first(table: Table) -> Iterator[Key]:
             yield from _rows(table, 0, last, whole)
 
 
+def offloaded(table: Table) -> Iterator[Key]:
+    """What is kept from cut to cut, and what checkpoints keep, on the host meanwhile."""
+    last = len(table.cuts) - 1
+    for k in range(last):
+        yield table.keep(k, k + 1, "host")
+    for length in range(1, TOGETHER + 1):
+        for k in range(last - length + 1):
+            yield table.checkpoint(k, k + length, 0, "host")
+
+
 def _between_barriers(table: Table, fit: Sequence[int]) -> Iterator[Key]:
     """Short stretches whose barriers are made again, banded or in turns, and one by one with stored ones."""
     last = len(table.cuts) - 1

@@ -18,6 +18,7 @@ from rowtune.cost.seen import GIVEN, Seen, Step
 from rowtune.cost.state import state_bytes
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan
+from rowtune.runtime.segments import Engine
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def predict(
     plan: Plan,
     optimizer: torch.optim.Optimizer | int | None = None,
     profile: Profile | None = None,
+    engine: Engine = "listed",
 ) -> Cost:
     """Peak and time of one training step in steady state (gradients set to None between steps).
 
@@ -48,11 +50,14 @@ def predict(
         optimizer: whose state is counted as well, or how many parameter-sized tensors it keeps (SGD with
             momentum 1, Adam 2).
         profile: of the device that the seconds are for; without one they serve to compare plans roughly.
+        engine: what runs rows segments (see `apply`). From lists they mostly take less than by their
+            schedules: as much as after the last use of each tensor. Inside a checkpoint they are predicted
+            as by schedules.
 
     Raises:
         PlanError: the plan is not one of this graph.
     """
-    step, peak = composed(graph, plan, optimizer)
+    step, peak = composed(graph, plan, optimizer, engine)
     clock = _clock(profile or ROUGH)
     seconds = sum(clock.seconds(s.policy, s.footprint.work, s.footprint.host) for s in step.segments)
     host = sum(s.footprint.host_bytes for s in step.segments)
@@ -60,10 +65,13 @@ def predict(
 
 
 def composed(
-    graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None = None
+    graph: Graph,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | int | None = None,
+    engine: Engine = "listed",
 ) -> tuple[Step, Peak]:
     """A step's segments, and what is alive while they run."""
-    step = seen(graph).step(graph, plan)
+    step = seen(graph, engine).step(graph, plan)
     return step, alive(graph, step, optimizer)
 
 
@@ -80,11 +88,12 @@ def alive(
     return compose(step.segments, step.outer, batch, fixed, step.names, step.copies, held)
 
 
-def seen(graph: Graph) -> Seen:
+def seen(graph: Graph, engine: Engine = "listed") -> Seen:
     """What was recorded of a graph so far."""
-    if graph not in _SEEN:
-        _SEEN[graph] = Seen()
-    return _SEEN[graph]
+    known = _SEEN.setdefault(graph, {})
+    if engine not in known:
+        known[engine] = Seen(engine)
+    return known[engine]
 
 
 def _clock(profile: Profile) -> Clock:
@@ -96,4 +105,4 @@ def _clock(profile: Profile) -> Clock:
 _FIXED = ("parameter", "buffer")
 ROUGH = Profile()
 _CLOCK = [Clock(ROUGH)]
-_SEEN: WeakKeyDictionary[Graph, Seen] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[Graph, dict[str, Seen]] = WeakKeyDictionary()

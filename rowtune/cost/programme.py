@@ -100,7 +100,7 @@ def smallest(table: Table, allowed: Restriction = lambda _: True) -> int | None:
 
 def plan_of(table: Table, path: Path) -> Plan:
     """Neighbours that are kept stay segments of their own: a segment holds what it reads until its end."""
-    return Plan(tuple(s for option in path.options for s in option.segments), table.axis)
+    return table.plan([s for option in path.options for s in option.segments])
 
 
 def _undominated(states: Sequence[_State]) -> list[_State]:

@@ -21,6 +21,7 @@ from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import ORDERS, strides
 from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
+from rowtune.runtime.segments import Engine
 from rowtune.runtime.writer import Counted
 
 GIVEN = ("input", "target", "norms")
@@ -78,11 +79,11 @@ class _Run:
             raise _unlike(segment, error) from error
         self.outputs = self._common(self.made.outputs)
 
-    def backward(self, outer: tuple[Crossing, ...]) -> Footprint:
+    def backward(self, outer: tuple[Crossing, ...], engine: Engine) -> Footprint:
         try:
             recorded = self.made.backward(self._own(outer))
-            rows = self.segment.banded is not None or self.segment.passes is not None
-            found = footprint(at_last_use(recorded) if rows else recorded)
+            listed = engine == "listed" and _listed(self.segment)
+            found = footprint(at_last_use(recorded) if listed else recorded)
         except Exception as error:
             raise _unlike(self.segment, error) from error
         return replace(
@@ -101,9 +102,10 @@ class _Run:
 
 
 class Seen:
-    """Nothing here holds on to the graph."""
+    """By one engine. Nothing here holds on to the graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self.engine: Engine = engine
         self.recorded = 0
         self.lowered: Lowered = {}
         self._whole: set[Segment] = set()
@@ -179,8 +181,14 @@ class Seen:
             run = known.run or _Run(graph, segment, key, names, self._answers)
             known.run = None
             self.recorded += 1
-            found = known.footprints[outer] = run.backward(outer)
+            found = known.footprints[outer] = run.backward(outer, self.engine)
         return found
+
+
+def _listed(segment: SegmentProgram) -> bool:
+    """Whether the segment runs from lists: where bands are stashed in a store, its schedule runs."""
+    stashed = segment.decision.halo == "cache" and segment.decision.store != "device"
+    return (segment.banded is not None or segment.passes is not None) and not stashed
 
 
 class _Unlike(Exception):

@@ -7,10 +7,11 @@ is recorded once, and so is what is like it (rowtune/cost/seen.py); its time is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from rowtune.cost.footprint import Footprint
 from rowtune.cost.predict import alive, composed, seen
@@ -21,9 +22,10 @@ from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
-from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.plan import Plan, Segment, Store
 from rowtune.runtime.blank import Signature
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 CUTS = 20
 """Places where segments may end."""
 
@@ -71,10 +73,11 @@ class Table:
 
     Args:
         graph: with its loss.
+        whole: what holds for all of a plan beside its segments: dtype, say, or step_in_backward.
     """
 
-    def __init__(self, graph: Graph, axis: int = 2) -> None:
-        self.graph, self.axis = graph, axis
+    def __init__(self, graph: Graph, axis: int = 2, whole: Mapping[str, Any] = NOTHING) -> None:
+        self.graph, self.axis, self.whole = graph, axis, dict(whole)
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
@@ -84,6 +87,10 @@ class Table:
         """Bytes of tensors that options hold on to across cuts."""
         self._crossing: dict[int, int] = {}
         self._crossers: dict[int, tuple[str, ...]] = {}
+
+    def plan(self, segments: Sequence[Segment]) -> Plan:
+        """These segments, and what holds for all."""
+        return Plan(tuple(segments), self.axis, **self.whole)
 
     # -- what is known ---------------------------------------------------------------------------------------
 
@@ -115,7 +122,9 @@ class Table:
     @cached_property
     def later_gradients(self) -> tuple[int, ...]:
         """By cut, the bytes of the gradients of parameters that are read behind it: when backward comes to
-        the cut they are all there."""
+        the cut they are all there, unless each is used as it comes."""
+        if self.whole.get("step_in_backward"):
+            return (0,) * len(self.cuts)
         return tuple(
             sum(
                 v.bytes
@@ -142,7 +151,7 @@ class Table:
         before = (self._checkpoint(0, start),) if start else ()
         after = (self._checkpoint(stop, len(self.cuts) - 1),) if stop < len(self.cuts) - 1 else ()
         try:
-            step = seen(self.graph).step(self.graph, Plan((*before, *segments, *after), self.axis))
+            step = seen(self.graph).step(self.graph, self.plan((*before, *segments, *after)))
         except RowtuneError:  # what cannot be lowered is no option
             return None
         own = slice(len(before), len(step.segments) - len(after))
@@ -199,7 +208,7 @@ class Table:
             return 0
         if cut not in self._crossing:
             halves = self._checkpoint(0, cut), self._checkpoint(cut, len(self.cuts) - 1)
-            _, peak = composed(self.graph, Plan(halves, self.axis))
+            _, peak = composed(self.graph, self.plan(halves))
             self._crossing[cut] = peak.forward[0].after - peak.forward[0].before
         return self._crossing[cut]
 
@@ -213,11 +222,12 @@ class Table:
 
     # -- ways to compute a stretch --------------------------------------------------------------------------
 
-    def keep(self, start: int, stop: int) -> Key:
-        return start, stop, (self.segment(self.cuts[start], self.cuts[stop], "keep"),)
+    def keep(self, start: int, stop: int, store: Store = "device") -> Key:
+        made = self.segment(self.cuts[start], self.cuts[stop], "keep")
+        return start, stop, (replace(made, store=store),)
 
-    def checkpoint(self, start: int, stop: int, images: int = 0) -> Key:
-        made = self._checkpoint(start, stop)
+    def checkpoint(self, start: int, stop: int, images: int = 0, store: Store = "device") -> Key:
+        made = replace(self._checkpoint(start, stop), store=store)
         if images and is_local(self.graph, self.cuts[start], self.cuts[stop], 0):
             made = replace(made, images=images)
         return start, stop, (made,)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rowtune import __version__
-from rowtune.errors import PlanError
+from rowtune.errors import InfeasibleError, PlanError
 from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, typed
 
@@ -194,6 +194,33 @@ def _costs(data: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[st
         if not (value is None or number or (name == "peak_at" and isinstance(value, str))):
             raise PlanError(f"{key}.{name} is a number of at least 0 or null, not {value!r}")
     return dict(costs)
+
+
+def at_budget(file: PlanFile, budget: int) -> PlanFile:
+    """The same with the fastest plan of its front that was measured within another budget.
+
+    Raises:
+        InfeasibleError: none was; says which budget the smallest needs.
+    """
+    room = budget - file.reserve_bytes
+    inside = [m for m in file.front if m["peak_bytes"] <= room]
+    if not inside:
+        least = min((m["peak_bytes"] for m in file.front), default=None)
+        need = "" if least is None else f" (the smallest plan in it takes {least + file.reserve_bytes} bytes)"
+        raise InfeasibleError(
+            f"no plan of this file's front was measured within {budget} bytes{need}: search again with that "
+            "budget, which uses what was measured before"
+        )
+    best = min(inside, key=lambda m: float(m["step_seconds"]))
+    measured = dict.fromkeys(MEASURED) | {k: best[k] for k in ("peak_bytes", "step_seconds")}
+    plain = {k: file.measured.get(k) for k in ("plain_peak_bytes", "plain_step_seconds")}
+    return replace(
+        file,
+        budget_bytes=budget,
+        plan=Plan.from_dict(best["decisions"]),
+        measured=measured | plain,
+        threads=0,
+    )
 
 
 def _member(item: Any) -> dict[str, Any]:

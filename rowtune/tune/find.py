@@ -19,6 +19,7 @@ from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.profiles import calibration
 from rowtune.tune.records import Record, RecordFile
 from rowtune.tune.reference import plain_peak
+from rowtune.tune.savers import DEFAULT
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload
@@ -40,6 +41,7 @@ class Request:
     reserve: int = 0
     fresh: bool = False
     force: bool = False
+    savers: frozenset[str] = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,12 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
     check_state(work, limit)
     cpu = work.problem.device == "cpu"
     with Worker(work.problem, limit) as worker:
-        space = ProgrammeSpace(work.graph, slots, calibration(work.problem.device, worker.calibrate))
+        calibrate = calibration(work.problem.device, worker.calibrate)
+        space = ProgrammeSpace(work.graph, slots, calibrate, request.savers)
         result = search(
             Task(
                 space=space,
-                predict=lambda plan: predict(work.graph, plan, slots, space.profile),
+                predict=space.predict,
                 measure=worker.measure,
                 records=records,
                 limit=limit,
@@ -173,6 +176,7 @@ def _plan_file(request: Request, budget: int, result: SearchResult, profile: Pro
         plan=plan,
         predicted={
             "peak_bytes": cost.peak_bytes,
+            "host_bytes": cost.host_bytes,
             "activation_bytes": cost.activation_bytes,
             "seconds": cost.seconds,
             "peak_at": cost.peak_at,

@@ -154,6 +154,7 @@ def _found(table: Table, slots: int, way: str, limit: int, profile: Profile | No
         return way == "rowtune" or option.main.policy != "rows"
 
     keys = (key for key in _options(table) if way == "rowtune" or all(s.policy != "rows" for s in key[2]))
+    table.add([table.keep(k, k + 1) for k in range(len(table.cuts) - 1)], math.inf)
     table.add(keys, within(seconds))
     least = smallest(table, allowed)
     assert least is not None, "to keep everything is always an option"
@@ -169,7 +170,6 @@ def _options(table: Table) -> Iterator[Key]:
     """What takes least first: it decides how large an input may be."""
     last = len(table.cuts) - 1
     for k in range(last):
-        yield table.keep(k, k + 1)
         yield table.checkpoint(k, k + 1)
     barriers = has_barriers(table.graph, table.axis)
     for height in HEIGHTS[2:4]:

@@ -8,14 +8,18 @@ what the programme then finds best. Every trial's plan is the best of its kind.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
-from rowtune.cost.candidates import around, batch, first, heights
-from rowtune.cost.predict import composed
+from rowtune.cost.candidates import around, batch, first, heights, offloaded
+from rowtune.cost.predict import Cost, composed, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
 from rowtune.cost.state import state_bytes
@@ -25,6 +29,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
 from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Signature
+from rowtune.tune.savers import DEFAULT
 from rowtune.tune.task import Situation
 
 Values = Mapping[str, str]
@@ -62,11 +67,22 @@ class ProgrammeSpace:
     Args:
         slots: parameter-sized tensors that the optimizer keeps.
         calibrate: makes the profile; without one, times are rough.
+        savers: those that plans may use (rowtune/tune/savers.py).
     """
 
-    def __init__(self, graph: Graph, slots: int = 0, calibrate: Calibrate | None = None) -> None:
-        self.graph, self.slots, self.calibrate = graph, slots, calibrate
-        self.table = Table(graph)
+    def __init__(
+        self,
+        graph: Graph,
+        slots: int = 0,
+        calibrate: Calibrate | None = None,
+        savers: frozenset[str] = DEFAULT,
+    ) -> None:
+        self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
+        whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
+        if "step_in_backward" in savers:
+            whole |= {"step_in_backward": True}
+        self.table = Table(graph, whole=whole)
+        self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
         self.prepared = False
@@ -81,12 +97,16 @@ class ProgrammeSpace:
             found.append(Knob("barriers", ("any", "store", "recompute", "narrow", "passes")))
         if batch(self.table) > 1:
             found.append(Knob("images", ("any", "whole", "split")))
+        if "channels_last" in self.savers:
+            found.append(Knob("layout", ("contiguous", "channels_last")))
         return tuple(found)
 
     def guesses(self) -> list[dict[str, str]]:
         """The programme's own, with some memory to spare, and with each policy left out of all zones."""
         all_of = {knob.name: knob.choices[0] for knob in self.knobs}
         found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
+        if "channels_last" in self.savers:
+            found.insert(1, all_of | {"layout": "channels_last"})
         found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]
         found += [all_of | {"halo": halo} for halo in ("sweep", "recompute")]
         found += [all_of | dict.fromkeys(ZONES, policy) for policy in ("rows", "checkpoint")]
@@ -101,16 +121,26 @@ class ProgrammeSpace:
             found = fastest(self.table, limit, allowed)
             if found is None:
                 break
-            plan = plan_of(self.table, found)
+            layout: Any = values.get("layout", "contiguous")
+            plan = replace(plan_of(self.table, found), layout=layout)
             over = composed(self.graph, plan, self.slots)[1].total - most
             if over <= 0:
                 return plan
             limit -= int(over) + 1  # neighbours share or hold what an option by itself does not
         return plan_of(self.table, self.smallest())
 
+    def predict(self, plan: Plan) -> Cost:
+        """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
+        times what measured plans of that layout took more or less."""
+        cost = predict(self.graph, plan, self.slots, self.profile)
+        if plan.layout == "contiguous":
+            return cost
+        like = predict(self.graph, replace(plan, layout="contiguous"), self.slots, self.profile)
+        return replace(cost, seconds=like.seconds * self.layouts.get(plan.layout, 1.0))
+
     def smallest(self) -> Path:
         """The path with the least peak."""
-        found = fastest(self.table, smallest(self.table) or 1 << 60)
+        found = fastest(self.table, smallest(self.table, self._may) or 1 << 60, self._may)
         assert found is not None, "to keep everything is always an option"
         return found
 
@@ -129,9 +159,9 @@ class ProgrammeSpace:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
-        self.table.add(first(self.table), within(FIRST * box))
-        if not self.table.options or fastest(self.table, 1 << 60) is None:  # no time at all
-            self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], within(60))
+        self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
+        stores = offloaded(self.table) if "offload" in self.savers else ()
+        self.table.add(chain(stores, first(self.table)), within(FIRST * box))
         if self.calibrate is not None:
             self.profile = self.calibrate(self.table.work(), TIMES * box)
             self.table.price(self.profile)
@@ -145,46 +175,53 @@ class ProgrammeSpace:
     def paths(self) -> list[Path]:
         """The fastest paths under limits from the least that will do to what plain takes, and under the
         limit of this search."""
-        low = smallest(self.table)
-        most = fastest(self.table, 1 << 60)
+        low = smallest(self.table, self._may)
+        most = fastest(self.table, 1 << 60, self._may)
         if low is None or most is None:
             return []
         share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
         limits = [int(low * share**i) + 1 for i in range(FRONT)]
         if self.most < 1e300:
             limits.append(int(self.most) - fixed_bytes(self.graph, self.slots))
-        found = [fastest(self.table, limit) for limit in limits]
+        found = [fastest(self.table, limit, self._may) for limit in limits]
         return [path for path in found if path is not None]
 
     def _correct(self, now: Situation) -> None:
         """Factors of the time model by policy, so that plans that were measured are predicted as measured:
-        least squares, drawn to 1."""
+        least squares, drawn to 1. And what plans of another layout took."""
         names = ("keep", "checkpoint", "rows")
         clock = Clock(replace(self.profile, factors={}))
+        seen = self._timed(now)
         rows: list[list[float]] = []
-        keep = self.table.segment(0, len(self.graph.nodes), "keep")
-        plain = [(Plan((keep,)), now.plain)] if now.plain is not None else []
-        for plan, record in (
-            *plain,
-            *((Plan.from_dict(dict(r.decisions)), r) for r in now.records if r.decisions),
-        ):
-            if not record.ok or not record.step_seconds:
-                continue
+        for plan, seconds in seen:
             spent = dict.fromkeys(names, 0.0)
-            try:
-                for linked in composed(self.graph, plan)[0].segments:
-                    spent[linked.policy] += clock.bare(linked.footprint.work, linked.footprint.host)
-            except RowtuneError:
-                continue
-            rows.append([spent[name] / record.step_seconds for name in names])
-        if not rows:
+            for linked in composed(self.graph, plan)[0].segments if plan.layout == "contiguous" else ():
+                spent[linked.policy] += clock.bare(linked.footprint.work, linked.footprint.host)
+            rows.append([spent[name] / seconds for name in names])
+        shares = np.array([row for row in rows if any(row)])
+        if not len(shares):
             return
-        shares = np.array(rows)
         left = shares.T @ shares + PULL * np.eye(len(names))
-        right = shares.T @ np.ones(len(rows)) + PULL * np.ones(len(names))
+        right = shares.T @ np.ones(len(shares)) + PULL * np.ones(len(names))
         found = np.clip(np.linalg.solve(left, right), 0.3, 3.0)
         self.profile = replace(self.profile, factors=dict(zip(names, map(float, found), strict=True)))
         self.table.price(self.profile)
+        others = [(replace(p, layout="contiguous"), t) for p, t in seen if p.layout == "channels_last"]
+        if others:
+            ratios = [t / predict(self.graph, p, 0, self.profile).seconds for p, t in others]
+            self.layouts["channels_last"] = min(ratios)
+
+    def _timed(self, now: Situation) -> list[tuple[Plan, float]]:
+        """Plans that were measured, and what their steps took; plain PyTorch is to keep everything."""
+        found = []
+        if now.plain is not None and now.plain.step_seconds and not self.table.whole:
+            keep = self.table.segment(0, len(self.graph.nodes), "keep")
+            found.append((Plan((keep,), self.table.axis), now.plain.step_seconds))
+        for record in now.records:
+            if record.ok and record.step_seconds and record.decisions:
+                with contextlib.suppress(RowtuneError):  # a record of another version of this program
+                    found.append((Plan.from_dict(dict(record.decisions)), record.step_seconds))
+        return found
 
     # -- what is allowed -----------------------------------------------------------------------------------
 
@@ -195,6 +232,8 @@ class ProgrammeSpace:
 
         def allowed(option: Option) -> bool:
             main = option.main
+            if not self._may(option):
+                return False
             if main.policy != "keep" and values[self._zone(option)] not in ("any", main.policy):
                 return False
             if main.inside and values["turns"] == "no":
@@ -211,6 +250,14 @@ class ProgrammeSpace:
             return not main.band_rows or low <= min(main.band_rows, tallest) < high
 
         return allowed
+
+    def _may(self, option: Option) -> bool:
+        """Whether the savers leave an option in."""
+        needs: set[str] = {s.policy for s in option.segments if s.policy != "keep"}
+        for segment in option.segments:
+            uses = {"turns": segment.inside, "images": segment.images, "offload": segment.store == "host"}
+            needs |= {name for name, used in uses.items() if used}
+        return needs <= self.savers
 
     def _zone(self, option: Option) -> str:
         """Where the middle of an option lies."""

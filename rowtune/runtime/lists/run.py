@@ -93,7 +93,6 @@ class Run:
         if place not in self.kind.steps:
             self.kind.learn(place, self.tensors, self.begin, grads)
         made = self._section("backward", grads)
-        self.state = {}
         if made is None:  # traced, from the inputs on; no buffer changes a second time
             run = self.begin.run(self.tensors, False)
             run.forward()
@@ -112,6 +111,8 @@ class Run:
         given = {**named("in", self.tensors), **named(name, more)}
         tensors = [*(given[key] for key in step.given), *(self.state[view] for view in step.state)]
         del given
+        if name == "backward":
+            self.state = {}  # what is left over from forward goes as it is used
         for renew in step.renew:
             renew()
         made = _called(step.function, tensors)

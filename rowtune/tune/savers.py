@@ -1,0 +1,44 @@
+"""Memory savers by name: which of them a search may use."""
+
+from __future__ import annotations
+
+from rowtune.errors import UsageError
+
+SAVERS: dict[str, str] = {
+    "rows": "bands of rows (and what else bands take)",
+    "checkpoint": "recompute stretches from their inputs",
+    "turns": "checkpoints made of segments that are recomputed in turns",
+    "images": "some images of the batch at a time",
+    "channels_last": "the other layout of images and volumes",
+    "offload": "what backward needs goes to the host meanwhile",
+    "bf16": "autocast to bfloat16",
+    "step_in_backward": "each gradient is used and freed as it comes: no clipping, no accumulation",
+}
+"""What each does. Gradients are those of plain PyTorch, with bf16 those of plain under bf16."""
+
+DEFAULT = frozenset({"rows", "checkpoint", "turns", "images", "channels_last"})
+"""What changes neither the arithmetic nor how one may train, nor needs memory of the host."""
+
+
+def parse(text: str) -> frozenset[str]:
+    """Names with commas: all that may be used; or changes to the default, as in "+offload,-turns".
+
+    Raises:
+        UsageError: a name is unknown, or names and changes are mixed.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        return DEFAULT
+    changes = [word for word in words if word[0] in "+-"]
+    for word in words:
+        if word.lstrip("+-") not in SAVERS:
+            raise UsageError(f"--savers: {word.lstrip('+-')!r} is none of {', '.join(SAVERS)}")
+    if not changes:
+        return frozenset(words)
+    if len(changes) < len(words):
+        raise UsageError(
+            f"--savers {text}: either names of all that may be used, or changes to the default as in "
+            "+offload,-turns"
+        )
+    more = {word[1:] for word in words if word[0] == "+"}
+    return frozenset((DEFAULT | more) - {word[1:] for word in words if word[0] == "-"})
