@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
+from rowtune.plan.file import load_plan, save_plan
+from rowtune.plan.uniform import uniform_plan
+from rowtune.train.opened import open_plan
 
 MODEL = ["zoo:unet", "--model-arg", "base=4", "--model-arg", "depth=1", "--shape", "1x3x64x16"]
 DATA = """
@@ -245,13 +249,15 @@ def test_inspect_lists_the_calls_of_a_step(folder: Path, searched: Any) -> None:
 def test_inspect_says_what_runs_from_lists(
     folder: Path, searched: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = call("inspect", "plan.json")
-    rows = [s for s in made["segments"] if s["policy"] == "rows"]
-    assert rows and all(s["runs"] == "from a list" and not s["why"] for s in rows)
+    file = load_plan(Path("plan.json"))
+    rows = uniform_plan(open_plan(file)[0].graph, "rows", 8)
+    save_plan(replace(file, plan=rows), Path("rows.json"))
+    for segment in call("inspect", "rows.json")["segments"]:
+        assert segment["policy"] == "rows" and segment["runs"] == "from a list" and not segment["why"]
     monkeypatch.setattr("rowtune.runtime.lists.tracer.MOST_CALLS", 3)
-    traced = next(s for s in call("inspect", "plan.json")["segments"] if s["policy"] == "rows")
+    traced = call("inspect", "rows.json")["segments"][0]
     assert traced["runs"] == "traced each time" and traced["why"] == "more than 3 calls"
-    shown = CliRunner().invoke(app, ["inspect", "plan.json"])
+    shown = CliRunner().invoke(app, ["inspect", "rows.json"])
     assert shown.exit_code == 0 and "more than 3 calls" in shown.stdout
 
 
