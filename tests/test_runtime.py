@@ -506,7 +506,8 @@ def test_autocast_casts_a_weight_once_a_call(kind, tapes):
     want = step(model, lambda: cast(model), {})
     exact = step(model, lambda: model(x).square().mean(), {})
     want.buffers = got.buffers = exact.buffers = {}
-    assert error(got, exact) < 1.5 * error(want, exact)
+    # How far bfloat16 is off depends on the processor's kernels, and on how many rows they are given.
+    assert error(got, exact) < 2 * error(want, exact)
 
 
 def test_bfloat16_parameters_sum_their_gradients_in_float32():
