@@ -77,7 +77,7 @@ def _bytes(found: list[Like]) -> int:
 
 def _elementwise(call: Signature, name: str) -> Sized:
     """The largest tensor decides; others are as large, or are spread over it."""
-    found = [*likes(call.args), *likes(v for _, v in _named(call))]
+    found = [*likes(call.args), *likes(v for _, v in named(call))]
     size = max((numel(t.shape) for t in found), default=0) or _made(call)
     tags = [f"{_kind(t)} {layout(t) if numel(t.shape) == size else 'spread'}" for t in found]
     return Sized(f"{name} {call.op._overloadname}: {', '.join(tags)}", size, float(size), 2 * _bytes(found))
@@ -124,7 +124,8 @@ def _convolution(call: Signature, name: str) -> Sized:
     return Sized(family, pixels, operations, _bytes(found))
 
 
-def _named(call: Signature) -> Iterator[tuple[str, Any]]:
+def named(call: Signature) -> Iterator[tuple[str, Any]]:
+    """Keyword arguments by name."""
     for key, argument in call.kwargs:
         yield key[1] if isinstance(key, tuple) else key, argument
 

@@ -88,6 +88,12 @@ def alive(
     return compose(step.segments, step.outer, batch, fixed, step.names, step.copies, held)
 
 
+def fixed_bytes(graph: Graph, optimizer: torch.optim.Optimizer | int | None) -> int:
+    """What every plan takes: parameters, buffers, the optimizer's state, the batch."""
+    here = sum(v.bytes for v in graph.values.values() if v.kind in (*_FIXED, *GIVEN))
+    return here + state_bytes(graph, optimizer)
+
+
 def seen(graph: Graph, engine: Engine = "listed") -> Seen:
     """What was recorded of a graph so far."""
     known = _SEEN.setdefault(graph, {})

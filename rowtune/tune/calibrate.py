@@ -7,7 +7,6 @@ are thought to take most of a step first, for as long as there is time.
 from __future__ import annotations
 
 import base64
-import gc
 import pickle
 import time
 import zlib
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowtune.cost.families import FREE, Sized, is_value, sized
+from rowtune.cost.families import FREE, Sized, is_value, named, sized
 from rowtune.cost.profile import Profile
+from rowtune.plan.lower import uncollected
 from rowtune.runtime.blank import Like, Signature
 from rowtune.torch_private import below_autograd
 from rowtune.tune.device import device_name, synchronize
@@ -104,19 +104,12 @@ def measured(call: Signature, device: str) -> float | None:
     """Least seconds of a call on tensors like those that it was recorded with, its result made anew each
     time as in a step. None where it does not run on its own, for lack of memory say."""
     try:
-        made: dict[Any, Tensor] = {}
-        args = [_argument(a, device, made) for a in call.args]
-        kwargs = {_text(k): _argument(a, device, made) for k, a in call.kwargs}
+        args = [_argument(a, device) for a in call.args]
+        kwargs = {name: _argument(a, device) for name, a in named(call)}
         run = call.op._op
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.no_grad(), below_autograd():
-                run(*args, **kwargs)
-                return min(_times(lambda: run(*args, **kwargs), device))
-        finally:
-            if collecting:
-                gc.enable()
+        with uncollected(), torch.no_grad(), below_autograd():
+            run(*args, **kwargs)
+            return min(_times(lambda: run(*args, **kwargs), device))
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, MemoryError):
         return None
 
@@ -142,19 +135,15 @@ def _times(run: Callable[[], object], device: str) -> Iterable[float]:
     return found
 
 
-def _argument(argument: Any, device: str, made: dict[Any, Tensor]) -> Any:
+def _argument(argument: Any, device: str) -> Any:
     if isinstance(argument, Like):
         return _tensor(argument, device)
     if isinstance(argument, tuple):
         if is_value(argument):
             found = argument[1]
             return torch.device(device) if isinstance(found, torch.device) else found
-        return [_argument(a, device, made) for a in argument]
+        return [_argument(a, device) for a in argument]
     return argument
-
-
-def _text(key: Any) -> str:
-    return str(key[1] if isinstance(key, tuple) else key)
 
 
 def _tensor(like: Like, device: str) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rowtune.cost.candidates import HEIGHTS, LATE, NARROW, ROWS, first
-from rowtune.cost.predict import predict
+from rowtune.cost.predict import fixed_bytes, predict
 from rowtune.cost.profile import Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
 from rowtune.cost.table import Key, Option, Table, within
@@ -22,7 +22,6 @@ from rowtune.graph.places import has_barriers
 from rowtune.graph.training import with_loss
 from rowtune.plan.plan import Plan
 from rowtune.problem import TensorSpec
-from rowtune.tune.space import fixed_bytes
 from rowtune.tune.step import Workload, plain_graph
 
 WAYS = ("plain", "checkpointing", "rowtune")
@@ -95,7 +94,8 @@ class _Sizes:
         names = [name.strip().upper() for name in over.split(",") if name.strip()]
         shape = work.problem.inputs[0].shape
         for name in names or [over]:
-            if name not in AXES or len(shape) + AXES[name] * (AXES[name] < 0) < 2 * (AXES[name] < 0):
+            axis = AXES.get(name)
+            if axis is None or (axis < 0 and len(shape) + axis < 2):  # batch and channels come first
                 raise UsageError(
                     f"--over names dimensions of the inputs to grow together, such as H,W or N or D; "
                     f"{name!r} is none of an input of shape {'x'.join(map(str, shape))}"

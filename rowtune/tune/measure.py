@@ -121,9 +121,8 @@ class Bench:
     def _step(self, plan: Plan | None, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
         runner = Plain(self.module, self.work.loss) if plan is None else self._planned(plan)(self.module)
         if isinstance(runner, RowtuneModule):
-            runner.lists.after = (
-                0  # the first step, which is not timed, writes lists down, and not the second
-            )
+            # Lists are written down by the first step, which is not timed, and not by the second.
+            runner.lists.after = 0
         scaler = scaler_for(plan, self.device)
 
         def step() -> None:

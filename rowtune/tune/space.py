@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from rowtune.cost.candidates import around, batch, first, heights, offloaded
-from rowtune.cost.predict import Cost, composed, predict
+from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
-from rowtune.cost.state import state_bytes
 from rowtune.cost.table import Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
@@ -262,10 +261,3 @@ class ProgrammeSpace:
     def _zone(self, option: Option) -> str:
         """Where the middle of an option lies."""
         return ZONES[min((option.start + option.stop) * 3 // (2 * (len(self.table.cuts) - 1)), 2)]
-
-
-def fixed_bytes(graph: Graph, slots: int) -> int:
-    """What every plan takes: parameters, buffers, the optimizer's state, the batch."""
-    kinds = ("parameter", "buffer", "input", "target", "norms")
-    here = sum(v.bytes for v in graph.values.values() if v.kind in kinds)
-    return here + state_bytes(graph, slots)
