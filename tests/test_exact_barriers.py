@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,11 +146,57 @@ def test_random_networks(names, stride, batch, height, width, seed, data):
         images = data.draw(st.integers(0, 1)) if "running instance norm" not in names else 0
         band = data.draw(st.integers(1, height))
         axis = data.draw(st.sampled_from([2, 2, 3]))
+        layout = data.draw(st.sampled_from(["contiguous", "contiguous", "channels_last"]))
         plan = rowtune.uniform_plan(
             graph, "rows", band, halo, images=images, tapes=tapes, barriers=way, axis=axis
         )
+        plan = replace(plan, layout=layout)
         found = error(run(net, x, plan), plain)
         assert found < TOLERANCE or found < 20 * rounding(net, x, plain), plan
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("names", [["std", "instance norm"], ["group norm", "average cells"]])
+def test_layouts_and_images(names, images, layout):
+    """An image of a batch in channels_last, viewed as one image of all channels, once had wrong gradients."""
+    torch.manual_seed(0)
+    net = Net(names, 1).double()
+    x = torch.randn(3, 3, 10, 6, dtype=torch.float64, requires_grad=True)
+    plain, graph = plain_and_graph(net, x)
+    for way in WAYS:
+        plan = rowtune.uniform_plan(graph, "rows", 4, "sweep", images=images, barriers=way)
+        found = error(run(net, x, replace(plan, layout=layout)), plain)
+        assert found < TOLERANCE or found < 20 * rounding(net, x, plain), plan
+
+
+LAYOUTS: dict[str, Any] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "rows": lambda x: F.pad(x, (0, 0, 2, 1)).contiguous(memory_format=torch.channels_last)[:, :, 2:-1],
+    "images": lambda x: torch.cat((x, x)).contiguous(memory_format=torch.channels_last)[: len(x)],
+    "an image, permuted": lambda x: x[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None],
+    "columns first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@settings(max_examples=100)
+@given(
+    ours=st.sampled_from(sorted(LAYOUTS)), theirs=st.sampled_from(sorted(LAYOUTS)), batch=st.integers(1, 3),
+    groups=st.sampled_from([0, 1, 2, 4]), centred=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_norms_do_not_depend_on_where_tensors_lie(ours, theirs, batch, groups, centred, seed):
+    """Neither the layout of what is normalised nor that of the gradient that arrives."""
+    torch.manual_seed(seed)
+    batch = 1 if "an image, permuted" in (ours, theirs) else batch
+    x, y = torch.randn(2, batch, 4, 5, 3, dtype=torch.float64)
+    weight, bias = (torch.randn(4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    found = []
+    for lay_x, lay_y in (("contiguous", "contiguous"), (ours, theirs)):
+        here = LAYOUTS[lay_x](x).detach().requires_grad_()
+        made = normalise(here, moments(here, groups, centred), weight, bias, groups, 1e-5)
+        found.append((made, *torch.autograd.grad(made, (here, weight, bias), LAYOUTS[lay_y](y))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
 
 
 def rounding(net: nn.Module, x: Tensor, plain: Step) -> float:

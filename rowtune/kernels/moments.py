@@ -150,6 +150,16 @@ def _spread(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
     return x.view(x.shape[0], groups, -1, *x.shape[2:]), tuple(range(2, x.dim() + 1))
 
 
+def _as_one_image(x: Tensor) -> Tensor:
+    """The same memory, with the stride of a single image that its layout has. Where views left another,
+    PyTorch's batch norm on a CPU takes the layout to be contiguous here and channels_last there (torch 2.13),
+    and reads the gradient at the wrong places."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if x.shape[0] != 1 or order is None or x.is_contiguous() or not x.is_contiguous(memory_format=order):
+        return x
+    return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -226,6 +236,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
+        x = _as_one_image(x)
         dtype = weight.dtype if weight is not None else _wide(x)
         narrow_mean, narrow_var = stats[1].to(dtype), torch.empty_like(stats[2], dtype=dtype)
         torch.div(stats[2], stats[0], out=narrow_var)
@@ -236,6 +247,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, weight, narrow_mean, narrow_var = ctx.saved_tensors
+        grad = _as_one_image(grad)
         by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, narrow_mean, narrow_var, narrow_mean, narrow_var, False, ctx.eps,
             [ctx.needs_input_grad[0], True, True],

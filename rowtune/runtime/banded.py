@@ -24,7 +24,7 @@ from rowtune.rows import Rows
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
 from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, finish
-from rowtune.runtime.layout import has_channels_last
+from rowtune.runtime.layout import differs
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.stores.keeping import Keeping, Kept
 from rowtune.runtime.sums import Sums
@@ -169,9 +169,7 @@ class BandedRun:
         """What is used whole, as convolutions use it."""
         nodes = [node for group in self.program.groups for node in group.nodes]
         found = cast_once(self.whole, nodes)
-        lie_so = any(
-            has_channels_last(self.tensors[n]) for n in self.segment.part.inputs if n in self.tensors
-        )
+        lie_so = any(differs(self.tensors[n]) for n in self.segment.part.inputs if n in self.tensors)
         return last_channels(found, nodes) if lie_so else found
 
     def _images(self, images: Rows) -> None:

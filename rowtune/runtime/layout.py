@@ -39,8 +39,8 @@ def has_channels_last(t: Tensor) -> bool:
     return t.dim() in ORDERS and t.stride(1) == 1 and t.stride(-1) >= t.shape[1]
 
 
-def is_copy(t: Tensor) -> bool:
-    """Whether an input that lies so in a step is taken for one that was copied for it."""
+def differs(t: Tensor) -> bool:
+    """Whether a tensor has its channels last and would lie elsewhere in memory if it had not."""
     return has_channels_last(t) and t.shape[1] > 1
 
 

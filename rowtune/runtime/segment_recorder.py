@@ -21,7 +21,7 @@ from rowtune.plan.lower import uncollected
 from rowtune.plan.plan import Plan, Precision
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.blank import Answers
-from rowtune.runtime.layout import is_copy
+from rowtune.runtime.layout import differs
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, let_go_of_gradient
@@ -110,7 +110,7 @@ class SegmentRun:
 
     def _outside(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor lives anyway: the model's, or the batch's unless it was laid out anew."""
-        return self.graph.values[name].kind in ROLES and not is_copy(tensor)
+        return self.graph.values[name].kind in ROLES and not differs(tensor)
 
     def _head(self, name: str, box: list[Tensor]) -> Tensor:
         token = torch.zeros((), requires_grad=True)
