@@ -18,7 +18,7 @@ Tapes = Literal["split", "whole", "late", "replay"]
 Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 Precision = Literal["as given", "bf16", "fp16"]
-Store = Literal["device", "host", "bf16", "fp16"]
+Store = Literal["device", "recompute", "host", "bf16", "fp16"]
 
 LOSSY: frozenset[Store] = frozenset({"bf16", "fp16"})
 """Stores that give back something else than they were given."""
@@ -42,8 +42,10 @@ class Segment:
                 passes: never make it, stream the segment once more for each barrier;
                 narrow: recompute, but passes for tensors that are wider than what they are made from
     store       where what the segment keeps from forward to backward stays (keep: what autograd saves; the
-                others: their inputs, and the rows that halo cache stashes). device: where it is made; host:
-                offloaded; bf16, fp16: rounded, for which the plan says how much error it may cost
+                others: their inputs, and the rows that halo cache stashes). device: where it is made;
+                recompute (keep alone): what is cheap is made again from what is kept: norms, activations,
+                pools, joins; host: offloaded; bf16, fp16: rounded, for which the plan says how much error it
+                may cost
     inside      segments that a checkpoint is made of: run one by one when it is recomputed, each as it says
                 itself, so that their own recomputations take turns (recursive checkpointing, as in Chen et
                 al., "Training deep nets with sublinear memory cost", arXiv 1604.06174)
@@ -178,6 +180,11 @@ def _check(made: Segment) -> None:
             raise PlanError(f"{key} is a whole number of at least 0, not {value!r}")
     if made.policy == "rows" and made.band_rows < 1 and made.images < 1:
         raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows or images of at least 1")
+    if made.store == "recompute" and made.policy != "keep":
+        raise PlanError(
+            f"segment {made.first}..{made.last}: store recompute leaves out what a keep segment need not "
+            f"keep; policy {made.policy} recomputes by itself: take store device"
+        )
     if made.inside and made.policy != "checkpoint":
         raise PlanError(f"segment {made.first}..{made.last}: only a checkpoint has segments inside")
     stored = [s for inner in made.inside for s in (inner, *_leaves(inner)) if s.store != "device"]

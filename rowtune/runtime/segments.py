@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
-from rowtune.graph.graph import carried
+from rowtune.graph.graph import Node, carried
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.dropout import draws
@@ -24,6 +25,8 @@ from rowtune.runtime.precision import as_it_was, autocast_key
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.stores.keeping import Keeping, saving
+from rowtune.runtime.stores.remade import Remaking
+from rowtune.runtime.stores.wanted import not_kept
 from rowtune.runtime.sums import changed_buffers
 
 Env = dict[str, Any]
@@ -57,7 +60,7 @@ class Step:
         """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint
         nothing is kept."""
         store = segment.decision.store
-        if store == "device" or self.twice or not torch.is_grad_enabled():
+        if store not in STORES or self.twice or not torch.is_grad_enabled():
             return None
         return Keeping(STORES[store](self.host), self.outside)
 
@@ -66,7 +69,11 @@ def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
     """Add the segment's outputs to `env`."""
     keeping = step.keeping(segment)
     again = segment.inner or segment.decision.policy == "checkpoint"
-    if segment.banded is not None or segment.passes is not None:
+    if segment.decision.store == "recompute" and torch.is_grad_enabled():
+        remaking = Remaking(not_kept(segment, env, step.seed), step.seed)
+        with saving(remaking):
+            env |= _run_nodes(segment, env, {}, remaking.run)
+    elif segment.banded is not None or segment.passes is not None:
         _run_banded(step, segment, env, keeping)
     elif again and torch.is_grad_enabled():
         with saving(keeping):
@@ -81,7 +88,7 @@ def _run_inside(step: Step, segment: SegmentProgram, env: Env, inputs: Env) -> E
     if not segment.inner:
         first_time = id(segment) not in step.earlier
         step.earlier[id(segment)] = None
-        return _run_nodes(segment, env, inputs, step.seed, first_time)
+        return _run_nodes(segment, env, inputs, partial(run_whole, seed=step.seed, first_time=first_time))
     made = {n: env[n] for n in (*segment.part.inputs, *segment.part.weights) if n in env} | inputs
     for inner, dead in zip(segment.inner, segment.dead, strict=True):
         run_segment(step, inner, made)
@@ -90,7 +97,9 @@ def _run_inside(step: Step, segment: SegmentProgram, env: Env, inputs: Env) -> E
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_time: bool) -> Env:
+def _run_nodes(
+    segment: SegmentProgram, env: Env, inputs: Env, run: Callable[[Node, Callable[[str], Any]], Any]
+) -> Env:
     """Every node in order, values dropped after their last reader."""
     made: Env = dict(inputs)
 
@@ -98,7 +107,7 @@ def _run_nodes(segment: SegmentProgram, env: Env, inputs: Env, seed: int, first_
         return made[name] if name in made else env[name]
 
     for node, drops in zip(segment.part.nodes, segment.drops, strict=True):
-        made[node.name] = run_whole(node, lookup, seed, first_time=first_time)
+        made[node.name] = run(node, lookup)
         for name in drops:
             made.pop(name, None)
     return {o: made[o] for o in segment.part.outputs}

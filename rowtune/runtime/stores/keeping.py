@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,8 +60,18 @@ class Keeping:
         return storage_of(t) not in self.outside and self.store.takes(t)
 
 
+class Hooks(Protocol):
+    """What autograd asks when it saves a tensor and when it wants it again; and that forward is over."""
+
+    def pack(self, t: Tensor) -> Any: ...
+
+    def unpack(self, kept: Any) -> Tensor: ...
+
+    def forget(self) -> None: ...
+
+
 @contextmanager
-def saving(keeping: Keeping | None) -> Iterator[None]:
+def saving(keeping: Hooks | None) -> Iterator[None]:
     """Inside, what autograd saves is kept in a store."""
     if keeping is None:
         yield
