@@ -16,7 +16,7 @@ import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
-from rowtune.plan.plan import Plan, Precision, Store
+from rowtune.plan.plan import Plan, Precision, Segment, Store
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Plain, run_step
@@ -106,6 +106,10 @@ def case(name: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] |
 
 @st.composite
 def plans(draw: Any, graph: Graph, stores: tuple[Store, ...] = ("device",)) -> Plan:
-    """Any cuts, any policies, any of these stores."""
-    drawn = draw(segments(graph))
-    return Plan(tuple(replace(s, store=draw(st.sampled_from(stores))) for s in drawn))
+    """Any cuts, any policies, any of these stores; keep segments may also recompute what is cheap."""
+
+    def stored(s: Segment) -> Segment:
+        more: tuple[Store, ...] = ("recompute",) if s.policy == "keep" else ()
+        return replace(s, store=draw(st.sampled_from((*stores, *more))))
+
+    return Plan(tuple(stored(s) for s in draw(segments(graph))))

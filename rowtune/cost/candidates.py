@@ -51,6 +51,9 @@ def first(table: Table) -> Iterator[Key]:
     barriers = has_barriers(table.graph, table.axis)
     for k in range(last):
         yield table.keep(k, k + 1)
+    yield table.keep(0, last, "recompute")
+    for k in range(last):
+        yield table.keep(k, k + 1, "recompute")
     for k in range(last):
         yield table.checkpoint(k, k + 1)
     kinds = (ROWS, SPLIT, AGAIN, NARROW) if barriers else (ROWS, SPLIT, LATE)
@@ -59,6 +62,7 @@ def first(table: Table) -> Iterator[Key]:
             yield from _rows(table, 0, last, replace(kind, band_rows=height))
     for length in range(2, TOGETHER + 1):
         for k in range(last - length + 1):
+            yield table.keep(k, k + length, "recompute")
             yield table.checkpoint(k, k + length)
             yield table.turns(k, k + length, Segment("", "", "checkpoint"))
     if barriers:
@@ -166,6 +170,8 @@ def _moved(table: Table, option: Option) -> Iterator[Key]:
             yield from _rows(table, start, stop, main)
         elif main.policy == "checkpoint" and not main.inside:
             yield table.checkpoint(start, stop, main.images)
+        elif main.store == "recompute":
+            yield table.keep(start, stop, main.store)
 
 
 def _joined(table: Table, one: Option, other: Option) -> Iterator[Key]:
@@ -176,3 +182,5 @@ def _joined(table: Table, one: Option, other: Option) -> Iterator[Key]:
         elif main.policy == "checkpoint":
             yield table.checkpoint(one.start, other.stop)
             yield table.turns(one.start, other.stop, Segment("", "", "checkpoint"))
+        elif main.store == "recompute":
+            yield table.keep(one.start, other.stop, main.store)

@@ -9,6 +9,7 @@ SAVERS: dict[str, str] = {
     "checkpoint": "recompute stretches from their inputs",
     "turns": "checkpoints made of segments that are recomputed in turns",
     "images": "some images of the batch at a time",
+    "recompute": "norms, activations, pools and joins that are kept for backward are made again",
     "channels_last": "the other layout of images and volumes",
     "offload": "what backward needs goes to the host meanwhile",
     "bf16": "autocast to bfloat16",
@@ -16,7 +17,7 @@ SAVERS: dict[str, str] = {
 }
 """What each does. Gradients are those of plain PyTorch, with bf16 those of plain under bf16."""
 
-DEFAULT = frozenset({"rows", "checkpoint", "turns", "images", "channels_last"})
+DEFAULT = frozenset({"rows", "checkpoint", "turns", "images", "recompute", "channels_last"})
 """What changes neither the arithmetic nor how one may train, nor needs memory of the host."""
 
 

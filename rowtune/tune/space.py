@@ -254,8 +254,9 @@ class ProgrammeSpace:
         """Whether the savers leave an option in."""
         needs: set[str] = {s.policy for s in option.segments if s.policy != "keep"}
         for segment in option.segments:
-            uses = {"turns": segment.inside, "images": segment.images, "offload": segment.store == "host"}
-            needs |= {name for name, used in uses.items() if used}
+            uses = {"turns": segment.inside, "images": segment.images}
+            stores = {"offload": segment.store == "host", "recompute": segment.store == "recompute"}
+            needs |= {name for name, used in (uses | stores).items() if used}
         return needs <= self.savers
 
     def _zone(self, option: Option) -> str:

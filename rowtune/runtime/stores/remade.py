@@ -19,7 +19,7 @@ from rowtune.graph.graph import Node, replace
 from rowtune.graph.regions import inside
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.precision import as_it_was, autocast_key
-from rowtune.runtime.stores.wanted import LEAST_BYTES
+from rowtune.runtime.stores import keeping
 from rowtune.torch_private import storage_of
 
 Lookup = Callable[[str], Any]
@@ -43,7 +43,7 @@ class Remaking:
 
     def pack(self, t: Tensor) -> Tensor | _Fresh | View | _Narrow:
         size = t.numel() * t.itemsize
-        if size < LEAST_BYTES or t.layout != torch.strided:
+        if size < keeping.LEAST_BYTES or t.layout != torch.strided:
             return t
         known = self._known(t)
         if known is not None:

@@ -15,10 +15,8 @@ from rowtune.plan.program import SegmentProgram
 from rowtune.plan.remake import Block, is_cheap, made_again
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.precision import autocast_key
+from rowtune.runtime.stores import keeping
 from rowtune.torch_private import FakeTensor, FakeTensorMode, pytree, storage_of, without_modes
-
-LEAST_BYTES = 1 << 14
-"""Smaller tensors are kept: there are many, and they take nothing."""
 
 
 def not_kept(segment: SegmentProgram, env: Mapping[str, Any], seed: int) -> frozenset[str]:
@@ -98,9 +96,9 @@ class _BlankRun:
         return [
             Block(
                 name,
-                size if size >= LEAST_BYTES else 0,
+                size if size >= keeping.LEAST_BYTES else 0,
                 tuple(self._parents(node)) if node else (),
-                node is not None and size >= LEAST_BYTES and is_cheap(node),
+                node is not None and size >= keeping.LEAST_BYTES and is_cheap(node),
                 name in wanted,
             )
             for name, size, node in self.made
