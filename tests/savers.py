@@ -106,10 +106,10 @@ def case(name: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] |
 
 @st.composite
 def plans(draw: Any, graph: Graph, stores: tuple[Store, ...] = ("device",)) -> Plan:
-    """Any cuts, any policies, any of these stores; keep segments may also recompute what is cheap."""
+    """Any cuts, any policies, any of these stores; keep segments may recompute what is cheap."""
 
     def stored(s: Segment) -> Segment:
-        more: tuple[Store, ...] = ("recompute",) if s.policy == "keep" else ()
-        return replace(s, store=draw(st.sampled_from((*stores, *more))))
+        cheap: Any = draw(st.sampled_from(["store", "recompute"])) if s.policy == "keep" else "store"
+        return replace(s, store=draw(st.sampled_from(stores)), cheap=cheap)
 
     return Plan(tuple(stored(s) for s in draw(segments(graph))))

@@ -1,4 +1,4 @@
-"""Keep segments that leave out what is cheap to make again (store recompute)."""
+"""Keep segments that leave out what is cheap to make again (cheap recompute)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from test_exact_barriers import LAYERS, Net, plain_and_graph, rounding, run
 from torch import Tensor, nn
 
 import rowtune
+from rowtune.errors import PlanError
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
@@ -35,7 +36,7 @@ def small(monkeypatch):
 def lean(graph: Graph, **whole: Any) -> Plan:
     """All of the network, kept but for what is cheap."""
     plan = rowtune.uniform_plan(graph, "keep")
-    return replace(plan, segments=tuple(replace(s, store="recompute") for s in plan.segments), **whole)
+    return replace(plan, segments=tuple(replace(s, cheap="recompute") for s in plan.segments), **whole)
 
 
 # -- the cut -----------------------------------------------------------------------------------------------
@@ -243,3 +244,30 @@ def test_evaluation_keeps_nothing():
     module = rowtune.apply(copy.deepcopy(net), lean(rowtune.trace(net, (x,)))).eval()
     with torch.no_grad():
         torch.testing.assert_close(module(x), net.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_refused():
+    made = case("per_pixel")
+    whole = rowtune.uniform_plan(made.training, "checkpoint").segments[0]
+    with pytest.raises(PlanError, match="policy checkpoint recomputes by itself: take cheap store"):
+        made.apply(Plan((replace(whole, cheap="recompute"),)))
+    nested = replace(whole, inside=(replace(whole, policy="keep", cheap="recompute"),))
+    with pytest.raises(PlanError, match="inside a checkpoint, which keeps everything while it is recomputed"):
+        made.apply(Plan((nested,)))
+    with pytest.raises(PlanError, match="cheap is one of store, recompute, not 'never'"):
+        made.apply(Plan((replace(whole, policy="keep", cheap="never"),)))
+
+
+@pytest.mark.parametrize("store", ["host", "bf16", "fp16"])
+def test_what_is_still_kept_goes_into_a_store(store):
+    made = case("unet_bn", torch.float32 if store != "host" else torch.float64)
+    plan = lean(made.training, max_grad_error=0.0 if store == "host" else 0.4)
+    plan = replace(plan, segments=tuple(replace(s, store=store) for s in plan.segments))
+    assert made.error(plan, steps=2) < (TOLERANCE if store == "host" else 0.4)
+    assert made.memory(plan).error < 0.01
+    least, cost = rowtune.predict(made.training, lean(made.training)), rowtune.predict(made.training, plan)
+    assert cost.activation_bytes < 0.9 * least.activation_bytes
+    if store == "host":
+        module = made.apply(plan)
+        made.step(module)
+        assert module.host.bytes == 0 and module.host.peak_bytes == cost.host_bytes < least.activation_bytes

@@ -441,12 +441,10 @@ def test_refused(change, says):
 def test_stores_refused():
     made = case("per_pixel")
     plan = uniform(made.training, "checkpoint")
-    with pytest.raises(PlanError, match="store is one of device, recompute, host, bf16, fp16, not 'disk'"):
+    with pytest.raises(PlanError, match="store is one of device, host, bf16, fp16, not 'disk'"):
         made.apply(stored(plan, "disk"))  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="store bf16 rounds what it keeps, and the plan allows no error"):
         made.apply(stored(plan, "bf16"))
-    with pytest.raises(PlanError, match="policy checkpoint recomputes by itself: take store device"):
-        made.apply(stored(plan, "recompute"))
     whole = plan.segments[0]
     inside = Segment(whole.first, whole.last, store="host")
     nested = replace(whole, inside=(inside,))

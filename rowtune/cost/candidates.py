@@ -51,9 +51,9 @@ def first(table: Table) -> Iterator[Key]:
     barriers = has_barriers(table.graph, table.axis)
     for k in range(last):
         yield table.keep(k, k + 1)
-    yield table.keep(0, last, "recompute")
+    yield table.keep(0, last, cheap="recompute")
     for k in range(last):
-        yield table.keep(k, k + 1, "recompute")
+        yield table.keep(k, k + 1, cheap="recompute")
     for k in range(last):
         yield table.checkpoint(k, k + 1)
     kinds = (ROWS, SPLIT, AGAIN, NARROW) if barriers else (ROWS, SPLIT, LATE)
@@ -62,7 +62,7 @@ def first(table: Table) -> Iterator[Key]:
             yield from _rows(table, 0, last, replace(kind, band_rows=height))
     for length in range(2, TOGETHER + 1):
         for k in range(last - length + 1):
-            yield table.keep(k, k + length, "recompute")
+            yield table.keep(k, k + length, cheap="recompute")
             yield table.checkpoint(k, k + length)
             yield table.turns(k, k + length, Segment("", "", "checkpoint"))
     if barriers:
@@ -82,6 +82,7 @@ def offloaded(table: Table) -> Iterator[Key]:
     last = len(table.cuts) - 1
     for k in range(last):
         yield table.keep(k, k + 1, "host")
+        yield table.keep(k, k + 1, "host", "recompute")
     for length in range(1, TOGETHER + 1):
         for k in range(last - length + 1):
             yield table.checkpoint(k, k + length, 0, "host")
@@ -170,8 +171,8 @@ def _moved(table: Table, option: Option) -> Iterator[Key]:
             yield from _rows(table, start, stop, main)
         elif main.policy == "checkpoint" and not main.inside:
             yield table.checkpoint(start, stop, main.images)
-        elif main.store == "recompute":
-            yield table.keep(start, stop, main.store)
+        elif main.cheap == "recompute":
+            yield table.keep(start, stop, main.store, main.cheap)
 
 
 def _joined(table: Table, one: Option, other: Option) -> Iterator[Key]:
@@ -182,5 +183,5 @@ def _joined(table: Table, one: Option, other: Option) -> Iterator[Key]:
         elif main.policy == "checkpoint":
             yield table.checkpoint(one.start, other.stop)
             yield table.turns(one.start, other.stop, Segment("", "", "checkpoint"))
-        elif main.store == "recompute":
-            yield table.keep(one.start, other.stop, main.store)
+        elif main.cheap == "recompute":
+            yield table.keep(one.start, other.stop, main.store, main.cheap)

@@ -22,7 +22,7 @@ from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
-from rowtune.plan.plan import Plan, Segment, Store
+from rowtune.plan.plan import Cheap, Plan, Segment, Store
 from rowtune.runtime.blank import Signature
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -222,9 +222,9 @@ class Table:
 
     # -- ways to compute a stretch --------------------------------------------------------------------------
 
-    def keep(self, start: int, stop: int, store: Store = "device") -> Key:
+    def keep(self, start: int, stop: int, store: Store = "device", cheap: Cheap = "store") -> Key:
         made = self.segment(self.cuts[start], self.cuts[stop], "keep")
-        return start, stop, (replace(made, store=store),)
+        return start, stop, (replace(made, store=store, cheap=cheap),)
 
     def checkpoint(self, start: int, stop: int, images: int = 0, store: Store = "device") -> Key:
         made = replace(self._checkpoint(start, stop), store=store)

@@ -18,7 +18,8 @@ Tapes = Literal["split", "whole", "late", "replay"]
 Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 Precision = Literal["as given", "bf16", "fp16"]
-Store = Literal["device", "recompute", "host", "bf16", "fp16"]
+Cheap = Literal["store", "recompute"]
+Store = Literal["device", "host", "bf16", "fp16"]
 
 LOSSY: frozenset[Store] = frozenset({"bf16", "fp16"})
 """Stores that give back something else than they were given."""
@@ -42,10 +43,11 @@ class Segment:
                 passes: never make it, stream the segment once more for each barrier;
                 narrow: recompute, but passes for tensors that are wider than what they are made from
     store       where what the segment keeps from forward to backward stays (keep: what autograd saves; the
-                others: their inputs, and the rows that halo cache stashes). device: where it is made;
-                recompute (keep alone): what is cheap is made again from what is kept: norms, activations,
-                pools, joins; host: offloaded; bf16, fp16: rounded, for which the plan says how much error it
-                may cost
+                others: their inputs, and the rows that halo cache stashes). device: where it is made; host:
+                offloaded; bf16, fp16: rounded, for which the plan says how much error it may cost
+    cheap       what is cheap to make in a keep segment (norms, activations, pools, joins; no convolution).
+                store: kept like the rest; recompute: made again in backward, from the least that has to be
+                kept for it
     inside      segments that a checkpoint is made of: run one by one when it is recomputed, each as it says
                 itself, so that their own recomputations take turns (recursive checkpointing, as in Chen et
                 al., "Training deep nets with sublinear memory cost", arXiv 1604.06174)
@@ -61,6 +63,7 @@ class Segment:
     tapes: Tapes = "split"
     barriers: Barriers = "store"
     store: Store = "device"
+    cheap: Cheap = "store"
     band_cols: int = 0
     inside: tuple[Segment, ...] = ()
 
@@ -173,6 +176,7 @@ def _check(made: Segment) -> None:
     for inner in made.inside:
         _check(inner)
     choices = {"policy": Policy, "halo": Halo, "tapes": Tapes, "barriers": Barriers, "store": Store}
+    choices["cheap"] = Cheap
     _check_choices(made, choices)
     for key in ("band_rows", "images", "band_cols"):
         value = getattr(made, key)
@@ -180,14 +184,21 @@ def _check(made: Segment) -> None:
             raise PlanError(f"{key} is a whole number of at least 0, not {value!r}")
     if made.policy == "rows" and made.band_rows < 1 and made.images < 1:
         raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows or images of at least 1")
-    if made.store == "recompute" and made.policy != "keep":
+    if made.cheap == "recompute" and made.policy != "keep":
         raise PlanError(
-            f"segment {made.first}..{made.last}: store recompute leaves out what a keep segment need not "
-            f"keep; policy {made.policy} recomputes by itself: take store device"
+            f"segment {made.first}..{made.last}: cheap recompute leaves out what a keep segment need not "
+            f"keep; policy {made.policy} recomputes by itself: take cheap store"
         )
     if made.inside and made.policy != "checkpoint":
         raise PlanError(f"segment {made.first}..{made.last}: only a checkpoint has segments inside")
-    stored = [s for inner in made.inside for s in (inner, *_leaves(inner)) if s.store != "device"]
+    inside = [s for inner in made.inside for s in (inner, *_leaves(inner))]
+    lean = [s for s in inside if s.cheap == "recompute"]
+    if lean:
+        raise PlanError(
+            f"segment {lean[0].first}..{lean[0].last} lies inside a checkpoint, which keeps "
+            "everything while it is recomputed: take cheap store"
+        )
+    stored = [s for s in inside if s.store != "device"]
     if stored:
         raise PlanError(
             f"segment {stored[0].first}..{stored[0].last} lies inside a checkpoint and keeps nothing from "

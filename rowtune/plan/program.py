@@ -166,7 +166,7 @@ class Program:
 
 def steps_of(segment: SegmentProgram, called: Callable[[str], str] = str) -> Any:
     """All that decides what a segment runs and keeps, with values `called` by other names."""
-    return segment.decision.store, _steps_of(segment, called)
+    return segment.decision.store, segment.decision.cheap, _steps_of(segment, called)
 
 
 def _steps_of(segment: SegmentProgram, called: Callable[[str], str]) -> Any:

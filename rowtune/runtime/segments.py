@@ -60,7 +60,7 @@ class Step:
         """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint
         nothing is kept."""
         store = segment.decision.store
-        if store not in STORES or self.twice or not torch.is_grad_enabled():
+        if store == "device" or self.twice or not torch.is_grad_enabled():
             return None
         return Keeping(STORES[store](self.host), self.outside)
 
@@ -69,8 +69,8 @@ def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
     """Add the segment's outputs to `env`."""
     keeping = step.keeping(segment)
     again = segment.inner or segment.decision.policy == "checkpoint"
-    if segment.decision.store == "recompute" and torch.is_grad_enabled():
-        remaking = Remaking(not_kept(segment, env, step.seed), step.seed)
+    if segment.decision.cheap == "recompute" and torch.is_grad_enabled():
+        remaking = Remaking(not_kept(segment, env, step.seed), step.seed, keeping)
         with saving(remaking):
             env |= _run_nodes(segment, env, {}, remaking.run)
     elif segment.banded is not None or segment.passes is not None:

@@ -255,7 +255,7 @@ class ProgrammeSpace:
         needs: set[str] = {s.policy for s in option.segments if s.policy != "keep"}
         for segment in option.segments:
             uses = {"turns": segment.inside, "images": segment.images}
-            stores = {"offload": segment.store == "host", "recompute": segment.store == "recompute"}
+            stores = {"offload": segment.store == "host", "recompute": segment.cheap == "recompute"}
             needs |= {name for name, used in (uses | stores).items() if used}
         return needs <= self.savers
 

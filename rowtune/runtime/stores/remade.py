@@ -19,7 +19,8 @@ from rowtune.graph.graph import Node, replace
 from rowtune.graph.regions import inside
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.precision import as_it_was, autocast_key
-from rowtune.runtime.stores import keeping
+from rowtune.runtime.stores import keeping as limits
+from rowtune.runtime.stores.keeping import Keeping, Kept
 from rowtune.torch_private import storage_of
 
 Lookup = Callable[[str], Any]
@@ -31,10 +32,11 @@ class Remaking:
     Args:
         names: the nodes whose outputs are not kept.
         seed: of this step's random masks.
+        keeping: where the rest is kept; None: where it is.
     """
 
-    def __init__(self, names: frozenset[str], seed: int) -> None:
-        self.names, self.seed, self.autocast = names, seed, autocast_key()
+    def __init__(self, names: frozenset[str], seed: int, keeping: Keeping | None = None) -> None:
+        self.names, self.seed, self.keeping, self.autocast = names, seed, keeping, autocast_key()
         self.known: dict[int, _Known] = {}
         self.fresh: list[_Fresh] = []
         self.largest_index = 0
@@ -43,7 +45,7 @@ class Remaking:
 
     def pack(self, t: Tensor) -> Tensor | _Fresh | View | _Narrow:
         size = t.numel() * t.itemsize
-        if size < keeping.LEAST_BYTES or t.layout != torch.strided:
+        if size < limits.LEAST_BYTES or t.layout != torch.strided:
             return t
         known = self._known(t)
         if known is not None:
@@ -60,6 +62,8 @@ class Remaking:
     def forget(self) -> None:
         """Forward is over."""
         self.known.clear()
+        if self.keeping is not None:
+            self.keeping.forget()
 
     # -- what the segment tells ----------------------------------------------------------------------------
 
@@ -74,6 +78,8 @@ class Remaking:
             self.known[storage_of(out)] = _Known(weakref.ref(out.untyped_storage()), made)
             for fresh in self.fresh:
                 fresh.settle(out, made)
+        for fresh in self.fresh if self.keeping is not None else ():
+            fresh.kept = self._kept(fresh.kept)
         self.fresh.clear()
         return out
 
@@ -85,7 +91,10 @@ class Remaking:
         if not isinstance(value, Tensor):
             return value
         made = self._known(value)
-        return value.detach() if made is None else View(made, value)
+        return self._kept(value.detach()) if made is None else View(made, value)
+
+    def _kept(self, saved: Tensor | View | Kept) -> Tensor | View | Kept:
+        return self.keeping.pack(saved) if self.keeping is not None and isinstance(saved, Tensor) else saved
 
     def _again(self, node: Node, out: Tensor) -> Callable[[Lookup], Tensor]:
         autocast, seed = self.autocast, self.seed
@@ -153,7 +162,9 @@ class Made:
 
     def _lookup(self, name: str) -> Any:
         source = self.sources[name]
-        return source.of(source.made.tensor()) if isinstance(source, View) else source
+        if isinstance(source, View):
+            return source.of(source.made.tensor())
+        return source.get() if isinstance(source, Kept) else source
 
 
 class View:
@@ -176,11 +187,10 @@ class _Fresh:
     """A tensor that is saved while its node runs: perhaps the output itself, which is then not kept."""
 
     def __init__(self, t: Tensor) -> None:
-        self.kept: Tensor | View = t
+        self.kept: Tensor | View | Kept = t
 
     def settle(self, out: Tensor, made: Made) -> None:
-        assert isinstance(self.kept, Tensor)
-        if storage_of(self.kept) == storage_of(out):
+        if isinstance(self.kept, Tensor) and storage_of(self.kept) == storage_of(out):
             self.kept = View(made, self.kept)
             made.readers += 1
 
