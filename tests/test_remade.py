@@ -22,7 +22,7 @@ from rowtune.errors import PlanError
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Plan, Store
 from rowtune.plan.remake import LONGEST, Block, made_again
 from rowtune.zoo import build
 
@@ -33,10 +33,11 @@ def small(monkeypatch):
     monkeypatch.setattr("rowtune.runtime.stores.keeping.LEAST_BYTES", 256)
 
 
-def lean(graph: Graph, **whole: Any) -> Plan:
+def lean(graph: Graph, store: Store = "device", **whole: Any) -> Plan:
     """All of the network, kept but for what is cheap."""
     plan = rowtune.uniform_plan(graph, "keep")
-    return replace(plan, segments=tuple(replace(s, cheap="recompute") for s in plan.segments), **whole)
+    segments = tuple(replace(s, cheap="recompute", store=store) for s in plan.segments)
+    return replace(plan, segments=segments, **whole)
 
 
 # -- the cut -----------------------------------------------------------------------------------------------
@@ -261,8 +262,7 @@ def test_refused():
 @pytest.mark.parametrize("store", ["host", "bf16", "fp16"])
 def test_what_is_still_kept_goes_into_a_store(store):
     made = case("unet_bn", torch.float32 if store != "host" else torch.float64)
-    plan = lean(made.training, max_grad_error=0.0 if store == "host" else 0.4)
-    plan = replace(plan, segments=tuple(replace(s, store=store) for s in plan.segments))
+    plan = lean(made.training, store, max_grad_error=0.0 if store == "host" else 0.4)
     assert made.error(plan, steps=2) < (TOLERANCE if store == "host" else 0.4)
     assert made.memory(plan).error < 0.01
     least, cost = rowtune.predict(made.training, lean(made.training)), rowtune.predict(made.training, plan)

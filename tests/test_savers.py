@@ -222,7 +222,7 @@ def test_a_keep_segment_offloads_most_of_what_it_holds(small):
     assert there.host_bytes < here.activation_bytes  # what is saved twice is stored once
 
 
-BOUNDS = {"bf16": 0.4, "fp16": 0.02}
+BOUNDS = {"bf16": 0.4, "fp16": 0.02, "int8": 0.5, "int4": 4.0}
 """Of gradients: where a ReLU's sign is found again from a rounded input, it flips near zero."""
 
 
@@ -441,7 +441,7 @@ def test_refused(change, says):
 def test_stores_refused():
     made = case("per_pixel")
     plan = uniform(made.training, "checkpoint")
-    with pytest.raises(PlanError, match="store is one of device, host, bf16, fp16, not 'disk'"):
+    with pytest.raises(PlanError, match="store is one of device, host, bf16, fp16, int8, int4, not 'disk'"):
         made.apply(stored(plan, "disk"))  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="store bf16 rounds what it keeps, and the plan allows no error"):
         made.apply(stored(plan, "bf16"))

@@ -19,9 +19,9 @@ Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 Precision = Literal["as given", "bf16", "fp16"]
 Cheap = Literal["store", "recompute"]
-Store = Literal["device", "host", "bf16", "fp16"]
+Store = Literal["device", "host", "bf16", "fp16", "int8", "int4"]
 
-LOSSY: frozenset[Store] = frozenset({"bf16", "fp16"})
+LOSSY: frozenset[Store] = frozenset({"bf16", "fp16", "int8", "int4"})
 """Stores that give back something else than they were given."""
 
 
@@ -44,7 +44,8 @@ class Segment:
                 narrow: recompute, but passes for tensors that are wider than what they are made from
     store       where what the segment keeps from forward to backward stays (keep: what autograd saves; the
                 others: their inputs, and the rows that halo cache stashes). device: where it is made; host:
-                offloaded; bf16, fp16: rounded, for which the plan says how much error it may cost
+                offloaded; bf16, fp16, int8, int4: rounded, for which the plan says how much error it
+                may cost
     cheap       what is cheap to make in a keep segment (norms, activations, pools, joins; no convolution).
                 store: kept like the rest; recompute: made again in backward, from the least that has to be
                 kept for it

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Node, carried
+from rowtune.plan.plan import LOSSY
 from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.dropout import draws
@@ -70,7 +71,9 @@ def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
     keeping = step.keeping(segment)
     again = segment.inner or segment.decision.policy == "checkpoint"
     if segment.decision.cheap == "recompute" and torch.is_grad_enabled():
-        remaking = Remaking(not_kept(segment, env, step.seed), step.seed, keeping)
+        remaking = Remaking(
+            not_kept(segment, env, step.seed), step.seed, keeping, segment.decision.store in LOSSY
+        )
         with saving(remaking):
             env |= _run_nodes(segment, env, {}, remaking.run)
     elif segment.banded is not None or segment.passes is not None:

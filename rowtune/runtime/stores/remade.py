@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rowtune.graph.graph import Node, replace
 from rowtune.graph.regions import inside
+from rowtune.kernels.rounding import packed, unpacked
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.precision import as_it_was, autocast_key
 from rowtune.runtime.stores import keeping as limits
@@ -24,6 +25,9 @@ from rowtune.runtime.stores.keeping import Keeping, Kept
 from rowtune.torch_private import storage_of
 
 Lookup = Callable[[str], Any]
+
+BRANCHES = frozenset({"relu"})
+"""Operators whose gradient is found again from the sign of their output."""
 
 
 class Remaking:
@@ -33,10 +37,14 @@ class Remaking:
         names: the nodes whose outputs are not kept.
         seed: of this step's random masks.
         keeping: where the rest is kept; None: where it is.
+        rounded: whether that gives back something else. Signs that decide branches are then kept as bits.
     """
 
-    def __init__(self, names: frozenset[str], seed: int, keeping: Keeping | None = None) -> None:
+    def __init__(
+        self, names: frozenset[str], seed: int, keeping: Keeping | None = None, rounded: bool = False
+    ) -> None:
         self.names, self.seed, self.keeping, self.autocast = names, seed, keeping, autocast_key()
+        self.rounded = rounded
         self.known: dict[int, _Known] = {}
         self.fresh: list[_Fresh] = []
         self.largest_index = 0
@@ -106,7 +114,18 @@ class Remaking:
             assert isinstance(found, Tensor)
             return found
 
-        return again
+        return _with_signs(again, out) if self.rounded and node.op in BRANCHES else again
+
+
+def _with_signs(again: Callable[[Lookup], Tensor], out: Tensor) -> Callable[[Lookup], Tensor]:
+    """Made again from rounded values, an element near zero may come out on the other side."""
+    signs, shape, least = packed(out > 0), out.shape, torch.finfo(out.dtype).tiny
+
+    def signed(lookup: Lookup) -> Tensor:
+        with torch.no_grad():
+            return again(lookup).clamp_min_(least).mul_(unpacked(signs, shape))
+
+    return signed
 
 
 def _plane(node: Node, lookup: Lookup) -> int:
