@@ -174,9 +174,7 @@ def main() -> None:
     }
     for store, by in ratios.items():
         middle, least, most = statistics.median(by), min(by), max(by)
-        print(
-            f"{store}, {len(by)} layers: deviation measured / by the rule {middle:.2f} ({least:.2f} to {most:.2f})"
-        )
+        print(f"{store}, {len(by)} layers: measured / rule {middle:.2f} ({least:.2f} to {most:.2f})")
     if given.save:
         out = Path(__file__).parent / "results" / f"{datetime.date.today()}-convergence.json"
         out.write_text(
