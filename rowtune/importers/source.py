@@ -180,7 +180,16 @@ def _onnx(source: Source, seed: int) -> Found:
     return model.module, inputs, tuple(model.notes), tuple(model.norm_names)
 
 
-_LOADERS: Mapping[str, Any] = {"zoo": _zoo, "factory": _factory, "pt2": _pt2, "onnx": _onnx}
+def _python(source: Source, seed: int) -> Found:
+    raise ModelError(
+        f"the plan was made in Python for a {source.text} that no file holds: train with "
+        "rowtune.apply(model, rowtune.load(plan)), or give rowtune.search an out=, which keeps the model too"
+    )
+
+
+_LOADERS: Mapping[str, Any] = {
+    "zoo": _zoo, "factory": _factory, "pt2": _pt2, "onnx": _onnx, "python": _python,
+}  # fmt: skip
 
 
 def norm_layers(module: nn.Module) -> tuple[str, ...]:
