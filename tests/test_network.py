@@ -89,7 +89,8 @@ def test_where_banding_stops_and_why() -> None:
     assert "moments" not in {op for s in found for op in s.operations}
 
 
-def test_peaks_of_three_ways_and_the_command() -> None:
+def test_peaks_of_three_ways_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rowtune.tune.fit.least_peaks.__defaults__", (0.5,))
     source = Source("zoo", "unet_bn", (("base", 4), ("depth", 1)))
     work = define(source, ["1x3x64x16"], loss="cross_entropy")
     told: list[str] = []
