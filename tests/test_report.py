@@ -17,6 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
+from rowtune.cost.predict import predict
+from rowtune.cost.profile import Clock, Profile
 from rowtune.plan.file import MEASURED, PlanFile, load_plan, save_plan
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.uniform import uniform_plan
@@ -24,7 +26,7 @@ from rowtune.problem import Problem, Source, TensorSpec
 from rowtune.report.build import make_page
 from rowtune.report.html import html
 from rowtune.report.knobs import importance
-from rowtune.report.step import Unknown, curve, step_cost
+from rowtune.report.step import Unknown, curve, segment_costs, step_cost
 from rowtune.train.opened import open_plan
 from rowtune.tune.find import study_identity
 from rowtune.tune.records import PLAIN, Record, RecordFile, digest
@@ -140,6 +142,19 @@ def test_segments_have_what_the_prediction_says(folder: Path, made: Any) -> None
     assert all(s["seconds"] > 0 and s["kept_bytes"] >= 0 for s in segments)
 
 
+@pytest.mark.parametrize("barriers", ["store", "recompute", "narrow"])
+def test_a_segment_that_runs_as_several_is_one(barriers: Any) -> None:
+    """Where all rows must have passed, a stored tensor ends what runs, but not the plan's segment."""
+    source = Source("zoo", "unet_bn", (("base", 4), ("depth", 1)))
+    graph = prepare(replace(PROBLEM, model=source)).graph
+    half = len(graph.nodes) // 2
+    rows = Segment(graph.nodes[0].name, graph.nodes[half].name, "rows", 8, barriers=barriers)
+    plan = Plan((rows, Segment(graph.nodes[half + 1].name, graph.nodes[-1].name)))
+    found = segment_costs(graph, plan, 1, Clock(Profile()))
+    assert len(found) == 2 and max(s.peak_bytes for s in found) == predict(graph, plan, 1).peak_bytes
+    assert all(s.seconds > 0 and s.kept_bytes > 0 for s in found)
+
+
 def test_memory_over_the_step(folder: Path, made: Any) -> None:
     plan, plain = made["memory"]["plan"], made["memory"]["plain"]
     for drawn in (plan, plain):
@@ -227,6 +242,8 @@ def test_without_its_model_the_files_speak(folder: Path) -> None:
     shown = call("report", str(folder / "plan.json"), "--no-model")
     assert shown["memory"] is None and "--no-model" in shown["note"] and len(shown["trials"]) == 9
     file = load_plan(folder / "plan.json")
+    elsewhere = step_cost(replace(file, problem=replace(file.problem, device="cuda:7")))
+    assert not isinstance(elsewhere, Unknown) and not elsewhere.timed
     changed = replace(file, fingerprint="0" * 16)
     step = step_cost(changed)
     assert isinstance(step, Unknown) and "fingerprint" in step.why

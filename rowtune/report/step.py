@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +12,9 @@ import torch
 from rowtune.cost.compose import Peak
 from rowtune.cost.predict import composed
 from rowtune.cost.profile import Clock, Profile
+from rowtune.cost.seen import Step
 from rowtune.cost.state import state_bytes
-from rowtune.errors import RowtuneError
+from rowtune.errors import RowtuneError, UsageError
 from rowtune.graph.graph import Graph
 from rowtune.plan.file import PlanFile
 from rowtune.plan.lower import lower
@@ -20,8 +23,9 @@ from rowtune.plan.uniform import uniform_plan
 from rowtune.report.page import Curve, Held, Memory
 from rowtune.runtime.recorder import record
 from rowtune.runtime.recording import Recording
-from rowtune.train.opened import open_plan
+from rowtune.tune.device import resolve_device
 from rowtune.tune.profiles import known
+from rowtune.tune.step import prepare
 
 POINTS = 400
 """Of a curve, at most."""
@@ -59,27 +63,54 @@ class Unknown:
 
 def step_cost(file: PlanFile) -> StepCost | Unknown:
     """Open the plan's model (which may run its code), and record a step of the plan and of plain PyTorch on
-    tensors without data. Unknown where the model cannot be opened here, or is not the plan's any more."""
+    tensors without data: the plan's device need not be here. Unknown where the model cannot be opened, or is
+    not the plan's any more."""
     try:
-        work, _ = open_plan(file)
+        work = prepare(file.problem)
     except RowtuneError as error:
         return Unknown(f"no memory over the step: {error}")
-    graph, slots = work.graph, work.optimizer.slots
-    profile = known(work.problem.device)
-    step, peak = composed(graph, file.plan, slots)
-    clock = Clock(profile or Profile())
-    sizes = _sizes(graph, file.plan)
-    costs = tuple(
-        SegmentCost(
-            share=size,
-            kept_bytes=max(ahead.after - ahead.before, 0),
-            peak_bytes=max(ahead.peak, back.peak),
-            seconds=clock.seconds(linked.policy, linked.footprint.work, linked.footprint.host),
+    if work.graph.fingerprint != file.fingerprint:
+        return Unknown(
+            f"no memory over the step: the plan was made for a model with fingerprint {file.fingerprint}, "
+            f"but {file.problem.model} now has {work.graph.fingerprint}"
         )
-        for size, ahead, back, linked in zip(sizes, peak.forward, peak.backward, step.segments, strict=True)
-    )
+    graph, slots = work.graph, work.optimizer.slots
+    profile = _profile(work.problem.device)
+    costs = segment_costs(graph, file.plan, slots, Clock(profile or Profile()))
     memory = Memory(curve(graph, file.plan, slots), curve(graph, uniform_plan(graph, "keep"), slots))
     return StepCost(costs, memory, profile is not None)
+
+
+def segment_costs(
+    graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None, clock: Clock
+) -> tuple[SegmentCost, ...]:
+    """One for each of the plan's segments, which runs as several where it stores what is at its barriers."""
+    step, peak = composed(graph, plan, optimizer)
+    places = {node.name: i for i, node in enumerate(graph.nodes)}
+    starts = [places[s.first] for s in plan.segments]
+    parts: list[list[int]] = [[] for _ in starts]
+    for i, segment in enumerate(lower(graph, plan).segments):
+        parts[bisect_right(starts, segment.part.start) - 1].append(i)
+    sizes = _sizes(graph, plan)
+    return tuple(_cost(size, part, step, peak, clock) for size, part in zip(sizes, parts, strict=True))
+
+
+def _cost(share: float, part: Sequence[int], step: Step, peak: Peak, clock: Clock) -> SegmentCost:
+    linked = [step.segments[i] for i in part]
+    return SegmentCost(
+        share=share,
+        kept_bytes=max(sum(peak.forward[i].after - peak.forward[i].before for i in part), 0),
+        peak_bytes=max((max(peak.forward[i].peak, peak.backward[i].peak) for i in part), default=0),
+        seconds=sum(clock.seconds(s.policy, s.footprint.work, s.footprint.host) for s in linked),
+    )
+
+
+def _profile(device: str) -> Profile | None:
+    """Of a device that was calibrated, and is here."""
+    try:
+        return known(resolve_device(device))
+    except UsageError:
+        return None
 
 
 def _sizes(graph: Graph, plan: Plan) -> list[float]:
