@@ -1,7 +1,13 @@
 """rowtune: train convolutional networks that do not fit, exactly, under a memory budget.
 
+    found = rowtune.search(model, inputs, "8GB", loss="mse")   the fastest exact plan that fits, by measuring
+    found = rowtune.load("plan.json")                          one that `rowtune search` wrote
+    module = rowtune.apply(model, found, loss="mse")           an nn.Module that trains by it
+
+and, one by one, what those are made of:
+
     graph = rowtune.trace(model, inputs)                       what is computed
-    plan = rowtune.uniform_plan(graph, "rows", band_rows=16)   how (or `rowtune search` finds one)
+    plan = rowtune.uniform_plan(graph, "rows", band_rows=16)   how
     cost = rowtune.predict(graph, plan)                        what it takes (of a graph with a loss)
     module = rowtune.apply(model, plan)                        an nn.Module that computes it that way
 
@@ -17,29 +23,35 @@ if TYPE_CHECKING:
     from rowtune import zoo as zoo
     from rowtune.cost.predict import predict as predict
     from rowtune.importers.trace import trace as trace
+    from rowtune.plan.file import PlanFile as PlanFile
     from rowtune.plan.lower import lower as lower
     from rowtune.plan.plan import Plan as Plan
     from rowtune.plan.plan import Segment as Segment
     from rowtune.plan.uniform import uniform_plan as uniform_plan
     from rowtune.runtime.in_backward import step_in_backward as step_in_backward
     from rowtune.runtime.module import apply as apply
+    from rowtune.tune.own import load as load
+    from rowtune.tune.own import search as search
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Plan": "rowtune.plan.plan",
+    "PlanFile": "rowtune.plan.file",
     "Segment": "rowtune.plan.plan",
     "apply": "rowtune.runtime.module",
+    "load": "rowtune.tune.own",
     "lower": "rowtune.plan.lower",
     "predict": "rowtune.cost.predict",
+    "search": "rowtune.tune.own",
     "step_in_backward": "rowtune.runtime.in_backward",
     "trace": "rowtune.importers.trace",
     "uniform_plan": "rowtune.plan.uniform",
 }
 
 __all__ = [
-    *("Plan", "Segment", "__version__", "apply", "lower", "predict", "step_in_backward", "trace"),
-    *("uniform_plan", "zoo"),
+    *("Plan", "PlanFile", "Segment", "__version__", "apply", "load", "lower", "predict", "search"),
+    *("step_in_backward", "trace", "uniform_plan", "zoo"),
 ]
 
 

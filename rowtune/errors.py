@@ -13,6 +13,9 @@ A message states the rule, the actual value and the way out, in one line.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RowtuneError(Exception):
     """Base of all errors that are the input's fault and not rowtune's."""
@@ -54,3 +57,9 @@ class EnginesDifferError(RowtuneError):
     """`run --verify-every`: the calls that were recorded, and the schedule that made them, do not agree."""
 
     exit_code = 7
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown word: "; did you mean 'search'?", or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

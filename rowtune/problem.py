@@ -11,13 +11,14 @@ import torch
 
 from rowtune.errors import PlanError
 
-Kind = Literal["zoo", "factory", "pt2", "onnx"]
+Kind = Literal["zoo", "factory", "pt2", "onnx", "python"]
 Argument = int | float | bool | str | tuple[int | float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`text` is what follows `zoo:`, the `module:factory`, or the file's path; `args` go to the factory."""
+    """`text` is what follows `zoo:`, the `module:factory`, the file's path, or, of a model that a Python
+    program holds ("python"), the name of its class; `args` go to the factory."""
 
     kind: Kind
     text: str

@@ -21,14 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from zones import space
 
 import rowtune
-from rowtune.cli.progress import policies
-from rowtune.cli.report import nested, segments_table
+from rowtune.cli.page import segments_table
 from rowtune.errors import PlanError
 from rowtune.graph.cuts import legal_cut, why_not
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import parse
 from rowtune.graph.training import with_loss
 from rowtune.plan.plan import Plan, Segment
+from rowtune.report.build import stretches
+from rowtune.report.words import nested, policies
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.lists.run import Run
 from rowtune.tune.meter import measure_memory
@@ -224,10 +225,11 @@ def test_whatever_the_search_tries_can_be_shown():
     drawn_at_random = [{k.name: rng.choice(k.choices) for k in knobs.knobs} for _ in range(40)]
     shown = set()
     for values in (*knobs.guesses(), *drawn_at_random):
-        decisions = knobs.plan(values).to_dict()
+        plan = knobs.plan(values)
+        decisions = plan.to_dict()
         shown |= set(policies(decisions).replace("(", " ").split())
         leaves = [s for _, s in nested(decisions["segments"])]
-        assert segments_table(decisions["segments"]).row_count == len(leaves) >= len(decisions["segments"])
+        assert segments_table(stretches(plan)).row_count == len(leaves) >= len(decisions["segments"])
     assert {"images", "turns", "keep", "checkpoint", "narrow"} <= {word.strip("),") for word in shown}
 
 

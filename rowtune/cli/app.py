@@ -6,32 +6,39 @@ Nothing here imports torch; a command does when it runs.
 from __future__ import annotations
 
 import functools
+import inspect as inspect_module
 import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rowtune import __version__
 from rowtune.cli import calibrate, demo, fit, inspect, report, run, search, verify
+from rowtune.cli import config as config_file
 from rowtune.errors import RowtuneError
 
 INTERRUPTED = 130
 
 
 def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
-    """Run a command; every failure is one line, never a traceback (-v shows it)."""
+    """Run a command, with flags from files; every failure is one line, never a traceback (-v shows it)."""
 
     @functools.wraps(command)
-    def wrapper(**flags: Any) -> None:
+    def wrapper(
+        ctx: typer.Context, config: Path | None = None, save_config: Path | None = None, **flags: Any
+    ) -> None:
         verbose, as_json = bool(flags.get("verbose")), bool(flags.get("as_json"))
         if not verbose:
             warnings.simplefilter("ignore")
         try:
+            if save_config is not None:
+                config_file.save_config(ctx, save_config)
             code = command(**flags) or 0
         except RowtuneError as error:
             code = _fail(str(error), error.exit_code, as_json, verbose)
@@ -45,6 +52,21 @@ def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
             code = _fail(f"{type(error).__name__}: {error}{hint}", 1, as_json, verbose)
         raise typer.Exit(code)
 
+    return _with_files(wrapper, command)
+
+
+def _with_files(wrapper: Callable[..., None], command: Callable[..., int | None]) -> Callable[..., None]:
+    """The wrapper, with the command's flags for typer to read, and those that every command has."""
+    own = inspect_module.signature(command, eval_str=True)
+    keyword = inspect_module.Parameter.KEYWORD_ONLY
+    more = [
+        inspect_module.Parameter("config", keyword, default=None, annotation=config_file.Config),
+        inspect_module.Parameter("save_config", keyword, default=None, annotation=config_file.SaveConfig),
+        inspect_module.Parameter("ctx", keyword, annotation=typer.Context),
+    ]
+    parameters = [*own.parameters.values(), *more]
+    wrapper.__signature__ = own.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
 
 
@@ -74,7 +96,6 @@ def _root(
 
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from rowtune.cli import options
-from rowtune.cli.report import show
+from rowtune.cli.page import show_page
+from rowtune.cli.report import read_page
 from rowtune.cli.run import read_plan, train_shown
 from rowtune.cli.screen import Screen
 from rowtune.cli.search import as_dict, find_shown
@@ -55,8 +56,7 @@ def command(
     _heading(screen, 3, f"rowtune run {plan} --steps {steps}")
     trained = train_shown(screen, read_plan(plan), Options(steps=steps), "auto", [])
     _heading(screen, 4, f"rowtune report {plan}")
-    plain = [found.result.plain] if found.result.plain else []
-    show(screen, found.file, [*found.result.records, *plain], str(plan))
+    show_page(screen, read_page(screen, found.file, plan, False))
     screen.json(
         {**as_dict(found, plan), "status": trained.status, "steps": trained.steps, "loss": trained.loss}
     )

@@ -106,10 +106,10 @@ def _confirmed(work: Any, ours: Fit, limit: int, over: str) -> dict[str, Any]:
 
 
 def _show(screen: Screen, found: list[Fit], result: dict[str, Any], inputs: list[str]) -> None:
-    from rowtune.tune.sizes import format_bytes, format_seconds
+    from rowtune.tune.sizes import format_both, format_bytes, format_seconds
 
     limit = result["limit_bytes"]
-    screen.out.print(facts([("inputs", ", ".join(inputs)), ("budget", format_bytes(limit))]))
+    screen.out.print(facts([("inputs", ", ".join(inputs)), ("budget", format_both(limit))]))
     table = plain_table(
         ("", "left"), ("takes at least", "right"), ("", "left"), ("step", "right"),
         (f"largest {result['over']}", "right"), ("times plain's", "right"),

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from rowtune.cli import options
 from rowtune.cli.calls import show_calls
+from rowtune.cli.charts import gauge
 from rowtune.cli.lists import show_lists
-from rowtune.cli.screen import Screen, facts, plain_table
+from rowtune.cli.screen import BAD, GOOD, SOFT, Screen, facts, plain_table
+from rowtune.tune.sizes import format_both, format_bytes, format_count
 
 if TYPE_CHECKING:
     from rowtune.tune.step import Workload
 
-# Stretches shown without -v: the largest.
-MOST = 12
+# Stretches shown without -v: the largest. Operations named of a stage where a terminal is so wide; cells of
+# its bar.
+MOST, NAMED, WIDE, BAR = 12, 4, 110, 12
 
 
 def command(
@@ -36,6 +40,7 @@ def command(
 ) -> None:
     """Say what a model is, and where and why banding stops; of a plan.json, how its segments are run."""
     from rowtune.importers.source import PT2_WARNING, parse_source
+    from rowtune.report.network import describe
     from rowtune.tune.step import define
 
     screen = Screen(as_json, quiet, verbose)
@@ -45,59 +50,14 @@ def command(
     source = parse_source(model, model_arg or ())
     screen.opening(source)
     work = define(source, shape or (), dtype=dtype, loss=loss, optimizer=optimizer, seed=seed)
-    found = describe(work)
+    with screen.err.status("predicting ...") as status:
+        found = describe(work, lambda text: status.update(f"predicting {text} ..."))
     screen.notes(note for note in work.loaded.notes if note != PT2_WARNING)
     _show(screen, work, found)
     screen.json(found)
 
 
-def describe(work: Workload) -> dict[str, Any]:
-    """The JSON of inspect."""
-    from rowtune.graph.cuts import barrier_parts, opaque_nodes, stretches
-    from rowtune.tune.reference import plain_peak
-
-    graph = work.graph
-    segments = []
-    for start, stop in stretches(graph, 2):
-        nodes = graph.nodes[start:stop]
-        size = sum(graph.values[node.name].bytes for node in nodes)
-        barriers = len(barrier_parts(graph, start, stop, 2)) - 1
-        segments.append(
-            {
-                "first": nodes[0].name,
-                "last": nodes[-1].name,
-                "nodes": len(nodes),
-                "bytes": size,
-                "barriers": barriers,
-            }
-        )
-    total = sum(graph.values[node.name].bytes for node in graph.nodes) or 1
-    inputs = [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in work.problem.inputs]
-    return {
-        "status": "ok",
-        "model": str(work.problem.model),
-        "fingerprint": graph.fingerprint,
-        "inputs": inputs,
-        "outputs": [list(graph.values[name].shape) for name in work.traced.outputs],
-        "loss_output": work.traced.outputs.index(graph.loss_output),
-        "parameters": sum(p.numel() for p in work.module.parameters()),
-        "norm_layers": len(work.loaded.norm_layers),
-        "loss": work.problem.loss,
-        "optimizer": work.problem.optimizer,
-        "nodes": len(graph.nodes),
-        "segments": segments,
-        "opaque": [
-            {"node": n, "operator": op, "reason": why, "share": graph.values[n].bytes / total}
-            for n, op, why in opaque_nodes(graph)
-        ],
-        "plain_peak_bytes": plain_peak(work),
-        "notes": list(work.loaded.notes),
-    }
-
-
 def _show(screen: Screen, work: Workload, found: dict[str, Any]) -> None:
-    from rowtune.tune.sizes import format_bytes
-
     total = sum(work.graph.values[n.name].bytes for n in work.graph.nodes) or 1
     banded = sum(s["bytes"] for s in found["segments"])
     outputs = ["x".join(map(str, shape)) for shape in found["outputs"]]
@@ -111,19 +71,66 @@ def _show(screen: Screen, work: Workload, found: dict[str, Any]) -> None:
                 ("norm layers", str(found["norm_layers"])),
                 ("loss", found["loss"] + (" (on the first output)" if len(outputs) > 1 else "")),
                 ("optimizer", found["optimizer"]),
-                ("plain's peak", f"{format_bytes(found['plain_peak_bytes'])} predicted"),
+                ("multiply-adds", f"{format_count(found['multiply_adds'])} in a forward"),
                 ("bandable", f"{banded / total:.0%} of the bytes of all {found['nodes']} nodes' outputs"),
             ]
         )
     )
-    _segments(screen, found["segments"])
+    _stages(screen, found["stages"])
+    _peaks(screen, found["predicted_peaks"])
+    if screen.verbose or not found["segments"]:
+        _segments(screen, found["segments"])
     if found["opaque"]:
         _opaque(screen, found["opaque"])
 
 
-def _segments(screen: Screen, segments: list[dict[str, Any]]) -> None:
-    from rowtune.tune.sizes import format_bytes
+def _stages(screen: Screen, stages: list[dict[str, Any]]) -> None:
+    """The network from input to loss; a bar says where plain PyTorch's memory goes."""
+    wide = screen.out.width >= WIDE or screen.verbose
+    table = plain_table(
+        ("stage", "left"), ("feature maps", "left"), ("plain keeps", "right"), ("", "left"),
+        ("bands", "left"), *((("mult-adds", "right"), ("operations", "left")) if wide else ()),
+    )  # fmt: skip
+    most = max((s["kept_bytes"] for s in stages), default=0) or 1
+    for s in stages:
+        operations = [f"{n} {op}" if n > 1 else op for op, n in s["operations"].items()]
+        more = (
+            f" and {len(operations) - NAMED} more" if len(operations) > NAMED and not screen.verbose else ""
+        )
+        named = operations if screen.verbose else operations[:NAMED]
+        table.add_row(
+            s["name"] or s["first"],
+            "x".join(map(str, s["shape"])),
+            format_bytes(s["kept_bytes"]),
+            Text("━" * round(BAR * s["kept_bytes"] / most), "cyan"),
+            _bands(s),
+            *((format_count(s["multiply_adds"]), Text(", ".join(named) + more, SOFT)) if wide else ()),
+        )
+    screen.out.print()
+    screen.out.print(table)
 
+
+def _bands(stage: dict[str, Any]) -> Text:
+    if stage["banding"] == "stops":
+        return Text(f"stop at {', '.join(sorted({op for op, _ in stage['stops']}))}", BAD)
+    barriers = stage["barriers"]
+    word = "" if not barriers else f", {barriers} barrier{'s' if barriers > 1 else ''}"
+    return Text(f"run through{word}", GOOD)
+
+
+def _peaks(screen: Screen, peaks: dict[str, int]) -> None:
+    """What a training step takes at least, each way."""
+    names = {"plain": "plain PyTorch", "checkpointing": "best checkpointing", "rowtune": "smallest plan"}
+    rows = [
+        (names[way], Text.assemble(gauge(peak, peaks["plain"]), f"  {format_both(peak)}"))
+        for way, peak in peaks.items()
+    ]
+    screen.out.print()
+    screen.out.print("[bold]Predicted peaks of a training step[/]")
+    screen.out.print(facts(rows))
+
+
+def _segments(screen: Screen, segments: list[dict[str, Any]]) -> None:
     table = plain_table(
         ("rows can run from", "left"),
         ("to", "left"),

@@ -13,32 +13,13 @@ from rich.text import Text
 
 from rowtune.cli.charts import gauge
 from rowtune.cli.screen import BAD, GOOD, SOFT, Screen, plain_table
+from rowtune.report.words import policies
 
 if TYPE_CHECKING:
     from rowtune.tune.records import Record
     from rowtune.tune.task import Progress
 
 STATUS_STYLE = {"ok": GOOD, "over": "yellow", "slow": SOFT, "rejected": SOFT}
-
-
-def policies(decisions: Any) -> str:
-    """A plan in a few words: its segments' policies, equal neighbours once."""
-    words: list[str] = []
-    for s in (decisions or {}).get("segments", ()):
-        word = s["policy"]
-        if word == "rows":
-            word = f"rows {s['band_rows']} {s.get('halo', 'sweep')}" if s.get("band_rows") else "images"
-            word += f" x{s['images']}" if s.get("images") else ""
-            word += f" {s['tapes']} tapes" if s.get("tapes", "split") != "split" else ""
-            word += f" barriers {s['barriers']}" if s.get("barriers", "store") != "store" else ""
-        elif "inside" in s:
-            inside = (policies({"segments": [one]}) for one in s["inside"])
-            word = f"in turns ({', '.join(dict.fromkeys(inside))})"
-        if not words or words[-1] != word:
-            words.append(word)
-    layout = (decisions or {}).get("layout", "contiguous")
-    words += [layout] if layout != "contiguous" else []
-    return " + ".join(words) or "plain PyTorch"
 
 
 class Shown:

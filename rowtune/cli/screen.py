@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from rowtune.report.finite import finite
 
 if TYPE_CHECKING:
     from rowtune.problem import Source
@@ -60,17 +61,7 @@ class Screen:
     def json(self, value: dict[str, Any]) -> None:
         """The one object, where asked for; infinities and nan become null."""
         if self.as_json:
-            print(json.dumps(_finite(value)))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
+            print(json.dumps(finite(value)))
 
 
 def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:

@@ -192,12 +192,13 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the structure: operators, wiring, parameter names and shapes; not the input's size."""
+        """Identity of the structure: operators, wiring, parameter names and shapes; not the input's size, nor
+        the loss."""
         number = {name: i for i, name in enumerate(self.values)}
         rows: list[Any] = [
             (v.kind, v.path, v.shape if v.kind in ("parameter", "buffer") else len(v.shape))
             for v in self.values.values()
-            if v.kind not in ("node", "target") and v.path != "@"
+            if v.kind not in ("node", "target", "norms") and v.path != "@"
         ]
         rows += [
             (node.op, [number[i] for i in node.inputs], *([repr(node.region)] if node.region else []))

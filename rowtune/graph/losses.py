@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.errors import ModelError, UsageError
+from rowtune.errors import ModelError, UsageError, meant
 from rowtune.kernels.constants import Copies
 
 _OWN = "for one of your own give module:function, or in Python the function itself or a torch.nn loss"
@@ -224,7 +224,7 @@ def parse(text: str) -> Loss:
             raise UsageError(f"the loss {text}: {error}; {_OWN}") from error
         return Loss(**{**made.__dict__, "name": text})
     if not rest:
-        raise UsageError(f"the loss {text!r} is none of {', '.join(LOSSES)}; {_OWN}")
+        raise UsageError(f"the loss {text!r} is none of {', '.join(LOSSES)}; {_OWN}{meant(name, LOSSES)}")
     try:
         function = getattr(importlib.import_module(name), rest)
     except (ImportError, AttributeError) as error:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.errors import ModelError, RowtuneError, UsageError
+from rowtune.errors import ModelError, RowtuneError, UsageError, meant
 from rowtune.problem import Argument, Source, TensorSpec
 
 PT2_WARNING = "a .pt2 file can execute code when it is loaded: open only files from people you trust"
@@ -48,9 +48,10 @@ def parse_source(text: str, model_args: Sequence[str] = ()) -> Source:
             return Source("factory", text, args)
         raise UsageError(
             f"{text!r} is no model: give zoo:NAME, package.module:factory, or an existing .onnx or .pt2 file"
+            f"{_meant(text)}"
         )
     if not Path(text).exists():
-        raise UsageError(f"there is no file {text}")
+        raise UsageError(f"there is no file {text}{_meant(text)}")
     if not Path(text).is_file():
         raise UsageError(f"{text} is not a file")
     if args:
@@ -58,6 +59,16 @@ def parse_source(text: str, model_args: Sequence[str] = ()) -> Source:
     if suffix not in (".onnx", ".pt2"):
         raise ModelError(f"{text} is neither .onnx nor .pt2; for Python code give package.module:factory")
     return Source("onnx" if suffix == ".onnx" else "pt2", text, ())
+
+
+def _meant(text: str) -> str:
+    """A name of the zoo without its prefix, or a file here whose name is like it."""
+    from rowtune import zoo
+
+    folder = Path(text).parent
+    files = [str(p) for p in folder.glob("*") if p.suffix.lower() in (".onnx", ".pt2")]
+    like = meant(text, zoo.ZOO).replace("mean '", "mean 'zoo:")
+    return meant(text, files) or like
 
 
 def _argument(item: str) -> tuple[str, Argument]:
@@ -180,7 +191,16 @@ def _onnx(source: Source, seed: int) -> Found:
     return model.module, inputs, tuple(model.notes), tuple(model.norm_names)
 
 
-_LOADERS: Mapping[str, Any] = {"zoo": _zoo, "factory": _factory, "pt2": _pt2, "onnx": _onnx}
+def _python(source: Source, seed: int) -> Found:
+    raise ModelError(
+        f"the plan was made in Python for a {source.text} that no file holds: train with "
+        "rowtune.apply(model, rowtune.load(plan)), or give rowtune.search an out=, which keeps the model too"
+    )
+
+
+_LOADERS: Mapping[str, Any] = {
+    "zoo": _zoo, "factory": _factory, "pt2": _pt2, "onnx": _onnx, "python": _python,
+}  # fmt: skip
 
 
 def norm_layers(module: nn.Module) -> tuple[str, ...]:

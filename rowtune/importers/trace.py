@@ -48,6 +48,22 @@ def trace(
         model, inputs = _opened(os.fspath(model), inputs)
     if inputs is None:
         raise UsageError("trace(model, inputs): example inputs are needed for a module, as a tuple")
+    program, notes = exported(model, inputs, training=training, named=named)
+    return replace(read(program, model, training), notes=notes)
+
+
+def exported(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    training: bool = True,
+    named: dict[str, Any] | None = None,
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """torch.export's program of a model, and what a person should know about it; see `trace`.
+
+    Raises:
+        ModelError: the model cannot be exported.
+    """
     was_training = [(m, m.training) for m in model.modules()]
     if training != model.training:
         model.train(training)
@@ -61,7 +77,7 @@ def trace(
             regions_as_they_are(),
         ):
             given = _without_data(model, _each_on_its_own((inputs, named or {})))
-            exported = torch.export.export(model, *given, strict=False)
+            program = torch.export.export(model, *given, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, SyntaxError):  # torch.export writes the operator's argument `from` into Python
@@ -73,7 +89,7 @@ def trace(
     finally:
         for module, flag in was_training:
             module.training = flag
-    return replace(read(exported, model, training), notes=tuple(notes))
+    return program, tuple(notes)
 
 
 def _each_on_its_own(inputs: Any) -> Any:

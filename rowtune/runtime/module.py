@@ -20,6 +20,7 @@ from rowtune.graph.losses import Loss
 from rowtune.graph.training import NORMS, TARGET, with_loss
 from rowtune.importers.trace import trace
 from rowtune.plan.adapt import eval_plan
+from rowtune.plan.file import PlanFile
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, checked
 from rowtune.plan.program import Program
@@ -36,7 +37,7 @@ LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
 
 def apply(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | PlanFile,
     loss: LossLike = None,
     *,
     fingerprint: str | None = None,
@@ -51,6 +52,7 @@ def apply(
     banded too.
 
     Args:
+        plan: a plan, or what `search` and `load` return: its plan, for a model of its structure only.
         loss: a name as on the command line, a torch.nn loss, or a function (output, target) -> scalar. It
             looks at the model's first output.
         fingerprint: of the graph the plan was made for; a model of another structure is refused.
@@ -63,6 +65,8 @@ def apply(
         UsageError: the loss is none of these.
         PlanError: the plan holds values that no plan file may hold.
     """
+    if isinstance(plan, PlanFile):
+        fingerprint, plan = fingerprint or plan.fingerprint, plan.plan
     return RowtuneModule(model, checked(plan), as_loss(loss), fingerprint, graph, engine)
 
 

@@ -29,9 +29,9 @@ AXES = {"N": 0, "H": -2, "W": -1, "D": -3, "L": -1}
 """Letters for the dimensions of an input: batch, height, width, depth, length."""
 GRAIN = 32
 """Spatial sizes are multiples of this many (of the size asked for, where that is none)."""
-SECONDS, LATER, TRIES, LARGEST = 10.0, 4.0, 6, 1 << 20
-"""Of recording plans at the size asked for, and at another; sizes tried for one way; no size is larger than
-that many times."""
+SECONDS, LATER, PEEK, TRIES, LARGEST = 10.0, 4.0, 2.0, 6, 1 << 20
+"""Of recording plans at the size asked for, at another, and for peaks alone; sizes tried for one way; no size
+is larger than that many times."""
 
 
 class Found(NamedTuple):
@@ -79,6 +79,16 @@ def fit(
         largest = _largest(work, sizes, way, limit, here, profile, watch)
         found.append(Fit(way, here, *(largest or (None, None))))
     return found
+
+
+def least_peaks(work: Workload, seconds: float = PEEK) -> dict[str, int]:
+    """The predicted peak of the smallest plan of each way, in bytes, at the workload's own size. `seconds`
+    are how long plans of one way are recorded, at most: with more of them a smaller one may be found."""
+    slots = work.optimizer.slots
+    plain, checkpointing, ours = (
+        _found(Table(work.graph), slots, way, 0, None, seconds).peak_bytes for way in WAYS
+    )
+    return {"plain": plain, "checkpointing": checkpointing, "rowtune": min(ours, checkpointing)}
 
 
 def resized(work: Workload, over: str, lengths: tuple[int, ...]) -> tuple[TensorSpec, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rowtune.errors import UsageError
+from rowtune.errors import UsageError, meant
 
 SAVERS: dict[str, str] = {
     "rows": "bands of rows (and what else bands take)",
@@ -33,7 +33,8 @@ def parse(text: str) -> frozenset[str]:
     changes = [word for word in words if word[0] in "+-"]
     for word in words:
         if word.lstrip("+-") not in SAVERS:
-            raise UsageError(f"--savers: {word.lstrip('+-')!r} is none of {', '.join(SAVERS)}")
+            name = word.lstrip("+-")
+            raise UsageError(f"--savers: {name!r} is none of {', '.join(SAVERS)}{meant(name, SAVERS)}")
     if not changes:
         return frozenset(words)
     if len(changes) < len(words):

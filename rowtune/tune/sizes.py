@@ -49,6 +49,26 @@ def format_bytes(size: float | None) -> str:
     return f"{value:.2f} TB"
 
 
+def format_both(size: float) -> str:
+    """As budgets are given, in decimal and in binary units: 8.00 GB (7.45 GiB)."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 999.5 or unit == "TiB":
+            break
+        value /= 1024
+    return format_bytes(size) if unit == "B" else f"{format_bytes(size)} ({value:.{_digits(value)}f} {unit})"
+
+
+def format_count(count: float) -> str:
+    """1.23 G, 45.6 M."""
+    value = float(count)
+    for letter in ("", " k", " M", " G"):
+        if value < 999.95:
+            return f"{value:.0f}" if not letter else f"{value:.{_digits(value)}f}{letter}"
+        value /= 1000
+    return f"{value:.{_digits(value)}f} T"
+
+
 def format_seconds(seconds: float | None) -> str:
     """1.23 s, 45.6 ms."""
     if seconds is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.errors import ModelError, UsageError
+from rowtune.errors import ModelError, UsageError, meant
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
@@ -84,6 +84,7 @@ def parse_optimizer(text: str) -> OptimizerSpec:
     if name not in _OPTIMIZERS:
         raise UsageError(
             f"--optimizer is one of {', '.join(_OPTIMIZERS)} with options as in sgd:lr=0.1, not {text!r}"
+            f"{meant(name, _OPTIMIZERS)}"
         )
     make, options = _OPTIMIZERS[name][0], dict(_OPTIMIZERS[name][1])
     known = set(inspect.signature(make).parameters) - {"params"}
@@ -92,6 +93,7 @@ def parse_optimizer(text: str) -> OptimizerSpec:
         if not eq or key not in known:
             raise UsageError(
                 f"--optimizer {text}: {name} has no option {item!r}; it takes {', '.join(sorted(known))}"
+                f"{meant(key, known)}"
             )
         options[key] = _number(value, text)
     try:

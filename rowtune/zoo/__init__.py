@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from rowtune.errors import UsageError
+from rowtune.errors import UsageError, meant
 from rowtune.zoo.convnext import convnext_tiny
 from rowtune.zoo.deeplab import deeplabv3plus
 from rowtune.zoo.densenet import densenet121
@@ -70,6 +70,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     if unknown:
         raise UsageError(
             f"{name} has no argument {', '.join(unknown)}; it takes {', '.join(signature.parameters)}"
+            f"{meant(unknown[0], signature.parameters)}"
         )
     return factory(**kwargs)
 
@@ -82,5 +83,7 @@ def example_shape(name: str) -> tuple[int, ...]:
 
 def _find(name: str) -> Callable[..., nn.Module]:
     if name not in ZOO:
-        raise UsageError(f"no architecture named {name!r} in the zoo; it has {', '.join(sorted(ZOO))}")
+        raise UsageError(
+            f"no architecture named {name!r} in the zoo; it has {', '.join(sorted(ZOO))}{meant(name, ZOO)}"
+        )
     return ZOO[name]
