@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -211,16 +211,26 @@ def at_budget(file: PlanFile, budget: int) -> PlanFile:
             f"no plan of this file's front was measured within {budget} bytes{need}: search again with that "
             "budget, which uses what was measured before"
         )
-    best = min(inside, key=lambda m: float(m["step_seconds"]))
-    measured = dict.fromkeys(MEASURED) | {k: best[k] for k in ("peak_bytes", "step_seconds")}
+    return _with(replace(file, budget_bytes=budget), min(inside, key=lambda m: float(m["step_seconds"])))
+
+
+def smaller(file: PlanFile, may: Callable[[Plan], bool] = lambda _: True) -> PlanFile | None:
+    """The same with the next plan of its front: of those that take less memory than this one, compute in the
+    same precision and `may` be taken, the one that takes most. None: there is none."""
+    now = file.measured.get("peak_bytes") or file.predicted.get("peak_bytes") or math.inf
+    for member in sorted(file.front, key=lambda m: -float(m["peak_bytes"])):
+        plan = Plan.from_dict(member["decisions"])
+        alike = (plan.dtype, plan.max_grad_error) == (file.plan.dtype, file.plan.max_grad_error)
+        if member["peak_bytes"] < now and plan != file.plan and alike and may(plan):
+            return _with(file, member)
+    return None
+
+
+def _with(file: PlanFile, member: Mapping[str, Any]) -> PlanFile:
+    """Another plan of its front."""
+    measured = dict.fromkeys(MEASURED) | {k: member[k] for k in ("peak_bytes", "step_seconds")}
     plain = {k: file.measured.get(k) for k in ("plain_peak_bytes", "plain_step_seconds")}
-    return replace(
-        file,
-        budget_bytes=budget,
-        plan=Plan.from_dict(best["decisions"]),
-        measured=measured | plain,
-        threads=0,
-    )
+    return replace(file, plan=Plan.from_dict(member["decisions"]), measured=measured | plain, threads=0)
 
 
 def _member(item: Any) -> dict[str, Any]:
