@@ -40,6 +40,8 @@ def command(
         from rowtune.cli.bundle import write_bundle
 
         write_bundle(screen, plan, file, bundle, force)
+    if file.predicted_for:
+        screen.note(f"nothing of this plan was measured: it was predicted for {file.predicted_for}")
     records = _records(screen, file, plan)
     show(screen, file, records, str(plan))
     screen.json(as_dict(file, records, str(plan)))
@@ -55,12 +57,14 @@ def _records(screen: Screen, file: PlanFile, plan: Path) -> list[Record]:
         if bad:
             screen.note(f"{path}: {bad} damaged line(s) left out")
         return list({r.digest: r for r in found}.values())
-    screen.note(f"{path} is missing: showing the plans on the front only")
+    if file.study:
+        screen.note(f"{path} is missing: showing the plans on the front only")
     return [
         Record(
             str(i), "ok", decisions=m["decisions"], peak_bytes=m["peak_bytes"], step_seconds=m["step_seconds"]
         )
         for i, m in enumerate(file.front)
+        if not m.get("predicted")
     ]
 
 
@@ -237,6 +241,7 @@ def as_dict(file: PlanFile, records: Sequence[Record], name: str) -> dict[str, A
         "model": str(file.problem.model),
         "budget_bytes": file.budget_bytes,
         "predicted": dict(file.predicted),
+        "predicted_for": file.predicted_for,
         "measured": dict(file.measured),
         "segments": file.plan.to_dict()["segments"],
         "front": [dict(member) for member in file.front],

@@ -36,6 +36,11 @@ class Profile:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """Where a plan with these times may run: on a card there are no threads, and something was timed."""
+        return "cpu" if self.threads or not self.curves else "cuda:0"
+
     def seconds(self, call: Signature) -> float:
         """One call of this kind."""
         if call.op in FREE:

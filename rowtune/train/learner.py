@@ -152,7 +152,8 @@ class Learner:
             )
         self.take(file)
         release(self.device)
-        return SteppedDown(step, reason, file.measured["peak_bytes"], file.measured["step_seconds"])
+        known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
+        return SteppedDown(step, reason, known["peak_bytes"], known.get("step_seconds", known.get("seconds")))
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""

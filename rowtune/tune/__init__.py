@@ -12,6 +12,7 @@ space     the knobs that the search turns, and the plan that follows from them
 records   what was measured, appended to a file
 task      what a search is given, says and returns
 study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits
-find      workload + budget -> plan file
+front     points of the front that were predicted; inherit: what another search measured
+find      workload + budget -> plan file; foresee: the same from prediction alone
 output    may it be written, and where else when the disk is full
 """

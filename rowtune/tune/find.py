@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from rowtune.cost.predict import predict
+from rowtune.cost.predict import Cost, predict
 from rowtune.cost.profile import Profile
 from rowtune.errors import InfeasibleError, UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
 from rowtune.tune.device import device_name
+from rowtune.tune.front import joined, measured_point, pace, predicted_points
+from rowtune.tune.inherit import inherit
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.profiles import calibration
-from rowtune.tune.records import Record, RecordFile
+from rowtune.tune.records import RecordFile, correction
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.savers import DEFAULT
+from rowtune.tune.savers import DEFAULT, used
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload
@@ -30,7 +32,8 @@ from rowtune.tune.task import Progress, SearchResult, Task
 
 @dataclass(frozen=True)
 class Request:
-    """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float."""
+    """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float; `origin` is
+    a plan file whose measurements are taken over, and then `trials` are new ones."""
 
     work: Workload
     budget: int | float
@@ -42,6 +45,7 @@ class Request:
     fresh: bool = False
     force: bool = False
     savers: frozenset[str] = DEFAULT
+    origin: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,14 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
     check_replaceable(out, work.graph.fingerprint, request.force)
     budget = budget_bytes(request)
     records = RecordFile(records_path(out), study_identity(work), fresh=request.fresh or _foreign(request))
-    slots = work.optimizer.slots
     limit = budget - request.reserve
     check_state(work, limit)
+    origin = request.origin
+    inherited = frozenset() if origin is None else inherit(origin, records, study_identity(work))
     cpu = work.problem.device == "cpu"
     with Worker(work.problem, limit) as worker:
         calibrate = calibration(work.problem.device, worker.calibrate)
-        space = ProgrammeSpace(work.graph, slots, calibrate, request.savers)
+        space = ProgrammeSpace(work.graph, work.optimizer.slots, calibrate, request.savers)
         result = search(
             Task(
                 space=space,
@@ -135,11 +140,18 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
                 trials=request.trials,
                 timeout=request.timeout,
                 seed=request.seed,
+                may=lambda plan: used(plan) <= request.savers,
+                inherited=inherited,
                 tell=space.tell,
                 progress=progress,
             )
         )
-    file = _plan_file(request, budget, result, space.profile)
+        overhead = 0 if cpu else worker.overhead_bytes
+    ratio = correction(result.records, overhead)
+    points = joined(
+        map(measured_point, result.front), predicted_points(space, overhead, ratio, pace(space, result.front))
+    )
+    file = _plan_file(request, budget, result, space.profile, points)
     path = keep(out, lambda path: save_plan(file, path), "the plan")
     return Found(file, result, path, records.unwritten)
 
@@ -156,7 +168,13 @@ def _foreign(request: Request) -> bool:
     return False
 
 
-def _plan_file(request: Request, budget: int, result: SearchResult, profile: Profile) -> PlanFile:
+def _plan_file(
+    request: Request,
+    budget: int,
+    result: SearchResult,
+    profile: Profile,
+    points: tuple[dict[str, Any], ...],
+) -> PlanFile:
     work, best, plain = request.work, result.best, result.plain
     assert best.decisions is not None
     plan = Plan.from_dict(dict(best.decisions))
@@ -164,14 +182,25 @@ def _plan_file(request: Request, budget: int, result: SearchResult, profile: Pro
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None
+    return replace(
+        unmeasured(request, budget, plan, cost),
+        measured=measured,
+        front=points,
+        study=records_path(request.out).name,
+        threads=best.threads,
+    )
+
+
+def unmeasured(request: Request, budget: int, plan: Plan, cost: Cost) -> PlanFile:
+    """A plan's file, as far as it is known without a step of it."""
     # A model's file in the plan's folder is named without the folder: the two can then move together.
-    problem = work.problem
+    problem = request.work.problem
     model = Path(problem.model.text)
     if problem.model.kind in ("onnx", "pt2") and model.parent.resolve() == request.out.parent.resolve():
         problem = replace(problem, model=replace(problem.model, text=model.name))
     return PlanFile(
         problem=problem,
-        fingerprint=work.graph.fingerprint,
+        fingerprint=request.work.graph.fingerprint,
         budget_bytes=budget,
         plan=plan,
         predicted={
@@ -181,17 +210,6 @@ def _plan_file(request: Request, budget: int, result: SearchResult, profile: Pro
             "seconds": cost.seconds,
             "peak_at": cost.peak_at,
         },
-        measured=measured,
-        front=tuple(_front_member(record) for record in result.front),
-        study=records_path(request.out).name,
+        measured={},
         reserve_bytes=request.reserve,
-        threads=best.threads,
     )
-
-
-def _front_member(record: Record) -> dict[str, Any]:
-    return {
-        "peak_bytes": record.peak_bytes,
-        "step_seconds": record.step_seconds,
-        "decisions": dict(record.decisions or {}),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rowtune.errors import UsageError
+from rowtune.plan.plan import Plan
 
 SAVERS: dict[str, str] = {
     "rows": "bands of rows (and what else bands take)",
@@ -42,3 +43,18 @@ def parse(text: str) -> frozenset[str]:
         )
     more = {word[1:] for word in words if word[0] == "+"}
     return frozenset((DEFAULT | more) - {word[1:] for word in words if word[0] == "-"})
+
+
+def used(plan: Plan) -> frozenset[str]:
+    """The names of what a plan uses."""
+    segments = [*plan.segments, *plan.leaves()]
+    found = {s.policy for s in segments if s.policy != "keep"}
+    uses = {
+        "turns": any(s.inside for s in segments),
+        "images": any(s.images for s in segments),
+        "offload": any(s.store == "host" for s in segments),
+        "channels_last": plan.layout == "channels_last",
+        "bf16": plan.dtype == "bf16",
+        "step_in_backward": plan.step_in_backward,
+    }
+    return frozenset(found | {name for name, is_used in uses.items() if is_used})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,7 @@ from rowtune.plan.plan import Plan
 from rowtune.tune.finals import finals
 from rowtune.tune.infeasible import infeasible
 from rowtune.tune.measurement import Effort
-from rowtune.tune.records import PLAIN, Record, digest, front
+from rowtune.tune.records import PLAIN, Record, correction, digest, front
 from rowtune.tune.sizes import format_bytes, format_seconds
 from rowtune.tune.task import Progress, SearchResult, Situation, Task
 
@@ -67,7 +66,7 @@ def search(task: Task) -> SearchResult:
     plain = task.records.plain()
     return SearchResult(
         best,
-        tuple(front(seen)),
+        tuple(front(run.allowed())),
         plain if plain is not None and plain.ok else None,
         tuple(seen),
         run.measured(),
@@ -171,15 +170,20 @@ class Search:
         return self.task.timeout - (time.monotonic() - self.began)
 
     def measured(self) -> int:
-        return sum(r.status != "rejected" for r in self.task.records.latest().values())
+        """Plans measured in this study; what it took over from another one is not counted."""
+        seen = self.task.records.latest().values()
+        return sum(r.status != "rejected" and r.digest not in self.task.inherited for r in seen)
 
     def best(self) -> Record | None:
         return min(self.feasible(), key=lambda r: r.step_seconds or math.inf, default=None)
 
     def feasible(self) -> list[Record]:
-        return [
-            r for r in self.task.records.latest().values() if r.ok and (r.peak_bytes or 0) <= self.task.limit
-        ]
+        return [r for r in self.allowed() if r.ok and (r.peak_bytes or 0) <= self.task.limit]
+
+    def allowed(self) -> list[Record]:
+        """Earlier searches of the study may have used what this one may not."""
+        may, seen = self.task.may, self.task.records.latest().values()
+        return [r for r in seen if r.decisions and may(Plan.from_dict(dict(r.decisions)))]
 
     def plain(self) -> None:
         """Measure plain PyTorch once a study: the yardstick, where the machine can hold it."""
@@ -300,12 +304,7 @@ class Search:
 
     def correction(self) -> float:
         """Measured over predicted peak, as seen so far."""
-        ratios = [
-            ((r.peak_bytes or 0) - self.overhead) / r.predicted_bytes
-            for r in self.task.records.latest().values()
-            if r.ok and r.predicted_bytes
-        ]
-        return min(max(statistics.median(ratios), 0.8), 1.5) if ratios else 1.0
+        return correction([*self.task.records.latest().values()], self.overhead)
 
     @cached_property
     def overhead(self) -> int:

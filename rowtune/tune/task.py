@@ -63,6 +63,8 @@ class Task:
     """All that a search needs. `limit` is the budget in bytes less the `reserve`; `trials` counts plans
     measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
     than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try.
+    `may` says which plans, measured in an earlier search, may win this one; `inherited` are those that were
+    measured in another study, by digest, and are no trials of this one.
     `tell` is told how far the search is before the first plan is asked for and after each measurement."""
 
     space: Space
@@ -78,6 +80,8 @@ class Task:
     timeout: float = math.inf
     trial_timeout: float = 1800.0
     seed: int = 0
+    may: Callable[[Plan], bool] = lambda _: True
+    inherited: frozenset[str] = frozenset()
     tell: Callable[[Situation], None] = field(default=lambda _: None)
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
