@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rowtune.tune.step import Workload
 
 INTERRUPTED = 130
+STORAGES = "journal:FILE, grpc://HOST:PORT, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 # A step that had the processor for less than this share of its time waited for others.
 BUSY = 0.8
 
@@ -47,6 +48,13 @@ def command(
         bool, typer.Option("--predict-only", help="Measure nothing; times are those of a profile.")
     ] = False,
     device_profile: options.DeviceProfile = "",
+    storage: Annotated[
+        str, typer.Option("--storage", metavar="URL", help="Share the study: " + STORAGES + ".")
+    ] = "",
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=1, help="Processes that measure: one a GPU, or so many on the CPU."),
+    ] = 1,
     trials: Annotated[
         int, typer.Option("--trials", min=0, help="Plans to measure, earlier runs included.")
     ] = 40,
@@ -81,13 +89,33 @@ def command(
     given = Given(model, shape or (), model_arg or (), dtype, device, loss, optimizer, seed)
     work = given.of_plan(screen, origin) if origin and not model else given.define(screen, profile)
     limit = timeout or float("inf")
-    request = Request(work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin)
+    storage = _storage(storage, workers, out, fresh, work.problem.device)
+    request = Request(
+        work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin, storage, workers
+    )
     if profile is not None:
         screen.json(foreseen_shown(screen, request, profile))
         return 0
     found = find_shown(screen, request, default_loss=not loss, default_optimizer=not optimizer)
     screen.json(as_dict(found, found.path))
     return INTERRUPTED if found.result.interrupted else 0
+
+
+def _storage(url: str, workers: int, out: Path, fresh: bool, device: str) -> str:
+    """Where the study is shared: a journal beside the plan, where its workers are all here; a password is
+    not for the command line's history: libpq's own PGPASSWORD and ~/.pgpass do."""
+    from rowtune.tune.helpers import most, share_threads
+    from rowtune.tune.shared import journal_beside
+
+    if workers > most(device):
+        raise UsageError(f"--workers {workers}: there are {most(device)} to measure on, a worker each")
+    if workers > 1 and device == "cpu":
+        share_threads(workers)
+    if workers == 1 or url:
+        return url
+    if fresh:
+        journal_beside(out).unlink(missing_ok=True)
+    return f"journal:{journal_beside(out)}"
 
 
 class Given(NamedTuple):

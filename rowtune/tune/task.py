@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from rowtune.plan.plan import Plan
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
 from rowtune.tune.records import Record, RecordFile
+from rowtune.tune.shared import Shared
 
 
 class Space(Protocol):
@@ -65,6 +66,8 @@ class Task:
     than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try.
     `may` says which plans, measured in an earlier search, may win this one; `inherited` are those that were
     measured in another study, by digest, and are no trials of this one.
+    `shared` is where other processes work on the same study; `started` is called when they may begin, `ended`
+    when there is nothing left for them to do.
     `tell` is told how far the search is before the first plan is asked for and after each measurement."""
 
     space: Space
@@ -82,6 +85,9 @@ class Task:
     seed: int = 0
     may: Callable[[Plan], bool] = lambda _: True
     inherited: frozenset[str] = frozenset()
+    shared: Shared | None = None
+    started: Callable[[], None] = lambda: None
+    ended: Callable[[], None] = lambda: None
     tell: Callable[[Situation], None] = field(default=lambda _: None)
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
