@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from rowtune.cli import options
-from rowtune.cli.progress import SearchDisplay
 from rowtune.cli.screen import Screen, facts
+from rowtune.cli.search_display import SearchDisplay
 from rowtune.errors import UsageError
 
 if TYPE_CHECKING:

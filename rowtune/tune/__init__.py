@@ -13,6 +13,7 @@ records   what was measured, appended to a file
 task      what a search is given, says and returns
 shared    one study of several processes and machines; helpers, helper: those of this machine
 trials    the Optuna study itself
+telling   why something is measured, and how long the rest may take
 study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits
 front     points of the front that were predicted; inherit: what another search measured
 find      workload + budget -> plan file; foresee: the same from prediction alone

@@ -23,7 +23,8 @@ from rowtune.tune.measurement import Effort
 from rowtune.tune.records import PLAIN, Record, correction, digest, front
 from rowtune.tune.sizes import format_bytes, format_seconds
 from rowtune.tune.task import Progress, SearchResult, Situation, Task
-from rowtune.tune.trials import Trials
+from rowtune.tune.telling import Pace, expected, why
+from rowtune.tune.trials import Trials, objective, violation
 
 # A plan whose first warm step takes this much longer than the best one's cannot win.
 HOPELESS = 1.5
@@ -91,6 +92,8 @@ class Search:
         self.began = time.monotonic()
         self.fitting: dict[str, _Candidate] = {}
         self.inherited, self.heard = set(task.inherited), set[str]()
+        self._may: dict[str, bool] = {}
+        self._pace = Pace()
         self.trials = Trials(task.space.knobs, task.seed, task.shared)
 
     def _warm_up(self) -> None:
@@ -104,7 +107,7 @@ class Search:
             new = self._current(record) and record.digest not in self.heard
             if new and self.trials.usable(record.values):
                 inherited = record.digest in self.inherited
-                self.trials.add(record, self._objective(record), self._violation(record), inherited)
+                self.trials.add(record, *self._ending(record), inherited)
         for guess in self._warm_start():
             self.trials.enqueue(guess)
 
@@ -186,8 +189,11 @@ class Search:
 
     def allowed(self) -> list[Record]:
         """Earlier searches of the study may have used what this one may not."""
-        may, seen = self.task.may, self.task.records.latest().values()
-        return [r for r in seen if r.decisions and may(Plan.from_dict(dict(r.decisions)))]
+        seen = [r for r in self.task.records.latest().values() if r.decisions]
+        for r in seen:
+            if r.digest not in self._may:
+                self._may[r.digest] = self.task.may(Plan.from_dict(dict(r.decisions or {})))
+        return [r for r in seen if self._may[r.digest]]
 
     def plain(self) -> None:
         """Measure plain PyTorch once a study: the yardstick, where the machine can hold it."""
@@ -215,7 +221,7 @@ class Search:
             elif new:
                 self.remember(record, trial)
             if record is not None:
-                self._tell(trial, record)
+                self.trials.tell(trial, *self._ending(record))
             if record is None or not new:
                 idle += 1
                 if idle % 3 == 0:  # TPE repeats itself; after a few repeats a random plan is tried instead
@@ -284,7 +290,8 @@ class Search:
             return twin
         if why_not := self._why_not(record):
             return replace(record, reason=why_not)
-        self.say(None, f"predicted {format_bytes(cost.peak_bytes)}")
+        self._pace.begin(self.measured())
+        self.say(None, expected(cost.peak_bytes, cost.seconds), plan, why(values, self.task.space.knobs))
         return self._measure(plan, record, "quick")
 
     def _twin(self, program: str) -> Record | None:
@@ -323,24 +330,19 @@ class Search:
         """The largest predicted peak that is expected to fit."""
         return (self.task.limit - self.overhead) / self.correction()
 
-    def _tell(self, trial: optuna.Trial, record: Record) -> None:
-        self.trials.tell(trial, self._objective(record), self._violation(record))
+    def _ending(self, record: Record) -> tuple[float, float]:
+        """What Optuna is told of it."""
+        seen = self.task.records.records
+        return objective(record, seen), violation(record, self.task.limit, self.overhead)
 
-    def _violation(self, record: Record) -> float:
-        """Above zero where the plan does not fit, as a share of the budget; failures count as far over."""
-        size = record.peak_bytes if record.ok else record.predicted_bytes
-        size = size if record.ok else (size or 0) + self.overhead
-        over = (size or 0) / self.task.limit - 1
-        if record.status == "slow":
-            return over
-        return over if record.ok else max(over, 0.5 if record.status in ("oom", "rejected") else 1.0)
-
-    def _objective(self, record: Record) -> float:
-        """Seconds a step; a plan without a time counts as twice the slowest seen."""
-        if record.step_seconds is not None:
-            return record.step_seconds
-        return 2 * max((r.step_seconds or 0 for r in self.task.records.records if r.ok), default=1.0)
-
-    def say(self, record: Record | None, running: str = "") -> None:
-        seconds = time.monotonic() - self.began
-        self.task.progress(Progress(self.measured(), self.task.trials, seconds, record, self.best(), running))
+    def say(self, record: Record | None, running: str = "", plan: Plan | None = None, why: str = "") -> None:
+        """A trial ended, or something begins to run: a plan, and why it."""
+        seconds, measured, trials = time.monotonic() - self.began, self.measured(), self.task.trials
+        plain, points = self.task.records.plain(), tuple(front(self.allowed()))
+        left = self._pace.left(measured, trials, self.left())
+        decisions = None if plan is None else plan.to_dict()
+        self.task.progress(
+            Progress(
+                measured, trials, seconds, record, self.best(), running, points, plain, decisions, why, left
+            )
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +49,9 @@ class Situation(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """Shown while searching: after each trial, and (record None) when one begins to run."""
+    """Shown while searching: after each trial, and (record None) when something begins to run: `running` says
+    what is expected of it, `decisions` are its plan's, `why` is what is asked of it. `front` is the Pareto
+    set of all that was measured so far; `left` the seconds that trials may still take, None where unknown."""
 
     measured: int
     trials: int
@@ -57,6 +59,11 @@ class Progress:
     record: Record | None
     best: Record | None
     running: str = ""
+    front: tuple[Record, ...] = ()
+    plain: Record | None = None
+    decisions: Mapping[str, Any] | None = None
+    why: str = ""
+    left: float | None = None
 
 
 @dataclass(frozen=True)

@@ -74,3 +74,20 @@ class Trials:
     def drop(self, trial: optuna.Trial) -> None:
         """It was not run: another process runs it, or this one's time is up."""
         self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def objective(record: Record, seen: Sequence[Record]) -> float:
+    """Seconds a step; a plan without a time counts as twice the slowest seen."""
+    if record.step_seconds is not None:
+        return record.step_seconds
+    return 2 * max((r.step_seconds or 0 for r in seen if r.ok), default=1.0)
+
+
+def violation(record: Record, limit: int, overhead: int) -> float:
+    """Above zero where the plan does not fit, as a share of the budget; failures count as far over."""
+    size = record.peak_bytes if record.ok else record.predicted_bytes
+    size = size if record.ok else (size or 0) + overhead
+    over = (size or 0) / limit - 1
+    if record.status == "slow":
+        return over
+    return over if record.ok else max(over, 0.5 if record.status in ("oom", "rejected") else 1.0)
