@@ -107,7 +107,7 @@ def _storage(url: str, workers: int, out: Path, fresh: bool, device: str) -> str
     from rowtune.tune.helpers import most, share_threads
     from rowtune.tune.shared import journal_beside
 
-    if workers > most(device):
+    if workers > max(most(device), 1):
         raise UsageError(f"--workers {workers}: there are {most(device)} to measure on, a worker each")
     if workers > 1 and device == "cpu":
         share_threads(workers)
