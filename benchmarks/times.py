@@ -2,6 +2,7 @@
 
     python benchmarks/times.py                       ten networks, 20 plans each
     python benchmarks/times.py unet resnet50 --plans 10
+    python benchmarks/times.py unet --profile NAME   with a profile that was measured before, of any network
 
 Each network's plans are random paths through the programme's table and the programme's own; the calls of all
 of them are timed first, as a search does. A plan's step is the median of a few, without the optimizer's
@@ -32,6 +33,7 @@ import torch
 import rowtune
 from rowtune.cost.candidates import first
 from rowtune.cost.predict import predict
+from rowtune.cost.profile import Profile
 from rowtune.cost.programme import Path as Way
 from rowtune.cost.programme import fastest, plan_of, smallest
 from rowtune.cost.table import Option, Table, within
@@ -40,6 +42,7 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
 from rowtune.tune.calibrate import calibrated
 from rowtune.tune.device import device_name
+from rowtune.tune.profiles import chosen
 from rowtune.zoo import build
 
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -78,7 +81,7 @@ def plans(table: Table, count: int) -> list[Plan]:
     return list(dict.fromkeys(plan_of(table, way) for way in ways))[:count]
 
 
-def measure(name: str, count: int, seconds: float) -> dict[str, Any]:
+def measure(name: str, count: int, seconds: float, given: Profile | None = None) -> dict[str, Any]:
     options, shape = CASES[name]
     model, x = build(name, **options), torch.randn(shape)
     traced = rowtune.trace(model, (x,))
@@ -90,7 +93,7 @@ def measure(name: str, count: int, seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     table.add(first(table), within(30.0))
     recorded = time.perf_counter() - start
-    profile = calibrated(None, table.work(), "cpu", seconds)
+    profile = given or calibrated(None, table.work(), "cpu", seconds)
     timed = time.perf_counter() - start - recorded
     table.price(profile)
     rows = []
@@ -132,11 +135,13 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=30.0, help="of timing calls, for each network")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--profile", default="", help="predict with it, time no calls (see profiles/)")
     given = parser.parse_args()
+    profile = chosen(given.profile) if given.profile else None
     print(f"{'network':20}{'plans':>6}{'timing':>9}{'error':>8}{'corrected':>11}{'rank':>7}{'spread':>9}")
     found = []
     for name in given.networks:
-        found.append(made := measure(name, given.plans, given.seconds))
+        found.append(made := measure(name, given.plans, given.seconds, profile))
         print(
             f"{name:20}{made['plans']:6}{made['calibration_seconds']:7.1f} s{made['median_error']:8.1%}"
             f"{made['corrected_median_error']:11.1%}{made['rank_correlation']:7.2f}{made['spread']:9.1f}",

@@ -7,13 +7,9 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="zoo:NAME, package.module:factory, an .onnx file, or a .pt2 file (which can run code).",
-    ),
-]
+MODEL = "zoo:NAME, package.module:factory, an .onnx file, or a .pt2 file (which can run code)."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+OptionalModel = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL + " With --from: the plan's.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="[PLAN]", help="A plan written by search.")]
 ModelArgs = Annotated[
     list[str] | None, typer.Option("--model-arg", metavar="K=V", help="Argument of the factory; repeatable.")

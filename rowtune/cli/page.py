@@ -106,6 +106,7 @@ def _how(s: Stretch) -> str:
         f"{key} {getattr(s, key)}" for key, value in usual.items() if getattr(s, key) not in ("", value)
     ]
     words += [f"{s.images} images"] if s.images else []
+    words += ["cheap recomputed"] if s.cheap == "recompute" else []
     words += [f"in {s.store}" if s.store != "host" else "kept on the host"] if s.store != "device" else []
     return ", ".join(words)
 

@@ -259,6 +259,10 @@ def train_shown(
     if wanted.ema:
         size = sum(t.numel() * t.itemsize for t in work.module.state_dict().values())
         rows[2] = ("predicted", f"{rows[2][1]}, and {format_bytes(size)} for the average of the weights")
+    if file.predicted_for:
+        rows.append(
+            ("plan", f"predicted for {file.predicted_for}, never measured; `search --from` does that")
+        )
     screen.err.print(facts(rows))
     with TrainDisplay(screen, limit) as display:
         trained = train(file, work, wanted, display.update)

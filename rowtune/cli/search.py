@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from rowtune.cli import options
-from rowtune.cli.progress import SearchDisplay
 from rowtune.cli.screen import Screen, facts
+from rowtune.cli.search_display import SearchDisplay
+from rowtune.errors import UsageError
 
 if TYPE_CHECKING:
+    from rowtune.cost.profile import Profile
     from rowtune.tune.find import Found, Request
+    from rowtune.tune.step import Workload
 
 INTERRUPTED = 130
+STORAGES = "journal:FILE, grpc://HOST:PORT, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 # A step that had the processor for less than this share of its time waited for others.
 BUSY = 0.8
 
 
 def command(
-    model: options.Model,
+    *,
+    model: options.OptionalModel = "",
     budget: options.Budget,
     shape: options.Shapes = None,
     model_arg: options.ModelArgs = None,
@@ -30,8 +36,27 @@ def command(
     optimizer: options.OptimizerName = "",
     savers: options.Savers = "",
     reserve: options.Reserve = "",
+    origin: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PLAN",
+            help="Take over what was measured for this plan; without MODEL its network and inputs, too.",
+        ),
+    ] = None,
+    predict_only: Annotated[
+        bool, typer.Option("--predict-only", help="Measure nothing; times are those of a profile.")
+    ] = False,
+    device_profile: options.DeviceProfile = "",
+    storage: Annotated[
+        str, typer.Option("--storage", metavar="URL", help="Share the study: " + STORAGES + ".")
+    ] = "",
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=1, help="Processes that measure: one a GPU, or so many on the CPU."),
+    ] = 1,
     trials: Annotated[
-        int, typer.Option("--trials", min=1, help="Plans to measure, earlier runs included.")
+        int, typer.Option("--trials", min=0, help="Plans to measure, earlier runs included.")
     ] = 40,
     timeout: Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds; 0 for no limit.")] = 0.0,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the plan goes.")] = Path("plan.json"),
@@ -44,9 +69,8 @@ def command(
 ) -> int:
     """Find the fastest exact plan that fits a budget, by measuring.
 
-    Trials are kept beside the plan: the same command again goes on where it stopped.
+    Trials are kept beside the plan: the same command again goes on where it stopped, with another budget too.
     """
-    from rowtune.importers.source import parse_source
     from rowtune.tune.find import Request, records_path
     from rowtune.tune.output import check_writable
     from rowtune.tune.savers import parse
@@ -56,27 +80,120 @@ def command(
     size = parse_budget(budget)
     allowed = parse(savers)
     kept = parse_size(reserve, "--reserve") if reserve else 0
-    source = parse_source(model, model_arg or ())
+    if device_profile and not predict_only:
+        raise UsageError("--device-profile is for --predict-only: a search times calls where it runs")
     check_writable(out)
-    check_writable(records_path(out))
-    from rowtune.tune.device import resolve_device
-    from rowtune.tune.step import define
-
-    screen.opening(source)
-    work = define(
-        source,
-        shape or (),
-        dtype=dtype,
-        device=resolve_device(device),
-        loss=loss,
-        optimizer=optimizer,
-        seed=seed,
-    )
+    if not predict_only:
+        check_writable(records_path(out))
+    profile = _profile(device_profile, device) if predict_only else None
+    given = Given(model, shape or (), model_arg or (), dtype, device, loss, optimizer, seed)
+    work = given.of_plan(screen, origin) if origin and not model else given.define(screen, profile)
     limit = timeout or float("inf")
-    request = Request(work, size, out, trials, limit, seed, kept, fresh, force, allowed)
+    storage = _storage(storage, workers, out, fresh, work.problem.device)
+    request = Request(
+        work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin, storage, workers
+    )
+    if profile is not None:
+        screen.json(foreseen_shown(screen, request, profile))
+        return 0
     found = find_shown(screen, request, default_loss=not loss, default_optimizer=not optimizer)
     screen.json(as_dict(found, found.path))
     return INTERRUPTED if found.result.interrupted else 0
+
+
+def _storage(url: str, workers: int, out: Path, fresh: bool, device: str) -> str:
+    """Where the study is shared: a journal beside the plan, where its workers are all here; a password is
+    not for the command line's history: libpq's own PGPASSWORD and ~/.pgpass do."""
+    from rowtune.tune.helpers import most, share_threads
+    from rowtune.tune.shared import journal_beside
+
+    if workers > max(most(device), 1):
+        raise UsageError(f"--workers {workers}: there are {most(device)} to measure on, a worker each")
+    if workers > 1 and device == "cpu":
+        share_threads(workers)
+    if workers == 1 or url:
+        return url
+    if fresh:
+        journal_beside(out).unlink(missing_ok=True)
+    return f"journal:{journal_beside(out)}"
+
+
+class Given(NamedTuple):
+    """What the command line says of the network and how it is trained."""
+
+    model: str
+    shapes: Sequence[str]
+    arguments: Sequence[str]
+    dtype: str
+    device: str
+    loss: str
+    optimizer: str
+    seed: int
+
+    def define(self, screen: Screen, profile: Profile | None) -> Workload:
+        """The workload; without a measurement its device need not be here."""
+        from rowtune.importers.source import parse_source
+        from rowtune.tune.device import resolve_device
+        from rowtune.tune.step import define
+
+        if not self.model:
+            raise UsageError("give a MODEL, or --from a plan for one")
+        away = profile is not None and self.device == "auto"
+        here = profile.kind if away and profile is not None else resolve_device(self.device)
+        source = parse_source(self.model, self.arguments)
+        screen.opening(source)
+        return define(
+            source, self.shapes, dtype=self.dtype, device=here, loss=self.loss, optimizer=self.optimizer,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def of_plan(self, screen: Screen, plan: Path) -> Workload:
+        """The workload of a plan's file."""
+        from rowtune.cli.run import read_plan
+        from rowtune.train.opened import open_plan
+
+        changed = {"--shape": self.shapes, "--model-arg": self.arguments, "--dtype": self.dtype,
+                   "--loss": self.loss, "--optimizer": self.optimizer}  # fmt: skip
+        for flag in (flag for flag, value in changed.items() if value):
+            raise UsageError(f"{flag} with --from {plan} but without a MODEL: the plan says that already")
+        file = read_plan(plan)
+        screen.opening(file.problem.model)
+        return open_plan(file, self.device)[0]
+
+
+def _profile(name: str, device: str) -> Profile:
+    """The named profile, or that of the device which is here."""
+    from rowtune.cost.profile import Profile
+    from rowtune.tune.device import resolve_device
+    from rowtune.tune.profiles import chosen, known
+
+    return chosen(name) if name else known(resolve_device(device)) or Profile()
+
+
+def foreseen_shown(screen: Screen, request: Request, profile: Profile) -> dict[str, Any]:
+    """Plan without measuring, and say what is predicted; the JSON of --predict-only."""
+    from rowtune.tune.foresee import foresee
+    from rowtune.tune.sizes import format_bytes, format_seconds
+
+    screen.notes(note for note in request.work.loaded.notes)
+    with screen.err.status("predicting ..."):
+        file, path = foresee(request, profile)
+    p, budget = file.predicted, file.budget_bytes
+    share = p["peak_bytes"] / budget
+    rows = [
+        ("plan", f"{path} (predicted only: nothing of it was measured)"),
+        ("peak", f"{format_bytes(p['peak_bytes'])} of {format_bytes(budget)} ({share:.0%})"),
+        ("step", f"~{format_seconds(p['seconds'])} on {file.predicted_for}"),
+        ("front", f"{len(file.front)} plans, from {format_bytes(file.front[0]['peak_bytes'])} up"),
+    ]
+    screen.out.print(facts(rows))
+    screen.note(f"next: rowtune search --from {path} measures it where it is to run; rowtune run {path}")
+    return {
+        "status": "ok", "plan": path, "predicted_for": file.predicted_for, "budget_bytes": budget,
+        "predicted_peak_bytes": p["peak_bytes"], "predicted_step_seconds": p["seconds"],
+        "loss": file.problem.loss, "optimizer": file.problem.optimizer,
+        "front": [{k: m[k] for k in ("peak_bytes", "step_seconds")} for m in file.front],
+    }  # fmt: skip
 
 
 def find_shown(screen: Screen, request: Request, *, default_loss: bool, default_optimizer: bool) -> Found:

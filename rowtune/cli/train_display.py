@@ -95,6 +95,7 @@ class TrainDisplay(Shown):
         self.rates: list[float] = []
         self.before = 0
         self.stopping = False
+        self.stepped_down: Text | None = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -104,7 +105,7 @@ class TrainDisplay(Shown):
         super().__exit__(kind, error, trace)
 
     def update(self, report: Report) -> None:
-        from rowtune.train.options import StepReport, Stopping
+        from rowtune.train.options import SteppedDown, StepReport, Stopping
 
         if isinstance(report, StepReport):
             self.before = self.before if self.losses else report.step - 1
@@ -113,6 +114,9 @@ class TrainDisplay(Shown):
             self.rates = [*self.rates[-19:], report.images_per_second]
             self.now = report
             line = self._line(report)
+        elif isinstance(report, SteppedDown):
+            line = Text(str(report))
+            self.stepped_down = line
         elif isinstance(report, Stopping):
             self.stopping = True
             line = Text(STOPPING)
@@ -144,6 +148,8 @@ class TrainDisplay(Shown):
         grid.add_row("loss", self._curve(self.now, width))
         grid.add_row("speed", self._speed(self.now))
         grid.add_row("memory", self._memory(self.now, width))
+        if self.stepped_down is not None:
+            grid.add_row("plan", Text(self.stepped_down.plain, BAD, overflow="fold", no_wrap=False))
         if self.stopping:
             grid.add_row("", Text(STOPPING, BAD))
         if self.validations:

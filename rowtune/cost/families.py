@@ -124,6 +124,12 @@ def _convolution(call: Signature, name: str) -> Sized:
     return Sized(family, pixels, operations, _bytes(found))
 
 
+def any_width(family: str) -> str:
+    """A convolution's family whatever the width of its images; others as they are."""
+    head, found, tail = family.partition(" width ")
+    return head + tail.partition(" ")[2] if found else family
+
+
 def named(call: Signature) -> Iterator[tuple[str, Any]]:
     """Keyword arguments by name."""
     for key, argument in call.kwargs:

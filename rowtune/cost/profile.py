@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rowtune.cost.families import FREE, Sized, sized
+from rowtune.cost.families import FREE, Sized, any_width, sized
 from rowtune.errors import PlanError
 from rowtune.runtime.blank import Signature
 from rowtune.runtime.segment_recording import Work
@@ -23,9 +23,10 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """`curves` are measured, by family; for what is not among them a call's `operations` and bytes at these
-    rates count. `call_seconds` is what the host takes for a call, whatever it does. What steps take beside
-    the sum of their calls is corrected by `factors`, by the policy of a segment."""
+    """`curves` are measured, by family; for what is not among them a call's operations and bytes at these
+    rates count, which are medians over what was measured. `call_seconds` is what the host takes for a call,
+    whatever it does. What steps take beside the sum of their calls is corrected by `factors`, by the policy
+    of a segment."""
 
     device: str = "a processor like many"
     threads: int = 0
@@ -35,6 +36,11 @@ class Profile:
     call_seconds: float = 5e-6
     curves: Mapping[str, Curve] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Where a plan with these times may run: on a card there are no threads, and something was timed."""
+        return "cpu" if self.threads or not self.curves else "cuda:0"
 
     def seconds(self, call: Signature) -> float:
         """One call of this kind."""
@@ -93,11 +99,13 @@ def along(curve: Curve, size: int) -> float:
 
 
 class Clock:
-    """Times of segments by one profile; each call's time is looked up once."""
+    """Times of segments by one profile; each call's time is looked up once. What was timed on images of other
+    widths alone is taken from there."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self._known: dict[Signature, float] = {}
+        self._kin: dict[str, Curve] | None = None
 
     def seconds(self, policy: str, work: Work, host: int) -> float:
         """All of a segment's calls, one after another."""
@@ -109,9 +117,21 @@ class Clock:
         for call, often in work:
             taken = known.get(call)
             if taken is None:
-                taken = known[call] = profile.seconds(call)
+                taken = known[call] = self._seconds(call)
             total += often * taken
         return total + host * profile.call_seconds
+
+    def _seconds(self, call: Signature) -> float:
+        at = sized(call)
+        if call.op in FREE or at.family in self.profile.curves:
+            return self.profile.seconds(call)
+        if self._kin is None:
+            found: dict[str, dict[int, float]] = {}
+            for family, curve in sorted(self.profile.curves.items()):
+                found.setdefault(any_width(family), {}).update(curve)
+            self._kin = {name: tuple(sorted(points.items())) for name, points in found.items()}
+        curve = self._kin.get(any_width(at.family), ())
+        return along(curve, at.size) if curve and at.size else self.profile.seconds(call)
 
 
 def load(path: Path) -> Profile:

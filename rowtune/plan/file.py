@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, typed
 
 SCHEMA = 2
+UNSURE = 1.1
+"""How much longer than predicted a step is thought to take where plans that were measured are at hand."""
 
 PREDICTED = ("peak_bytes", "activation_bytes", "host_bytes", "seconds", "peak_at")
 MEASURED = (
@@ -37,7 +39,7 @@ MEASURED = (
 _KEYS = {
     "schema", "model", "inputs", "dtype", "device", "loss", "optimizer", "seed", "fingerprint",
     "budget_bytes", "reserve_bytes", "decisions", "predicted", "measured", "front", "study", "threads",
-    "versions",
+    "versions", "predicted_for",
 }  # fmt: skip
 
 
@@ -45,7 +47,9 @@ _KEYS = {
 class PlanFile:
     """The content of a plan.json. Sizes in bytes, times in seconds; None where it could not be measured.
 
-    `front` is the Pareto set of what was measured: peak_bytes, step_seconds and decisions of each member.
+    `front` is the Pareto set: peak_bytes, step_seconds and decisions of each member, and `predicted` where it
+    was not measured. `predicted_for` is the device of the profile that a plan was made with where nothing
+    was measured at all, empty otherwise.
     `study` names the records file, beside the plan. `threads` is the number to run with on a CPU, 0 for
     torch's own.
     """
@@ -61,6 +65,7 @@ class PlanFile:
     reserve_bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     threads: int = 0
+    predicted_for: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -75,6 +80,7 @@ class PlanFile:
             "front": [dict(member) for member in self.front],
             "study": self.study,
             "threads": self.threads,
+            "predicted_for": self.predicted_for,
             "versions": dict(self.versions),
         }
 
@@ -88,7 +94,7 @@ class PlanFile:
                 f"plan schema {data.get('schema')!r}; this rowtune reads schema {SCHEMA}. Make a new plan: "
                 f"{_search(data)}"
             )
-        data = {"threads": 0, **data}
+        data = {"threads": 0, "predicted_for": "", **data}
         if set(data) != _KEYS:
             odd = sorted(set(data) ^ _KEYS)[0]
             raise PlanError(f"{'unknown' if odd in data else 'missing'} key {odd!r}")
@@ -107,6 +113,7 @@ class PlanFile:
             reserve_bytes=data["reserve_bytes"],
             versions=typed(data, "versions", dict),
             threads=data["threads"],
+            predicted_for=typed(data, "predicted_for", str),
         )
 
 
@@ -197,10 +204,11 @@ def _costs(data: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[st
 
 
 def at_budget(file: PlanFile, budget: int) -> PlanFile:
-    """The same with the fastest plan of its front that was measured within another budget.
+    """The same with the fastest plan of its front within another budget; one that was only predicted has to
+    be faster by more than predictions are off.
 
     Raises:
-        InfeasibleError: none was; says which budget the smallest needs.
+        InfeasibleError: there is none; says which budget the smallest needs.
     """
     room = budget - file.reserve_bytes
     inside = [m for m in file.front if m["peak_bytes"] <= room]
@@ -208,23 +216,48 @@ def at_budget(file: PlanFile, budget: int) -> PlanFile:
         least = min((m["peak_bytes"] for m in file.front), default=None)
         need = "" if least is None else f" (the smallest plan in it takes {least + file.reserve_bytes} bytes)"
         raise InfeasibleError(
-            f"no plan of this file's front was measured within {budget} bytes{need}: search again with that "
-            "budget, which uses what was measured before"
+            f"no plan of this file's front takes at most {budget} bytes{need}: search again with that "
+            "budget; rowtune search --from the file uses what was measured before"
         )
-    best = min(inside, key=lambda m: float(m["step_seconds"]))
-    measured = dict.fromkeys(MEASURED) | {k: best[k] for k in ("peak_bytes", "step_seconds")}
+    return _with(replace(file, budget_bytes=budget), min(inside, key=_seconds))
+
+
+def _seconds(member: Mapping[str, Any]) -> float:
+    return float(member["step_seconds"]) * (UNSURE if member.get("predicted") else 1.0)
+
+
+def smaller(file: PlanFile, may: Callable[[Plan], bool] = lambda _: True) -> PlanFile | None:
+    """The same with the next plan of its front: of those that take less memory than this one, compute in the
+    same precision and `may` be taken, the one that takes most. None: there is none."""
+    now = file.measured.get("peak_bytes") or file.predicted.get("peak_bytes") or math.inf
+    for member in sorted(file.front, key=lambda m: -float(m["peak_bytes"])):
+        plan = Plan.from_dict(member["decisions"])
+        alike = (plan.dtype, plan.max_grad_error) == (file.plan.dtype, file.plan.max_grad_error)
+        if member["peak_bytes"] < now and plan != file.plan and alike and may(plan):
+            return _with(file, member)
+    return None
+
+
+def _with(file: PlanFile, member: Mapping[str, Any]) -> PlanFile:
+    """Another plan of its front."""
+    known = () if member.get("predicted") else ("peak_bytes", "step_seconds")
+    measured = dict.fromkeys(MEASURED) | {k: member[k] for k in known}
+    figures = {"peak_bytes": member["peak_bytes"], "seconds": member["step_seconds"]}
     plain = {k: file.measured.get(k) for k in ("plain_peak_bytes", "plain_step_seconds")}
     return replace(
         file,
-        budget_bytes=budget,
-        plan=Plan.from_dict(best["decisions"]),
+        plan=Plan.from_dict(member["decisions"]),
+        predicted=figures if member.get("predicted") else {},
         measured=measured | plain,
         threads=0,
     )
 
 
 def _member(item: Any) -> dict[str, Any]:
-    if not isinstance(item, dict) or set(item) != {"peak_bytes", "step_seconds", "decisions"}:
+    keys = {"peak_bytes", "step_seconds", "decisions"}
+    if not isinstance(item, dict) or set(item) - {"predicted"} != keys:
         raise PlanError("a member of the front has peak_bytes, step_seconds and decisions")
+    if item.get("predicted", True) is not True:
+        raise PlanError(f"a member of the front is predicted: true or measured, not {item['predicted']!r}")
     Plan.from_dict(item["decisions"])
     return dict(item)

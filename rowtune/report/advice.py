@@ -58,9 +58,10 @@ def smaller(study: Study) -> Iterator[Advice]:
     members = sorted(study.file.front, key=lambda m: float(m["peak_bytes"]))
     below = [m for m in members if m["peak_bytes"] < study.peak]
     for plan in {m["peak_bytes"]: m for m in (*below[-1:], *below[:1])}.values():
+        known = "predicted" if plan.get("predicted") else "measured"
         yield Advice(
             "memory",
-            f"a plan that was measured takes {format_bytes(plan['peak_bytes'])} and "
+            f"a plan that was {known} takes {format_bytes(plan['peak_bytes'])} and "
             f"{format_seconds(plan['step_seconds'])} a step{_times(plan['step_seconds'], study)}",
             f"rowtune run {study.name} --budget {plan['peak_bytes'] + study.file.reserve_bytes}",
         )

@@ -36,7 +36,10 @@ def read_study(file: PlanFile, path: Path) -> tuple[list[Record], str]:
             str(i), "ok", decisions=m["decisions"], peak_bytes=m["peak_bytes"], step_seconds=m["step_seconds"]
         )
         for i, m in enumerate(file.front)
+        if not m.get("predicted")
     ]
+    if file.predicted_for:
+        return members, ""
     return members, f"{records} is missing: showing the plans on the front only"
 
 
@@ -82,6 +85,8 @@ def verdict(file: PlanFile, memory: Memory | None) -> Verdict:
     peak, step = m.get("peak_bytes") or 0, m.get("step_seconds")
     plain_peak, plain_step = m.get("plain_peak_bytes"), m.get("plain_step_seconds")
     times = step / plain_step if step and plain_step else None
+    if file.predicted_for:
+        return _foreseen(file, limit)
     fits = 0 < peak <= limit
     word = "fits" if fits else "does not fit" if peak else "was not measured in"
     parts = [f"{word} {format_bytes(file.budget_bytes)}: peak {format_bytes(peak or None)}"]
@@ -93,6 +98,17 @@ def verdict(file: PlanFile, memory: Memory | None) -> Verdict:
     else:
         parts.append("; plain could not run here")
     return Verdict("".join(parts), fits, peak, file.budget_bytes, limit, step, plain_peak, plain_step, times)
+
+
+def _foreseen(file: PlanFile, limit: int) -> Verdict:
+    """Of a plan that was not measured."""
+    peak, step = int(file.predicted.get("peak_bytes") or 0), file.predicted.get("seconds")
+    fits = peak <= limit
+    words = f"is predicted {'to fit' if fits else 'not to fit'} {format_bytes(file.budget_bytes)}"
+    text = (
+        f"{words}: peak {format_bytes(peak)}; nothing was measured, times are those of {file.predicted_for}"
+    )
+    return Verdict(text, fits, peak, file.budget_bytes, limit, step, None, None, None)
 
 
 def _step(file: PlanFile, step: StepCost | Unknown) -> tuple[tuple[Stretch, ...], Memory | None, str]:
@@ -124,6 +140,7 @@ def _stretch(depth: int, s: Mapping[str, Any]) -> Stretch:
         tapes=s.get("tapes", "split") if rows and s.get("halo", "sweep") == "sweep" else "",
         barriers=s.get("barriers", "store") if rows else "",
         store=s.get("store", "device"),
+        cheap=s.get("cheap", "store"),
     )
 
 

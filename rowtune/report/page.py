@@ -38,6 +38,7 @@ class Stretch:
     tapes: str
     barriers: str
     store: str
+    cheap: str
     share: float | None = None
     kept_bytes: int | None = None
     peak_bytes: int | None = None

@@ -27,6 +27,8 @@ def _segment(s: Mapping[str, Any]) -> str:
         word += f" x{s['images']}" if s.get("images") else ""
         word += f" {s['tapes']} tapes" if s.get("tapes", "split") != "split" else ""
         word += f" barriers {s['barriers']}" if s.get("barriers", "store") != "store" else ""
+    elif s.get("cheap") == "recompute":
+        word = "keep, cheap recomputed"
     elif "inside" in s:
         inside = (policies({"segments": [one]}) for one in s["inside"])
         word = f"in turns ({', '.join(dict.fromkeys(inside))})"

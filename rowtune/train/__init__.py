@@ -10,7 +10,9 @@ random_state random numbers: kept, put back, and drawn apart
 schedule     the learning rate, a function of the step
 metrics      accuracy, intersection over union, PSNR
 validate     the planned module in eval(), batch by batch
-learner      one optimizer step: accumulated, clipped, averaged, metered
+learner      one optimizer step: accumulated, clipped, averaged, metered; a smaller plan where memory ran out
+undo         what a step may change, kept so that it can be tried again
+ranks        several processes that train one model: what they agree on
 checkpoint   all that a run is, whole or not at all
 log          what was seen, as lines of JSON and TensorBoard's events
 weights      where the weights go: .safetensors, .pt, or back into the .onnx file

@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rowtune.errors import DivergedError, EnginesDifferError, ModelError, RowtuneError
-from rowtune.plan.file import PlanFile
+from rowtune.errors import DivergedError, EnginesDifferError, InfeasibleError, ModelError, RowtuneError
+from rowtune.plan.file import PlanFile, smaller
+from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
-from rowtune.train.options import Options, StepReport
+from rowtune.train import ranks
+from rowtune.train.options import Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
-from rowtune.tune.device import synchronize
+from rowtune.train.undo import Before, is_atomic
+from rowtune.tune.device import release, synchronize
+from rowtune.tune.measurement import first_line, out_of_memory
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Batch, OptimizerSpec, Workload, run_backward, scaler_for, use_gradients
 from rowtune.tune.verify import compare, outcome
@@ -31,7 +36,7 @@ class Learner:
     """Module, optimizer, schedule and average, and what was seen so far.
 
     `total` is how many steps the run has, None where nobody knows; `here` counts those of this process,
-    `done` those before a resumption as well.
+    `since` those under this plan, `done` those before a resumption as well.
     """
 
     def __init__(
@@ -40,26 +45,35 @@ class Learner:
         self.work, self.options, self.total = work, options, total
         self.device = work.problem.device
         self.model = work.module.to(self.device)
-        graph = work.traced if self.device == "cpu" else None  # a graph holds its device
-        self.runner = apply(self.model, file.plan, work.loss, graph=graph, engine=options.engine)
-        self.runner.lists.after = 0 if options.verify_every else 1  # what is compared is what trains
-        other: Engine = "traced" if options.engine == "listed" else "listed"
-        self.second = apply(self.model, file.plan, work.loss, graph=graph, engine=other)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        check_training(file.plan, clipped=options.clip > 0, accumulated=options.accumulate > 1)
         self.optimizer = spec.make(self.trained)
         self.scaler = scaler_for(file.plan, self.device)
         self.schedule = parse_schedule(options.schedule, options.warmup).make(self.optimizer, total)
         self.average: AveragedModel | None = None
-        self.averaged = self.runner  # what is validated
         if options.ema:
             update = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=update)
-            self.averaged = apply(self.average.module, file.plan, work.loss, engine=options.engine)
         self.done = self.here = 0
-        self.peak: int | None = None
         self.loss: float | None = None
         self.times: list[float] = []
+        self.take(file)
+
+    def take(self, file: PlanFile) -> None:
+        """Train by this file's plan from now on."""
+        options, loss = self.options, self.work.loss
+        check_training(file.plan, clipped=options.clip > 0, accumulated=options.accumulate > 1)
+        self.file = file
+        graph = self.work.traced if self.device == "cpu" else None  # a graph holds its device
+        self.runner = apply(self.model, file.plan, loss, graph=graph, engine=options.engine)
+        self.runner.lists.after = 0 if options.verify_every else 1  # what is compared is what trains
+        other: Engine = "traced" if options.engine == "listed" else "listed"
+        self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
+        self.averaged = self.runner  # what is validated
+        if self.average is not None:
+            self.averaged = apply(self.average.module, file.plan, loss, engine=options.engine)
+        self.whole = file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
+        self.peak: int | None = None
+        self.since = 0
 
     @property
     def saved(self) -> nn.Module:
@@ -70,10 +84,14 @@ class Learner:
         """Tensors that stay in memory beside the model and its optimizer's."""
         return [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
 
-    def step(self, batches: Iterator[Batch], epoch: int) -> tuple[StepReport, int] | None:
-        """One optimizer step on the next batches, and how many it took; None where there are none left.
+    def step(
+        self, batches: Iterator[Batch], epoch: int, tell: Callable[[SteppedDown], None] = lambda _: None
+    ) -> tuple[StepReport, int] | None:
+        """One optimizer step on the next batches, and how many it took; None where there are none left. Where
+        memory runs out, it is made with the next smaller plan of the front, which `tell` is told.
 
         Raises:
+            InfeasibleError: memory ran out, and the front has no smaller plan.
             DivergedError: the loss is not finite any more.
             EnginesDifferError: `verify_every` found the two engines to differ.
         """
@@ -81,29 +99,65 @@ class Learner:
         first = next(batches, None)
         if first is None:
             return None
-        if self.total is not None and self.total - self.done == 1 and not self.here:
-            outcome(self.model, self.runner, *first)  # lowers the plan, which is not the step's memory
-        if self.options.verify_every and self.done % self.options.verify_every == 0:
-            self._verify(first)
         step = _Step(self, first, batches)
+        seconds = self._try(step, tell)
+        self.times.append(seconds)
+        self.done, self.here, self.since = self.done + 1, self.here + 1, self.since + 1
+        self.loss = float(ranks.total(step.total)) / step.count
+        report = StepReport(
+            self.done, self.total, self.loss, seconds, self.peak, step.lr, epoch, self.options.epochs,
+            step.images / (time.perf_counter() - began), step.norm,
+        )  # fmt: skip
+        return report, step.count
+
+    def _try(self, step: _Step, tell: Callable[[SteppedDown], None]) -> float:
+        """Make a step, with smaller plans where it runs out of memory; how long the one that did it took."""
+        while True:
+            try:
+                return self._made(step)
+            except OutOfMemory as error:
+                reason = str(error)
+            step.undo()
+            tell(self.step_down(reason, self.done + 1))
+
+    def _made(self, step: _Step) -> float:
         last = self.total is not None and self.done + 1 == self.total
+        fresh = step.count == 0 and step.before is None  # and not what is left of one
+        with guarded(self.model, self.device):
+            if fresh and last and not self.here:
+                outcome(self.model, self.runner, *step.first)  # lowers the plan: not the step's memory
+            if fresh and self.options.verify_every and self.done % self.options.verify_every == 0:
+                self._verify(step.first)
         start = time.perf_counter()
-        if self.here == 1 or (last and not self.here):
-            inputs, target = first
+        if fresh and (self.since == 1 or (last and not self.here)):
+            inputs, target = step.first
             live = [*inputs, target, *self.kept()]
             self.peak = measure_memory(step.run, self.model, self.optimizer, live, self.device).peak_bytes
         else:
             step.run()
         synchronize(self.device)
-        now = time.perf_counter()
-        self.times.append(now - start)
-        self.done, self.here = self.done + 1, self.here + 1
-        self.loss = float(step.total) / step.count
-        report = StepReport(
-            self.done, self.total, self.loss, now - start, self.peak, step.lr, epoch, self.options.epochs,
-            step.images / (now - began), step.norm,
-        )  # fmt: skip
-        return report, step.count
+        return time.perf_counter() - start
+
+    def step_down(self, reason: str, step: int) -> SteppedDown:
+        """Take the next smaller plan of the front.
+
+        Raises:
+            InfeasibleError: there is none.
+        """
+        if (file := smaller(self.file, self._may)) is None:
+            raise InfeasibleError(
+                f"step {step} ran out of memory ({reason}), and the plan's file has no plan that takes less: "
+                "search again with a smaller --budget (rowtune search --from the file keeps what was "
+                "measured), or free memory that others hold; the last --checkpoint can be gone on from"
+            )
+        self.take(file)
+        release(self.device)
+        known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
+        return SteppedDown(step, reason, known["peak_bytes"], known.get("step_seconds", known.get("seconds")))
+
+    def _may(self, plan: Plan) -> bool:
+        """Whether the run's options go with a plan."""
+        return not (plan.step_in_backward and (self.options.clip > 0 or self.options.accumulate > 1))
 
     def check_loss(self, kept: str) -> None:
         """DivergedError where the loss is not a number any more, unless that is wanted."""
@@ -134,48 +188,111 @@ class Learner:
 
 
 class _Step:
-    """One optimizer step, to be run once. Batches after the first are read when it comes to them, so that
-    only one is in memory at a time."""
+    """One optimizer step. Batches after the first are read when it comes to them, so that only one is in
+    memory at a time. A `run` that ran out of memory can be undone and called again: it goes on with the batch
+    at hand, after those whose gradients are there."""
 
     def __init__(self, learner: Learner, first: Batch, batches: Iterator[Batch]) -> None:
-        self.learner, self.first, self.batches = learner, first, batches
+        self.learner, self.batch, self.batches = learner, first, batches
         self.total = torch.zeros(())
         self.count = self.images = 0
         self.norm: float | None = None
         self.lr = float(learner.optimizer.param_groups[0]["lr"])
+        self.before: Before | None = None
+
+    @property
+    def first(self) -> Batch:
+        """The batch at hand."""
+        return self.batch
 
     def run(self) -> None:
-        learner, options = self.learner, self.learner.options
-        learner.optimizer.zero_grad(set_to_none=True)
-        batch: Batch | None = self.first
-        while batch is not None:
-            self._backward(learner.runner, batch)
-            del batch
-            batch = next(self.batches, None) if self.count < options.accumulate else None
+        learner = self.learner
+        if not self.count:
+            learner.optimizer.zero_grad(set_to_none=True)
+        while True:
+            self.before = Before(
+                learner.model, learner.optimizer, learner.device,
+                gradients=self.count > 0, whole=learner.whole,
+            )  # fmt: skip
+            with guarded(learner.model, learner.device):
+                loss = self._backward(learner.runner, self.batch)
+            more = self._next()
+            if more is None:
+                break
+            self._count(loss)
+            self.batch = more
         if learner.scaler is not None:
-            learner.scaler.unscale_(learner.optimizer)
-        if self.count > 1:
-            for weight in learner.trained:
-                if weight.grad is not None:
-                    weight.grad.div_(self.count)
-        if options.clip:
-            self.norm = float(nn.utils.clip_grad_norm_(learner.trained, options.clip))
-        use_gradients(learner.optimizer, learner.scaler)
+            with guarded(learner.model, learner.device):
+                learner.scaler.unscale_(learner.optimizer)
+        ranks.average(learner.trained)
+        with guarded(learner.model, learner.device):
+            self._use(self.count + 1)
+        self._count(loss)
         learner.schedule.step()
         if learner.average is not None:
             learner.average.update_parameters(learner.model)
 
-    def _backward(self, runner: RowtuneModule, batch: Batch) -> None:
+    def undo(self) -> None:
+        """Forget what the batch at hand did."""
+        if self.before is not None:
+            self.before.restore()
+        if self.learner.scaler is not None:
+            self.learner.scaler._per_optimizer_states.clear()  # whose gradients were unscaled
+
+    def _next(self) -> Batch | None:
+        """The next batch of this step; None where it has them all."""
+        more = self.count + 1 < self.learner.options.accumulate
+        return next(self.batches, None) if more else None
+
+    def _count(self, loss: Tensor) -> None:
+        self.total = self.total.to(loss.device) + loss
+        self.count += 1
+        self.images += self.batch[0][0].shape[0]
+
+    def _use(self, count: int) -> None:
+        """The optimizer's part, with the sum of `count` gradients."""
+        learner, options = self.learner, self.learner.options
+        if count > 1:
+            for weight in learner.trained:
+                if weight.grad is not None:
+                    weight.grad.div_(count)
+        if options.clip:
+            self.norm = float(nn.utils.clip_grad_norm_(learner.trained, options.clip))
+        use_gradients(learner.optimizer, learner.scaler)
+
+    def _backward(self, runner: RowtuneModule, batch: Batch) -> Tensor:
         inputs, target = batch
+        learner = self.learner
         try:
-            learner = self.learner
-            loss = run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
+            return run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, RowtuneError):
+            if isinstance(error, RowtuneError) or out_of_memory(error):
                 raise
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"step {self.learner.done + 1} on inputs {shapes} failed: {reason}") from error
-        self.total = self.total.to(loss.device) + loss
-        self.count += 1
-        self.images += inputs[0].shape[0]
+            raise ModelError(f"step {learner.done + 1} on inputs {shapes} failed: {reason}") from error
+
+
+class OutOfMemory(Exception):
+    """What was tried took more memory than there is, here or on another rank."""
+
+
+@contextmanager
+def guarded(model: nn.Module, device: str) -> Iterator[None]:
+    """What runs out of memory inside is OutOfMemory, on every rank where it is on one.
+
+    Raises:
+        InfeasibleError: ranks wait for each other inside, so that they cannot agree on it.
+    """
+    reason = ""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RowtuneError) or not out_of_memory(error):
+            raise
+        reason = first_line(error) or type(error).__name__
+    # Outside of the handler: the error holds the frames, and those the tensors, of what failed.
+    if reason and ranks.wait_inside(model):
+        raise ranks.give_up(reason)
+    if ranks.any_of(bool(reason), device):
+        raise OutOfMemory(reason or "on another rank")

@@ -11,10 +11,11 @@ import torch
 from rowtune.errors import UsageError
 from rowtune.plan.file import PlanFile
 from rowtune.train import checkpoint
-from rowtune.train.data import guarded, open_data
-from rowtune.train.learner import Learner
+from rowtune.train.data import guarded as read
+from rowtune.train.data import open_data
+from rowtune.train.learner import Learner, OutOfMemory, guarded
 from rowtune.train.log import Log
-from rowtune.train.options import Options, Report, Stopping, Trained, ValReport
+from rowtune.train.options import Options, Report, SteppedDown, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore
 from rowtune.train.setup import check, feed_of, open_checkpoints, settings
 from rowtune.train.stop import Stop
@@ -31,7 +32,11 @@ def train(
     """Train, validate and save. Ctrl-C and SIGTERM end the training after the step at hand, which is then in
     the checkpoint and in the weights; a second one ends it at once.
 
+    Where memory runs out, the step at hand is undone and made again with the next smaller plan of the file's
+    front, and so are all after it: no step is lost.
+
     Raises:
+        InfeasibleError: memory ran out, and there is no smaller plan.
         UsageError: a flag, a file or a folder makes no sense; found before the first step where possible.
         DivergedError: the loss is not finite any more; nothing is saved, checkpoints stay.
         EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
@@ -99,6 +104,7 @@ class _Run:
         self.unsaved = ""
         self.saved_step = 0
         self.random: Any = None
+        self.steps_down: list[str] = []
         if found is not None:
             self._resume(found)
         self.log = Log(options, self.learner.done, again=self.batch > 0)
@@ -127,20 +133,20 @@ class _Run:
         """Steps until the epoch, the run or the patience of its user ends; whether the epoch did."""
         if self.random is not None and not self.batch:
             restore(self.random, self.device)
-        batches = guarded(self.feed, self.epoch, self.batch, f"--data {self.options.data}")
+        batches = read(self.feed, self.epoch, self.batch, f"--data {self.options.data}")
         if self.random is not None:  # after the batches before were drawn again
             restore(self.random, self.device)
             self.random = None
         every = self.options.checkpoint_every
         while not (stop.asked or self._finished()):
-            made = self.learner.step(batches, self.epoch + 1)
+            made = self.learner.step(batches, self.epoch + 1, lambda now: self._stepped_down(now, watch))
             if made is None:
                 return True
             report, count = made
             self.batch += count
             self.log.add(report)
             watch(report)
-            if self.learner.here == 1:  # the plan's own kernels are loaded now, and part of the context
+            if self.learner.since == 1:  # the plan's own kernels are loaded now, and part of the context
                 cap_memory(self.device, self.limit)
             self.learner.check_loss(f"; {self.saved} is the last checkpoint" if self.saved else "")
             if every and self.learner.done % every == 0:
@@ -154,21 +160,35 @@ class _Run:
         """False where it was interrupted."""
         if self.validator is None:
             return True
-        learner = self.learner
-        report = self.validator.run(
-            learner.averaged,
-            learner.optimizer,
-            learner.kept,
-            learner.done,
-            self.epoch + 1,
-            lambda: stop.asked,
-        )
+        report = self._validated(self.validator, watch, stop)
         if report is None:
             return False
         self.validated = report
         self.log.add(report)
         watch(report)
         return True
+
+    def _validated(
+        self, validator: Validator, watch: Callable[[Report], None], stop: Stop
+    ) -> ValReport | None:
+        """A validation changes nothing, so one that runs out of memory begins anew under a smaller plan."""
+        learner = self.learner
+        while True:
+            try:
+                with guarded(learner.model, self.device):
+                    return validator.run(
+                        learner.averaged, learner.optimizer, learner.kept, learner.done, self.epoch + 1,
+                        lambda: stop.asked,
+                    )  # fmt: skip
+            except OutOfMemory as error:
+                reason = str(error)
+            validator.peak = None
+            self._stepped_down(learner.step_down(reason, learner.done), watch)
+
+    def _stepped_down(self, now: SteppedDown, watch: Callable[[Report], None]) -> None:
+        self.steps_down.append(str(now))
+        cap_memory(self.device, self.limit)  # what was cached is free now
+        watch(now)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -211,4 +231,4 @@ class _Run:
 
     def notes(self) -> tuple[str, ...]:
         """What went wrong without ending the run."""
-        return tuple(text for text in (self.unsaved, self.log.unwritten) if text)
+        return tuple(text for text in (*self.steps_down, self.unsaved, self.log.unwritten) if text)

@@ -86,7 +86,27 @@ class Stopping:
     step: int
 
 
-Report = StepReport | ValReport | Stopping
+@dataclass(frozen=True)
+class SteppedDown:
+    """Step `step`, or the validation after it, ran out of memory (`reason`) and is tried again with a smaller
+    plan, which takes `peak_bytes` and `step_seconds` (None where nobody knows)."""
+
+    step: int
+    reason: str
+    peak_bytes: int | None
+    step_seconds: float | None
+
+    def __str__(self) -> str:
+        from rowtune.tune.sizes import format_bytes, format_seconds
+
+        size, time = format_bytes(self.peak_bytes), format_seconds(self.step_seconds)
+        return (
+            f"step {self.step} ran out of memory ({self.reason}); nothing of it is lost: it is tried again "
+            f"with the front's next plan, {size} and {time} a step, and so is all that follows"
+        )
+
+
+Report = StepReport | ValReport | Stopping | SteppedDown
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rowtune.train.data import Feed, guarded
 from rowtune.train.metrics import Metric, metric_for
 from rowtune.train.options import ValReport
 from rowtune.train.random_state import undisturbed
+from rowtune.tune.measurement import out_of_memory
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Batch, Workload
 
@@ -93,7 +94,7 @@ def _evaluate(runner: RowtuneModule, batch: Batch, metric: Metric | None) -> flo
             metric.add(pytree.tree_leaves(outputs)[0], target)
         return float(loss)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, RowtuneError):
+        if isinstance(error, RowtuneError) or out_of_memory(error):
             raise
         shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

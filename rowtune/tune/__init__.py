@@ -11,7 +11,11 @@ worker    the process that measures; supervisor: its parent's side
 space     the knobs that the search turns, and the plan that follows from them
 records   what was measured, appended to a file
 task      what a search is given, says and returns
+shared    one study of several processes and machines; helpers, helper: those of this machine
+trials    the Optuna study itself
+telling   why something is measured, and how long the rest may take
 study     Optuna over the plan's knobs; finals: its fastest plans in turns; infeasible: why nothing fits
-find      workload + budget -> plan file
+front     points of the front that were predicted; inherit: what another search measured
+find      workload + budget -> plan file; foresee: the same from prediction alone
 output    may it be written, and where else when the disk is full
 """

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import pickle
+import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ APART = 4
 """Sizes of one family are measured when they are this many times apart."""
 LONG = 1.0
 """Seconds: a call that is thought to take longer is not measured where a smaller one was."""
+HOST_BOUND, RATED = 10.0, 8
+"""Calls that take less than so many times the host's share say nothing of rates; calls that make a rate."""
 BOX, MOST = 0.03, 9
 """Seconds that one call is measured for, and how often at most."""
 
@@ -49,6 +53,7 @@ def calibrated(
     started = time.perf_counter()
     profile = profile or fresh(device)
     wanted = missing(profile, work)
+    timed: list[tuple[Sized, float]] = []
     for done, (call, at) in enumerate(wanted):
         if time.perf_counter() - started > seconds:
             break
@@ -58,8 +63,25 @@ def calibrated(
         taken = measured(call, device)
         if taken is not None:
             profile = profile.with_curves({at.family: [(at.size, taken)]})
+            timed.append((at, taken))
         watch(done + 1, len(wanted))
-    return profile
+    return rated(profile, timed)
+
+
+def rated(profile: Profile, timed: Sequence[tuple[Sized, float]]) -> Profile:
+    """The profile with rates for what nobody measures: medians over calls that arithmetic bounds, and over
+    those that memory does, by the profile's own rates; too few of a kind leave the rate as it is."""
+    bound: dict[bool, list[float]] = {True: [], False: []}
+    for at, taken in timed:
+        if taken > HOST_BOUND * profile.call_seconds:
+            busy = at.operations / profile.operations_per_second > at.bytes / profile.bytes_per_second
+            bound[busy].append((at.operations if busy else at.bytes) / taken)
+    rates = (profile.operations_per_second, profile.bytes_per_second)
+    fast, wide = (
+        statistics.median(found) if len(found) >= RATED else rate
+        for found, rate in zip((bound[True], bound[False]), rates, strict=True)
+    )
+    return replace(profile, operations_per_second=fast, bytes_per_second=wide)
 
 
 def fresh(device: str) -> Profile:
@@ -115,21 +137,23 @@ def measured(call: Signature, device: str) -> float | None:
 
 
 def _times(run: Callable[[], object], device: str) -> Iterable[float]:
-    """Of single calls, or of many in a row where one is too short for the clock or waits for a device."""
+    """Of single calls, or of many in a row where one is too short for the clock or waits for a device. Of one
+    thread the processor's time counts: what others do on the machine is no part of that."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     synchronize(device)
-    first = time.perf_counter() - start
+    first = clock() - start
     many = 1 if device == "cpu" and first > 1e-4 else max(1, min(50, int(1e-3 / max(first, 1e-6))))
     found = [first] if many == 1 else []
     spent = first
     while len(found) < MOST and (spent < BOX or not found):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(many):
             run()
         synchronize(device)
-        taken = time.perf_counter() - start
+        taken = clock() - start
         spent += taken
         found.append(taken / many)
     return found

@@ -39,7 +39,7 @@ def finals(search: Search) -> None:
         record = replace(best, **result.to_dict(), effort="full")
         if best.effort == "raced" and record.ok:
             record = replace(record, step_seconds=best.step_seconds, cpu_seconds=best.cpu_seconds)
-        search.task.records.append(record)
+        search.remember(record)
         search.say(record)
 
 
@@ -62,8 +62,12 @@ def _race(search: Search) -> None:
         found = [(t, n) for (r, n), t in zip(entries, timings, strict=True) if r is record and t is not None]
         if found:
             timing, threads = _with_threads(found)
-            task.records.append(replace(record, step_seconds=timing.seconds, cpu_seconds=timing.cpu_seconds,
-                                        threads=threads, effort="raced"))  # fmt: skip
+            search.remember(
+                replace(
+                    record, step_seconds=timing.seconds, cpu_seconds=timing.cpu_seconds, threads=threads,
+                    effort="raced",
+                )
+            )  # fmt: skip
 
 
 def _with_threads(found: list[tuple[Timing, int]]) -> tuple[Timing, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,28 +11,34 @@ from typing import Any
 
 import torch
 
-from rowtune.cost.predict import predict
+from rowtune.cost.predict import Cost, predict
 from rowtune.cost.profile import Profile
 from rowtune.errors import InfeasibleError, UsageError
 from rowtune.plan.file import MEASURED, PlanFile, save_plan
 from rowtune.plan.plan import Plan
 from rowtune.tune.device import device_name
+from rowtune.tune.front import joined, measured_point, pace, predicted_points
+from rowtune.tune.helpers import Helpers
+from rowtune.tune.inherit import inherit
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.profiles import calibration
-from rowtune.tune.records import Record, RecordFile
+from rowtune.tune.records import RecordFile, correction
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.savers import DEFAULT
+from rowtune.tune.savers import DEFAULT, used
+from rowtune.tune.shared import Shared
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload
-from rowtune.tune.study import search
+from rowtune.tune.study import Search, search
 from rowtune.tune.supervisor import Worker
 from rowtune.tune.task import Progress, SearchResult, Task
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float."""
+    """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float; `origin` is
+    a plan file whose measurements are taken over, and then `trials` are new ones.
+    `storage` is where other processes and machines work on the same study, `workers` of them here."""
 
     work: Workload
     budget: int | float
@@ -42,6 +50,9 @@ class Request:
     fresh: bool = False
     force: bool = False
     savers: frozenset[str] = DEFAULT
+    origin: Path | None = None
+    storage: str = ""
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,34 +125,86 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
     check_replaceable(out, work.graph.fingerprint, request.force)
     budget = budget_bytes(request)
     records = RecordFile(records_path(out), study_identity(work), fresh=request.fresh or _foreign(request))
-    slots = work.optimizer.slots
     limit = budget - request.reserve
     check_state(work, limit)
-    cpu = work.problem.device == "cpu"
-    with Worker(work.problem, limit) as worker:
-        calibrate = calibration(work.problem.device, worker.calibrate)
-        space = ProgrammeSpace(work.graph, slots, calibrate, request.savers)
-        result = search(
-            Task(
-                space=space,
-                predict=space.predict,
-                measure=worker.measure,
-                records=records,
-                limit=limit,
-                reserve=request.reserve,
-                overhead=lambda: 0 if cpu else worker.overhead_bytes,
-                race=worker.race,
-                threads=(1,) if cpu and torch.get_num_threads() > 1 else (),
-                trials=request.trials,
-                timeout=request.timeout,
-                seed=request.seed,
-                tell=space.tell,
-                progress=progress,
-            )
+    origin = request.origin
+    inherited = frozenset() if origin is None else inherit(origin, records, study_identity(work))
+    shared = _shared(request, budget)
+    helpers = Helpers(request, budget, request.workers - 1)
+    with Worker(work.problem, limit) as worker, helpers:
+        space = _space(request, worker)
+        task = replace(
+            _task(request, limit, worker, space, records, shared),
+            inherited=inherited,
+            progress=progress,
+            started=helpers.start,
+            ended=helpers.stop,
         )
-    file = _plan_file(request, budget, result, space.profile)
+        result = search(task)
+        overhead = task.overhead()
+    ratio = correction(result.records, overhead)
+    points = joined(
+        map(measured_point, result.front), predicted_points(space, overhead, ratio, pace(space, result.front))
+    )
+    file = _plan_file(request, budget, result, space.profile, points)
     path = keep(out, lambda path: save_plan(file, path), "the plan")
     return Found(file, result, path, records.unwritten)
+
+
+def explored(request: Request) -> None:
+    """Take part in a shared search until it has its trials; who began it does all the rest."""
+    budget = budget_bytes(request)
+    limit = budget - request.reserve
+    with Worker(request.work.problem, limit) as worker:
+        space, shared = _space(request, worker), _shared(request, budget)
+        Search(_task(request, limit, worker, space, RecordFile(None, {}), shared)).explore()
+
+
+def _space(request: Request, worker: Worker) -> ProgrammeSpace:
+    work = request.work
+    calibrate = calibration(work.problem.device, worker.calibrate)
+    return ProgrammeSpace(work.graph, work.optimizer.slots, calibrate, request.savers)
+
+
+def _task(
+    request: Request,
+    limit: int,
+    worker: Worker,
+    space: ProgrammeSpace,
+    records: RecordFile,
+    shared: Shared | None,
+) -> Task:
+    cpu = request.work.problem.device == "cpu"
+    return Task(
+        space=space,
+        predict=space.predict,
+        measure=worker.measure,
+        records=records,
+        limit=limit,
+        reserve=request.reserve,
+        overhead=lambda: 0 if cpu else worker.overhead_bytes,
+        race=worker.race,
+        threads=(1,) if cpu and torch.get_num_threads() > 1 else (),
+        trials=request.trials,
+        timeout=request.timeout,
+        seed=request.seed,
+        may=lambda plan: used(plan) <= request.savers,
+        shared=shared,
+        tell=space.tell,
+    )
+
+
+def _shared(request: Request, budget: int) -> Shared | None:
+    """The study that others work on as well: the same network, trained alike, under the same budget."""
+    if not request.storage:
+        return None
+    own = study_identity(request.work)
+    kind = {"device": own.pop("device").partition(":")[0], "machine": own.pop("machine"),
+            "torch": own.pop("torch")}  # fmt: skip
+    what = json.dumps([own, sorted(request.savers), budget, request.reserve], sort_keys=True)
+    short = hashlib.sha256(what.encode()).hexdigest()[:8]
+    name = f"{request.work.problem.model} in {format_bytes(budget)}, {short}"
+    return Shared(request.storage, name, kind)
 
 
 def _foreign(request: Request) -> bool:
@@ -156,22 +219,40 @@ def _foreign(request: Request) -> bool:
     return False
 
 
-def _plan_file(request: Request, budget: int, result: SearchResult, profile: Profile) -> PlanFile:
+def _plan_file(
+    request: Request,
+    budget: int,
+    result: SearchResult,
+    profile: Profile,
+    points: tuple[dict[str, Any], ...],
+) -> PlanFile:
     work, best, plain = request.work, result.best, result.plain
     assert best.decisions is not None
+    cpu = work.problem.device == "cpu"
     plan = Plan.from_dict(dict(best.decisions))
     cost = predict(work.graph, plan, work.optimizer.slots, profile)
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None
+    return replace(
+        unmeasured(request, budget, plan, cost),
+        measured=measured,
+        front=points,
+        study=records_path(request.out).name,
+        threads=best.threads or (torch.get_num_threads() if cpu and request.workers > 1 else 0),
+    )
+
+
+def unmeasured(request: Request, budget: int, plan: Plan, cost: Cost) -> PlanFile:
+    """A plan's file, as far as it is known without a step of it."""
     # A model's file in the plan's folder is named without the folder: the two can then move together.
-    problem = work.problem
+    problem = request.work.problem
     model = Path(problem.model.text)
     if problem.model.kind in ("onnx", "pt2") and model.parent.resolve() == request.out.parent.resolve():
         problem = replace(problem, model=replace(problem.model, text=model.name))
     return PlanFile(
         problem=problem,
-        fingerprint=work.graph.fingerprint,
+        fingerprint=request.work.graph.fingerprint,
         budget_bytes=budget,
         plan=plan,
         predicted={
@@ -181,17 +262,6 @@ def _plan_file(request: Request, budget: int, result: SearchResult, profile: Pro
             "seconds": cost.seconds,
             "peak_at": cost.peak_at,
         },
-        measured=measured,
-        front=tuple(_front_member(record) for record in result.front),
-        study=records_path(request.out).name,
+        measured={},
         reserve_bytes=request.reserve,
-        threads=best.threads,
     )
-
-
-def _front_member(record: Record) -> dict[str, Any]:
-    return {
-        "peak_bytes": record.peak_bytes,
-        "step_seconds": record.step_seconds,
-        "decisions": dict(record.decisions or {}),
-    }

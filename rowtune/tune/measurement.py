@@ -57,10 +57,21 @@ class Measurement:
         return asdict(self)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an exception says, as torch.OutOfMemoryError does."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(w in said for w in _OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in short."""
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
 def failure(error: BaseException) -> Measurement:
-    """The status an exception stands for. torch.OutOfMemoryError says "out of memory"."""
-    text = (str(error).strip().splitlines() or [""])[0][:300]
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+    """The status an exception stands for."""
+    text = first_line(error)
+    if out_of_memory(error):
         return Measurement("oom", text or "out of memory")
     if isinstance(error, RowtuneError):
         return Measurement("rejected", text)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ class RecordFile:
         if path.exists() and not fresh:
             found, self.records, sound = read_records(path)
             if found != dict(study):
-                raise UsageError(f"{path} holds trials of another study ({_difference(found, study)}): "
+                raise UsageError(f"{path} holds trials of another study ({difference(found, study)}): "
                                  "give --fresh to begin anew, or another -o")  # fmt: skip
             if not sound:
                 _truncate_torn_line(path)
@@ -153,11 +154,19 @@ def _truncate_torn_line(path: Path) -> None:
         out.truncate(data.rfind(b"\n") + 1)
 
 
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing in which two studies differ."""
     for key in (*wanted, *found):
         if found.get(key) != wanted.get(key):
             return f"{key} is {found.get(key)}, now {wanted.get(key)}"
     return "same"
+
+
+def correction(records: Sequence[Record], overhead: int) -> float:
+    """Measured over predicted peak, as seen so far; `overhead` is what the device takes beside tensors."""
+    ratios = [((r.peak_bytes or 0) - overhead) / r.predicted_bytes for r in records
+              if r.ok and r.predicted_bytes]  # fmt: skip
+    return min(max(statistics.median(ratios), 0.8), 1.5) if ratios else 1.0
 
 
 def front(records: Sequence[Record]) -> list[Record]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rowtune.errors import UsageError, meant
+from rowtune.plan.plan import Plan, Segment
 
 SAVERS: dict[str, str] = {
     "rows": "bands of rows (and what else bands take)",
@@ -44,3 +47,28 @@ def parse(text: str) -> frozenset[str]:
         )
     more = {word[1:] for word in words if word[0] == "+"}
     return frozenset((DEFAULT | more) - {word[1:] for word in words if word[0] == "-"})
+
+
+def used(plan: Plan) -> frozenset[str]:
+    """The names of what a plan uses."""
+    uses = {
+        "channels_last": plan.layout == "channels_last",
+        "bf16": plan.dtype == "bf16",
+        "step_in_backward": plan.step_in_backward,
+    }
+    segments = of_segments((*plan.segments, *plan.leaves()))
+    return segments | {name for name, is_used in uses.items() if is_used}
+
+
+def of_segments(segments: Iterable[Segment]) -> frozenset[str]:
+    """The names of what segments use."""
+    found: set[str] = set()
+    for s in segments:
+        uses = {
+            "turns": bool(s.inside),
+            "images": bool(s.images),
+            "recompute": s.cheap == "recompute",
+            "offload": s.store == "host",
+        }
+        found |= {name for name, is_used in uses.items() if is_used} | {s.policy} - {"keep"}
+    return frozenset(found)

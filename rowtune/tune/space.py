@@ -28,7 +28,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
 from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Signature
-from rowtune.tune.savers import DEFAULT
+from rowtune.tune.savers import DEFAULT, of_segments
 from rowtune.tune.task import Situation
 
 Values = Mapping[str, str]
@@ -252,12 +252,7 @@ class ProgrammeSpace:
 
     def _may(self, option: Option) -> bool:
         """Whether the savers leave an option in."""
-        needs: set[str] = {s.policy for s in option.segments if s.policy != "keep"}
-        for segment in option.segments:
-            uses = {"turns": segment.inside, "images": segment.images}
-            stores = {"offload": segment.store == "host", "recompute": segment.cheap == "recompute"}
-            needs |= {name for name, used in (uses | stores).items() if used}
-        return needs <= self.savers
+        return of_segments(option.segments) <= self.savers
 
     def _zone(self, option: Option) -> str:
         """Where the middle of an option lies."""

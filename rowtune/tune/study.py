@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,9 +20,11 @@ from rowtune.plan.plan import Plan
 from rowtune.tune.finals import finals
 from rowtune.tune.infeasible import infeasible
 from rowtune.tune.measurement import Effort
-from rowtune.tune.records import PLAIN, Record, digest, front
+from rowtune.tune.records import PLAIN, Record, correction, digest, front
 from rowtune.tune.sizes import format_bytes, format_seconds
 from rowtune.tune.task import Progress, SearchResult, Situation, Task
+from rowtune.tune.telling import Pace, expected, why
+from rowtune.tune.trials import Trials, objective, violation
 
 # A plan whose first warm step takes this much longer than the best one's cannot win.
 HOPELESS = 1.5
@@ -54,7 +53,9 @@ def search(task: Task) -> SearchResult:
     interrupted = False
     try:
         run.plain()
+        task.started()
         run.explore()
+        task.ended()
         finals(run)
     except KeyboardInterrupt:
         interrupted = True
@@ -67,7 +68,7 @@ def search(task: Task) -> SearchResult:
     plain = task.records.plain()
     return SearchResult(
         best,
-        tuple(front(seen)),
+        tuple(front(run.allowed())),
         plain if plain is not None and plain.ok else None,
         tuple(seen),
         run.measured(),
@@ -89,39 +90,52 @@ class Search:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.began = time.monotonic()
-        self.random = random.Random(task.seed)
         self.fitting: dict[str, _Candidate] = {}
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=task.seed)
-        self.study = optuna.create_study(direction="minimize", sampler=sampler)
-        self.choices: dict[str, Any] = {
-            knob.name: optuna.distributions.CategoricalDistribution(tuple(knob.choices))
-            for knob in task.space.knobs
-        }
+        self.inherited, self.heard = set(task.inherited), set[str]()
+        self._may: dict[str, bool] = {}
+        self._pace = Pace()
+        self.trials = Trials(task.space.knobs, task.seed, task.shared)
 
     def _warm_up(self) -> None:
         """Tell the space what there is; then the study: earlier trials as they would have ended under this
         budget, and the guesses not yet tried."""
+        own = list(self.task.records.latest().values())
+        self._hear()
         self.say(None, "planning")
         self._report()
-        for record in self.task.records.latest().values():
-            if self._current(record) and self._usable(record.values):
-                self.study.add_trial(
-                    optuna.trial.create_trial(
-                        params=dict(record.values),
-                        distributions=dict(self.choices),
-                        value=self._objective(record),
-                        constraints={"budget": self._violation(record)},
-                    )
-                )
+        for record in own:
+            new = self._current(record) and record.digest not in self.heard
+            if new and self.trials.usable(record.values):
+                inherited = record.digest in self.inherited
+                self.trials.add(record, *self._ending(record), inherited)
         for guess in self._warm_start():
-            self.study.enqueue_trial(guess, skip_if_exists=True)
+            self.trials.enqueue(guess)
+
+    def _hear(self) -> None:
+        """Take in what other processes measured."""
+        for record, inherited in () if self.task.shared is None else self.task.shared.news():
+            self.heard.add(record.digest)
+            known = self.task.records.latest().get(record.digest)
+            if record.digest == PLAIN:
+                known = self.task.records.plain()
+            if known is None or (known.effort == "quick" and known != record):
+                self.task.records.append(record)
+                if inherited:
+                    self.inherited.add(record.digest)
+
+    def remember(self, record: Record, trial: optuna.Trial | None = None) -> None:
+        """Keep a record, for other processes, too."""
+        self.task.records.append(record)
+        if self.task.shared is not None and trial is not None:
+            self.task.shared.publish(trial, record)
+        elif self.task.shared is not None:
+            self.task.shared.announce(record)
 
     def _warm_start(self) -> list[dict[str, Any]]:
         """Settings that earlier runs left unmeasured and the space's guesses: those predicted to fit first,
         the fastest of them ahead. Prediction costs a thousandth of a trial."""
         earlier = [r.values for r in self.task.records.latest().values() if not self._current(r)]
-        guesses = [dict(g) for g in (*earlier, *self.task.space.guesses()) if self._usable(g)]
+        guesses = [dict(g) for g in (*earlier, *self.task.space.guesses()) if self.trials.usable(g)]
         for values in guesses:
             with contextlib.suppress(Exception):  # such a plan fails again, and is recorded, when it is tried
                 plan = self.task.space.plan(values)
@@ -132,14 +146,6 @@ class Search:
         ranked = sorted(self.fitting.values(), key=lambda c: c.seconds)
         best = [c.values for c in ranked[:WARM_TRIALS]]
         return best + [g for g in guesses if g not in best]
-
-    def _random_setting(self) -> dict[str, Any]:
-        return {name: self.random.choice(d.choices) for name, d in self.choices.items()}
-
-    def _usable(self, values: Mapping[str, Any]) -> bool:
-        return set(values) == set(self.choices) and all(
-            v in self.choices[k].choices for k, v in values.items()
-        )
 
     def _current(self, record: Record) -> bool:
         """A plan rejected under a smaller budget may be worth running under this one, and one that could not
@@ -171,24 +177,33 @@ class Search:
         return self.task.timeout - (time.monotonic() - self.began)
 
     def measured(self) -> int:
-        return sum(r.status != "rejected" for r in self.task.records.latest().values())
+        """Plans measured in this study; what it took over from another one is not counted."""
+        seen = self.task.records.latest().values()
+        return sum(r.status != "rejected" and r.digest not in self.inherited for r in seen)
 
     def best(self) -> Record | None:
         return min(self.feasible(), key=lambda r: r.step_seconds or math.inf, default=None)
 
     def feasible(self) -> list[Record]:
-        return [
-            r for r in self.task.records.latest().values() if r.ok and (r.peak_bytes or 0) <= self.task.limit
-        ]
+        return [r for r in self.allowed() if r.ok and (r.peak_bytes or 0) <= self.task.limit]
+
+    def allowed(self) -> list[Record]:
+        """Earlier searches of the study may have used what this one may not."""
+        seen = [r for r in self.task.records.latest().values() if r.decisions]
+        for r in seen:
+            if r.digest not in self._may:
+                self._may[r.digest] = self.task.may(Plan.from_dict(dict(r.decisions or {})))
+        return [r for r in seen if self._may[r.digest]]
 
     def plain(self) -> None:
         """Measure plain PyTorch once a study: the yardstick, where the machine can hold it."""
+        self._hear()
         if self.task.records.plain() is not None or self.left() <= 0:
             return
         self.say(None, "plain PyTorch")
         record = self._measure(None, Record(PLAIN, "ok"), "quick")
         if record is not None:
-            self.task.records.append(record)
+            self.remember(record)
             self.say(record)
 
     def explore(self) -> None:
@@ -199,28 +214,37 @@ class Search:
         while self.measured() < self.task.trials and self.left() > 0 and idle < PATIENCE:
             if self.measured() > 1 and self.best() is None:
                 self._try_smallest()
-            trial = self.study.ask(self.choices)
-            plan = self.task.space.plan(dict(trial.params))
-            seen = self.task.records.latest().get(digest(plan))
-            if seen is not None and self._current(seen):
-                idle += 1
-                self._tell(trial, seen)
-                self._shake(idle)
-                continue
-            record = self._try(plan, dict(trial.params))
+            trial = self.trials.ask()
+            record, new = self._end_of(trial)
             if record is None:
-                return
-            if record.digest != digest(plan):  # another plan that runs alike
+                self.trials.drop(trial)
+            elif new:
+                self.remember(record, trial)
+            if record is not None:
+                self.trials.tell(trial, *self._ending(record))
+            if record is None or not new:
                 idle += 1
-                self._tell(trial, record)
-                self._shake(idle)
-                continue
-            idle = idle + 1 if record.status == "rejected" else 0
-            self.task.records.append(record)
-            self._tell(trial, record)
-            self.say(record)
-            if record.status != "rejected":
+                if idle % 3 == 0:  # TPE repeats itself; after a few repeats a random plan is tried instead
+                    self.trials.shake()
+            else:
+                idle = idle + 1 if record.status == "rejected" else 0
+                self.say(record)
+            self._hear()
+            if new and record is not None and record.status != "rejected":
                 self._report()
+
+    def _end_of(self, trial: optuna.Trial) -> tuple[Record | None, bool]:
+        """How a proposal ends, and whether that is news; None where it was not run: another process does, or
+        time ran out in the middle of it."""
+        values = dict(trial.params)
+        plan = self.task.space.plan(values)
+        seen = self.task.records.latest().get(digest(plan))
+        if seen is not None and self._current(seen):
+            return seen, False
+        if self.task.shared is not None and not self.task.shared.claim(trial, digest(plan)):
+            return None, False
+        record = self._try(plan, values)
+        return record, record is not None and record.digest == digest(plan)  # or one that runs alike
 
     def _report(self) -> None:
         """Tell the space how far the search is."""
@@ -239,13 +263,8 @@ class Search:
         if seen is None or not self._current(seen):
             record = self._try(plan, candidate.values)
             if record is not None and record.digest == digest(plan):
-                self.task.records.append(record)
+                self.remember(record)
                 self.say(record)
-
-    def _shake(self, idle: int) -> None:
-        """TPE repeats itself; after a few repeats in a row a random plan is tried instead."""
-        if idle % 3 == 0:
-            self.study.enqueue_trial(self._random_setting())
 
     def _try(self, plan: Plan, values: dict[str, Any]) -> Record | None:
         """The record of a plan not seen before, or of one whose program runs alike; None where time ran out
@@ -271,7 +290,8 @@ class Search:
             return twin
         if why_not := self._why_not(record):
             return replace(record, reason=why_not)
-        self.say(None, f"predicted {format_bytes(cost.peak_bytes)}")
+        self._pace.begin(self.measured())
+        self.say(None, expected(cost.peak_bytes, cost.seconds), plan, why(values, self.task.space.knobs))
         return self._measure(plan, record, "quick")
 
     def _twin(self, program: str) -> Record | None:
@@ -300,12 +320,7 @@ class Search:
 
     def correction(self) -> float:
         """Measured over predicted peak, as seen so far."""
-        ratios = [
-            ((r.peak_bytes or 0) - self.overhead) / r.predicted_bytes
-            for r in self.task.records.latest().values()
-            if r.ok and r.predicted_bytes
-        ]
-        return min(max(statistics.median(ratios), 0.8), 1.5) if ratios else 1.0
+        return correction([*self.task.records.latest().values()], self.overhead)
 
     @cached_property
     def overhead(self) -> int:
@@ -315,25 +330,19 @@ class Search:
         """The largest predicted peak that is expected to fit."""
         return (self.task.limit - self.overhead) / self.correction()
 
-    def _tell(self, trial: optuna.Trial, record: Record) -> None:
-        trial.set_constraint("budget", self._violation(record))
-        self.study.tell(trial, self._objective(record))
+    def _ending(self, record: Record) -> tuple[float, float]:
+        """What Optuna is told of it."""
+        seen = self.task.records.records
+        return objective(record, seen), violation(record, self.task.limit, self.overhead)
 
-    def _violation(self, record: Record) -> float:
-        """Above zero where the plan does not fit, as a share of the budget; failures count as far over."""
-        size = record.peak_bytes if record.ok else record.predicted_bytes
-        size = size if record.ok else (size or 0) + self.overhead
-        over = (size or 0) / self.task.limit - 1
-        if record.status == "slow":
-            return over
-        return over if record.ok else max(over, 0.5 if record.status in ("oom", "rejected") else 1.0)
-
-    def _objective(self, record: Record) -> float:
-        """Seconds a step; a plan without a time counts as twice the slowest seen."""
-        if record.step_seconds is not None:
-            return record.step_seconds
-        return 2 * max((r.step_seconds or 0 for r in self.task.records.records if r.ok), default=1.0)
-
-    def say(self, record: Record | None, running: str = "") -> None:
-        seconds = time.monotonic() - self.began
-        self.task.progress(Progress(self.measured(), self.task.trials, seconds, record, self.best(), running))
+    def say(self, record: Record | None, running: str = "", plan: Plan | None = None, why: str = "") -> None:
+        """A trial ended, or something begins to run: a plan, and why it."""
+        seconds, measured, trials = time.monotonic() - self.began, self.measured(), self.task.trials
+        plain, points = self.task.records.plain(), tuple(front(self.allowed()))
+        left = self._pace.left(measured, trials, self.left())
+        decisions = None if plan is None else plan.to_dict()
+        self.task.progress(
+            Progress(
+                measured, trials, seconds, record, self.best(), running, points, plain, decisions, why, left
+            )
+        )

@@ -125,7 +125,7 @@ class Worker:
             text=True,
             encoding="utf-8",
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            env={**os.environ, "PYTHONPATH": python_path()},
         )
         self.starts += 1
         self._replies = queue.SimpleQueue()
@@ -187,6 +187,6 @@ def _read(stream: IO[str] | None, replies: queue.SimpleQueue[str | None]) -> Non
     replies.put(None)
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """The parent's own import path, so that a factory it found is found by the worker too."""
     return os.pathsep.join(path or os.getcwd() for path in sys.path)

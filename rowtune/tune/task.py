@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from rowtune.plan.plan import Plan
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing
 from rowtune.tune.records import Record, RecordFile
+from rowtune.tune.shared import Shared
 
 
 class Space(Protocol):
@@ -48,7 +49,9 @@ class Situation(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """Shown while searching: after each trial, and (record None) when one begins to run."""
+    """Shown while searching: after each trial, and (record None) when something begins to run: `running` says
+    what is expected of it, `decisions` are its plan's, `why` is what is asked of it. `front` is the Pareto
+    set of all that was measured so far; `left` the seconds that trials may still take, None where unknown."""
 
     measured: int
     trials: int
@@ -56,6 +59,11 @@ class Progress:
     record: Record | None
     best: Record | None
     running: str = ""
+    front: tuple[Record, ...] = ()
+    plain: Record | None = None
+    decisions: Mapping[str, Any] | None = None
+    why: str = ""
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ class Task:
     """All that a search needs. `limit` is the budget in bytes less the `reserve`; `trials` counts plans
     measured in the whole study, earlier runs of it included. `measure` is told which step time is worth more
     than one step. `race` times plans that take turns; `threads` are other numbers of threads worth a try.
+    `may` says which plans, measured in an earlier search, may win this one; `inherited` are those that were
+    measured in another study, by digest, and are no trials of this one.
+    `shared` is where other processes work on the same study; `started` is called when they may begin, `ended`
+    when there is nothing left for them to do.
     `tell` is told how far the search is before the first plan is asked for and after each measurement."""
 
     space: Space
@@ -78,6 +90,11 @@ class Task:
     timeout: float = math.inf
     trial_timeout: float = 1800.0
     seed: int = 0
+    may: Callable[[Plan], bool] = lambda _: True
+    inherited: frozenset[str] = frozenset()
+    shared: Shared | None = None
+    started: Callable[[], None] = lambda: None
+    ended: Callable[[], None] = lambda: None
     tell: Callable[[Situation], None] = field(default=lambda _: None)
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 

@@ -72,6 +72,7 @@ function how(s) {
   if (s.tapes && s.tapes !== "split") words.push(`tapes ${s.tapes}`);
   if (s.barriers && s.barriers !== "store") words.push(`barriers ${s.barriers}`);
   if (s.images) words.push(`${s.images} images`);
+  if (s.cheap === "recompute") words.push("cheap recomputed");
   if (s.store !== "device") words.push(s.store === "host" ? "kept on the host" : `in ${s.store}`);
   return words.join(", ");
 }

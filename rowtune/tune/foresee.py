@@ -1,0 +1,49 @@
+"""A plan from prediction alone: no step is run, and the device need not be here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rowtune.cost.profile import Profile
+from rowtune.errors import InfeasibleError
+from rowtune.plan.file import PlanFile, save_plan
+from rowtune.tune.find import Request, budget_bytes, check_state, unmeasured
+from rowtune.tune.front import joined, predicted_points
+from rowtune.tune.infeasible import round_up
+from rowtune.tune.output import check_replaceable, keep
+from rowtune.tune.sizes import format_bytes
+from rowtune.tune.space import ProgrammeSpace
+from rowtune.tune.task import Situation
+
+
+def foresee(request: Request, profile: Profile) -> tuple[PlanFile, str]:
+    """The programme's plan for the budget, and its front, with times of a profile; written to the request's
+    place, or elsewhere where that fails: returns the file and where it is.
+
+    Peaks are those of tensors. What a card takes beside them (its context, the allocator's reserve) is not
+    known without it: give a reserve for it.
+
+    Raises:
+        UsageError: the output belongs to something else.
+        InfeasibleError: no plan fits; says which budget would do.
+    """
+    work, budget = request.work, budget_bytes(request)
+    limit = budget - request.reserve
+    check_replaceable(request.out, work.graph.fingerprint, request.force)
+    check_state(work, limit)
+    space = ProgrammeSpace(work.graph, work.optimizer.slots, lambda work, seconds: profile, request.savers)
+    space.tell(Situation(limit, None, (), request.timeout))
+    guess = {knob.name: knob.choices[0] for knob in space.knobs}
+    plan = space.plan(guess)
+    cost = space.predict(plan)
+    if cost.peak_bytes > limit:
+        raise InfeasibleError(
+            f"no plan fits {format_bytes(limit)}: the smallest is predicted to need "
+            f"{format_bytes(cost.peak_bytes)}, set by {cost.peak_at}; give --budget "
+            f"{round_up(cost.peak_bytes + request.reserve)} or a smaller --shape"
+        )
+    points = joined((), predicted_points(space, more=[plan]))
+    name = profile.device + (f", {profile.threads} threads" if profile.threads else "")
+    file = replace(unmeasured(request, budget, plan, cost), front=points, predicted_for=name)
+    path = keep(request.out, lambda path: save_plan(file, path), "the plan")
+    return file, str(path)
