@@ -238,6 +238,20 @@ def test_the_terminal_shows_every_section(folder: Path) -> None:
             assert words in shown.stdout, words
 
 
+def test_names_and_reasons_are_no_markup(folder: Path, tmp_path: Path) -> None:
+    """Brackets in a path, and in what a worker said, are shown as they are."""
+    path = tmp_path / "a[bold]b[red].json"
+    save_plan(load_plan(folder / "plan.json"), path)
+    records = (folder / "plan.records.jsonl").read_text().replace("killed (signal 9)", "[/x] enforce [red]")
+    (tmp_path / "plan.records.jsonl").write_text(records)
+    for more in ((), ("--compare", str(path))):
+        words = ["report", str(path), "--no-model", *more]
+        shown = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+        assert shown.exit_code == 0, shown.output
+        assert "a[bold]b[red].json" in shown.stdout
+        assert more or "[/x] enforce [red]" in shown.stdout
+
+
 def test_without_its_model_the_files_speak(folder: Path) -> None:
     shown = call("report", str(folder / "plan.json"), "--no-model")
     assert shown["memory"] is None and "--no-model" in shown["note"] and len(shown["trials"]) == 9
