@@ -19,6 +19,7 @@ from rowtune.errors import InfeasibleError, PlanError, UsageError
 from rowtune.graph.losses import parse
 from rowtune.plan.file import save_plan
 from rowtune.tune.own import spelled
+from rowtune.tune.study import Interrupted
 
 
 class Net(nn.Module):
@@ -97,6 +98,16 @@ def test_without_a_file_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Monk
     assert ran.exit_code == 3 and "rowtune.apply" in ran.output
     told = CliRunner().invoke(app, ["report", str(tmp_path / "kept.json")])
     assert told.exit_code == 0 and "no memory over the step" in told.output
+
+
+def test_ctrl_c_before_anything_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("rowtune.tune.own.find", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rowtune.search(Net(), (torch.randn(1, 3, 16, 16),), "2MB", out=tmp_path / "p.json", device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_search_leaves_no_model(tmp_path: Path) -> None:
