@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import unmeasured
 from torch import nn
 from typer.testing import CliRunner
 
@@ -90,6 +91,7 @@ def test_searched_loaded_and_applied(tmp_path: Path) -> None:
 
 def test_without_a_file_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("rowtune.tune.own.find", unmeasured.find)
     found = rowtune.search(Net(), (torch.randn(1, 3, 16, 16),), "110%", trials=1, device="cpu")
     assert not list(tmp_path.glob("rowtune-*/*")) and str(found.problem.model) == "Net"
     save_plan(found, tmp_path / "kept.json")
