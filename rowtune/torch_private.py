@@ -35,6 +35,12 @@ FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
 fake_mode_of = _guards.detect_fake_mode
 """The mode that the fake tensors among some inputs belong to; None where there is none."""
 
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+"""Hooks on all modules, by handle."""
+
 SET_GRAD = torch._C._set_grad_enabled
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast

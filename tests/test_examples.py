@@ -1,4 +1,7 @@
-"""The examples run, and learn; those of other libraries where these are installed."""
+"""The examples run by banded plans, and learn; those of other libraries where these are installed.
+
+Their searches measure nothing (tests/unmeasured.py): a real one from Python is in test_own.py.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,15 @@ from types import ModuleType
 
 import pytest
 import torch
+import unmeasured
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-BUDGET = "110%"
-"""Something fits, however little of it was planned in the time that there was."""
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Planning for a moment only, on one thread; what is imported from the folder is forgotten again."""
-    for name in ("LEAST", "MOST"):
-        monkeypatch.setattr(f"rowtune.tune.space.{name}", 0.5)
-    monkeypatch.setattr("rowtune.tune.finals.RACE_SECONDS", 0.1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the worker's
+    """On one thread; what is imported from the folder is forgotten again."""
+    monkeypatch.setattr("rowtune.tune.own.find", unmeasured.find)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -48,11 +47,11 @@ def learns(losses: list[float]) -> bool:
 
 
 def test_plain_loop() -> None:
-    assert learns(example("plain_loop").main(BUDGET, trials=1, epochs=4))
+    assert learns(example("plain_loop").main(epochs=4))
 
 
 def test_nnunet_like_is_equal_to_pytorch() -> None:
-    planned, plain = example("nnunet_like").main(BUDGET, trials=1, steps=3)
+    planned, plain = example("nnunet_like").main(steps=3)
     assert planned == pytest.approx(plain, rel=1e-4)
 
 
@@ -67,7 +66,7 @@ def test_nnunet_like_is_equal_to_pytorch() -> None:
 def test_of_other_libraries(name: str, needs: tuple[str, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs
-        assert learns(example(name, *needs).main(BUDGET, trials=1, epochs=2))
+        assert learns(example(name, *needs).main(epochs=2))
 
 
 def test_every_example_is_run() -> None:

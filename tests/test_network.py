@@ -23,7 +23,6 @@ SIZES = {
     "unet": ({"base": 4, "depth": 2}, (1, 3, 64, 32)),
     "unet_bn": ({"base": 4, "depth": 2}, (1, 3, 64, 32)),
     "resnet50": ({}, (1, 3, 64, 64)),
-    "hrnet_w18": ({}, (1, 3, 64, 64)),
 }
 
 
@@ -42,6 +41,28 @@ def test_stages_cover_the_network_once(name: str) -> None:
     assert [s.start for s in found[1:]] == [s.stop for s in found[:-1]]
     assert found[0].start == 0 and found[-1].stop == len(graph.nodes)
     assert all(s.name and s.shape for s in found)
+
+
+class SideBySide(nn.Module):
+    """Two resolutions in turns, as in HRNet: forty changes of size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(20))
+        self.coarse = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.avg_pool2d(x, 2)
+        for fine, coarse in zip(self.fine, self.coarse, strict=True):
+            x, y = fine(x), coarse(y)
+        return x + nn.functional.interpolate(y, scale_factor=2.0)
+
+
+def test_too_many_stages_are_joined() -> None:
+    graph = rowtune.trace(SideBySide(), (torch.zeros(1, 3, 16, 16),))
+    found = stages(graph)
+    assert len(found) == MOST and found[-1].stop == len(graph.nodes)
+    assert [s.start for s in found[1:]] == [s.stop for s in found[:-1]]
 
 
 def test_a_stage_is_one_resolution() -> None:

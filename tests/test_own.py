@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import unmeasured
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from rowtune.errors import InfeasibleError, PlanError, UsageError
 from rowtune.graph.losses import parse
 from rowtune.plan.file import save_plan
 from rowtune.tune.own import spelled
+from rowtune.tune.study import Interrupted
 
 
 class Net(nn.Module):
@@ -89,6 +91,7 @@ def test_searched_loaded_and_applied(tmp_path: Path) -> None:
 
 def test_without_a_file_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("rowtune.tune.own.find", unmeasured.find)
     found = rowtune.search(Net(), (torch.randn(1, 3, 16, 16),), "110%", trials=1, device="cpu")
     assert not list(tmp_path.glob("rowtune-*/*")) and str(found.problem.model) == "Net"
     save_plan(found, tmp_path / "kept.json")
@@ -97,6 +100,16 @@ def test_without_a_file_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Monk
     assert ran.exit_code == 3 and "rowtune.apply" in ran.output
     told = CliRunner().invoke(app, ["report", str(tmp_path / "kept.json")])
     assert told.exit_code == 0 and "no memory over the step" in told.output
+
+
+def test_ctrl_c_before_anything_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("rowtune.tune.own.find", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rowtune.search(Net(), (torch.randn(1, 3, 16, 16),), "2MB", out=tmp_path / "p.json", device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_search_leaves_no_model(tmp_path: Path) -> None:

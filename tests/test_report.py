@@ -238,6 +238,20 @@ def test_the_terminal_shows_every_section(folder: Path) -> None:
             assert words in shown.stdout, words
 
 
+def test_names_and_reasons_are_no_markup(folder: Path, tmp_path: Path) -> None:
+    """Brackets in a path, and in what a worker said, are shown as they are."""
+    path = tmp_path / "a[bold]b[red].json"
+    save_plan(load_plan(folder / "plan.json"), path)
+    records = (folder / "plan.records.jsonl").read_text().replace("killed (signal 9)", "[/x] enforce [red]")
+    (tmp_path / "plan.records.jsonl").write_text(records)
+    for more in ((), ("--compare", str(path))):
+        words = ["report", str(path), "--no-model", *more]
+        shown = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+        assert shown.exit_code == 0, shown.output
+        assert "a[bold]b[red].json" in shown.stdout
+        assert more or "[/x] enforce [red]" in shown.stdout
+
+
 def test_without_its_model_the_files_speak(folder: Path) -> None:
     shown = call("report", str(folder / "plan.json"), "--no-model")
     assert shown["memory"] is None and "--no-model" in shown["note"] and len(shown["trials"]) == 9
@@ -338,19 +352,27 @@ def test_what_cannot_be_compared_is_said(folder: Path, other: Path) -> None:
     assert shown["compare"]["note"] == "not of the same thing: made for different training"
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the page is only parsed")
+def drawn(page: Path, profile: Path) -> str:
+    """The page's elements after its scripts ran, without the scripts."""
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    more = ["--virtual-time-budget=4000", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(
+        [str(BROWSER), *words, *more], check=True, capture_output=True, text=True, timeout=120
+    )
+    return re.sub(r"<script.*?</script>", "", shown.stdout, flags=re.S)
+
+
+browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the page is only parsed")
+
+
+@browser
 @pytest.mark.parametrize("words", [(), ("--compare", "other.json")])
 def test_a_browser_draws_the_page(folder: Path, other: Path, words: tuple[str, ...], tmp_path: Path) -> None:
     """Its scripts ran to their end, and every plot and table is there."""
     out = folder / "drawn.html"
     more = [str(folder / w) if w.endswith(".json") else w for w in words]
     shown = call("report", str(folder / "plan.json"), "--html", str(out), *more)
-    dom = subprocess.run(
-        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-         "--virtual-time-budget=4000", "--dump-dom", out.as_uri()],
-        check=True, capture_output=True, text=True, timeout=120,
-    ).stdout  # fmt: skip
-    dom = re.sub(r"<script.*?</script>", "", dom, flags=re.S)
+    dom = drawn(out, tmp_path)
     assert 'data-ready="yes"' in dom and "[object" not in dom and "undefined" not in dom
     for label in ("memory over the step", "memory and time of every plan measured"):
         assert f'aria-label="{label}"' in dom
@@ -359,6 +381,37 @@ def test_a_browser_draws_the_page(folder: Path, other: Path, words: tuple[str, .
     measured = sum(t["status"] in ("ok", "slow") and bool(t["step_seconds"]) for t in shown["trials"])
     assert dom.count("<circle") >= many * (measured - 1) + 2
     assert dom.count("copy</button>") == sum(bool(a["command"]) for a in shown["advice"])
+
+
+ACTIONS = """
+const plot = document.querySelector('svg[aria-label="memory over the step"]');
+const box = plot.getBoundingClientRect(), buttons = [...document.querySelectorAll("button")];
+plot.dispatchEvent(new MouseEvent("mousemove", { clientX: box.left + box.width / 2, clientY: box.top + 9 }));
+document.body.dataset.tip = document.getElementById("tip").textContent;
+const dot = document.querySelector('svg[aria-label^="memory and time"] circle');
+dot.dispatchEvent(new MouseEvent("mousemove", { clientX: 9, clientY: 9 }));
+document.body.dataset.dot = document.getElementById("tip").textContent;
+const press = (words) => buttons.find((button) => button.textContent === words).click();
+const before = document.documentElement.dataset.theme;
+press("light / dark");
+document.body.dataset.themes = before + " " + document.documentElement.dataset.theme;
+press("log scale");
+const first = () => document.querySelector("main > section:last-of-type tbody td").textContent;
+document.querySelector("main > section:last-of-type th").click();
+document.body.dataset.first = first();
+"""
+
+
+@browser
+def test_plots_answer(folder: Path, made: Any, tmp_path: Path) -> None:
+    """Pointing says what is there; buttons change theme and scale; a column's head sorts."""
+    page = tmp_path / "acted.html"
+    page.write_text(html(made).replace("</body>", f"<script>{ACTIONS}</script></body>"))
+    dom = drawn(page, tmp_path / "profile")
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', re.search(r"<body[^>]*>", dom)[0]))  # type: ignore[index]
+    assert "% of the step" in found["tip"] and "plain PyTorch" in found["tip"]
+    assert "a step" in found["dot"] and set(found["themes"].split()) == {"light", "dark"}
+    assert found["first"].startswith(min(t["plan"] for t in made["trials"])[:8])
 
 
 def test_frozen_and_plain(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.text import Text
 
 from rowtune.cli.charts import Point, legend, scatter
@@ -24,7 +25,7 @@ def show_comparison(screen: Screen, both: Comparison) -> None:
     names = (both.one.plan, both.other.plan)
     out.print()
     table = plain_table(
-        ("", "left"), *((f"{mark} {n}", "left") for (mark, _), n in zip(SIDES, names, strict=True))
+        ("", "left"), *((f"{mark} {escape(n)}", "left") for (mark, _), n in zip(SIDES, names, strict=True))
     )
     for row in both.rows:
         cells = ((row.one, row.better == "one"), (row.other, row.better == "other"))

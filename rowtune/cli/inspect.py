@@ -99,7 +99,7 @@ def _stages(screen: Screen, stages: list[dict[str, Any]]) -> None:
         )
         named = operations if screen.verbose else operations[:NAMED]
         table.add_row(
-            s["name"] or s["first"],
+            Text(s["name"] or s["first"]),
             "x".join(map(str, s["shape"])),
             format_bytes(s["kept_bytes"]),
             Text("━" * round(BAR * s["kept_bytes"] / most), "cyan"),

@@ -26,7 +26,7 @@ def show_page(screen: Screen, page: Page) -> None:
     """Every section that has something to say."""
     out = screen.out
     out.print()
-    out.print(f"[bold]{page.plan}[/]  {page.model}")
+    out.print(Text.assemble((page.plan, "bold"), f"  {page.model}"))
     out.print(Text(page.verdict.text, f"bold {GOOD if page.verdict.fits else BAD}"))
     out.print()
     out.print(_facts(page))
@@ -36,7 +36,7 @@ def show_page(screen: Screen, page: Page) -> None:
 
 def heading(screen: Screen, title: str) -> None:
     screen.out.print()
-    screen.out.print(f"[bold]{title}[/]")
+    screen.out.print(Text(title, "bold"))
 
 
 def _facts(page: Page) -> Table:
@@ -81,8 +81,8 @@ def segments_table(segments: Sequence[Stretch]) -> Table:
     total = sum(s.seconds or 0.0 for s in segments) or 1.0
     for s in segments:
         cells: list[str | Text] = [
-            "  " * s.depth + s.first,
-            s.last,
+            Text("  " * s.depth + s.first),
+            Text(s.last),
             Text(s.policy, MARKS[s.policy][1]),
             str(s.band_rows or ""),
             _how(s),
@@ -185,7 +185,7 @@ def _row(t: Tried) -> list[str | Text]:
     word = Text("chosen", GOOD) if t.chosen else Text("" if t.fits else "over budget", "yellow")
     return [
         Text(mark, style),
-        t.plan,
+        Text(t.plan),
         format_bytes(t.peak_bytes),
         Text(format_bytes(t.predicted_bytes), SOFT),
         format_seconds(t.step_seconds),
@@ -206,7 +206,7 @@ def _knobs(screen: Screen, page: Page, title: str) -> None:
         choices = sorted((c for c in k.choices if c.measured), key=lambda c: c.best_seconds or float("inf"))
         words = [f"{c.value} {format_seconds(c.best_seconds) if c.best_seconds else 'none'}" for c in choices]
         bar = Text("━" * round(16 * k.matters), "cyan")
-        table.add_row(k.name, bar, f"{k.matters:.0%}", ", ".join(words))
+        table.add_row(Text(k.name), bar, f"{k.matters:.0%}", Text(", ".join(words)))
     screen.out.print(table)
 
 
@@ -217,7 +217,7 @@ def _failures(screen: Screen, page: Page, title: str) -> None:
     table = plain_table(("", "right"), ("", "left"), ("why", "left"), ("for example", "left"))
     for f in page.failures if screen.verbose else page.failures[:6]:
         style = SOFT if f.status in ("slow", "rejected") else BAD
-        table.add_row(str(f.count), Text(f.status, style), f.reason, Text(f.example, SOFT))
+        table.add_row(str(f.count), Text(f.status, style), Text(f.reason), Text(f.example, SOFT))
     screen.out.print(table)
 
 

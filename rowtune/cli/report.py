@@ -93,7 +93,9 @@ def read_page(screen: Screen, file: PlanFile, path: Path, no_model: bool) -> Pag
     records, note = read_study(file, path)
     if note:
         screen.note(note)
-    if not no_model:
-        screen.opening(file.problem.model)
-    step = Unknown(NO_MODEL) if no_model else step_cost(file)
+    if no_model:
+        return make_page(file, records, str(path), Unknown(NO_MODEL))
+    screen.opening(file.problem.model)
+    with screen.err.status("recording a step of the plan, and one of plain PyTorch ..."):
+        step = step_cost(file)
     return make_page(file, records, str(path), step)

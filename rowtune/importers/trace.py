@@ -21,6 +21,7 @@ from rowtune.graph.graph import Graph
 from rowtune.importers.attributes import attributes_put_back
 from rowtune.importers.exported import read
 from rowtune.importers.flat import regions_as_they_are
+from rowtune.importers.hooks import hooks_without_data
 from rowtune.importers.watched import watched
 from rowtune.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, fake_mode_of, pytree
 
@@ -71,8 +72,10 @@ def exported(
         with (
             _quiet(),
             _unobserved(),
+            torch.inference_mode(False),
             attributes_put_back(model),
             watched(model) as notes,
+            hooks_without_data(model, notes),
             _traceable(model),
             regions_as_they_are(),
         ):

@@ -48,8 +48,10 @@ def _put_back(states: tuple[Any, ...]) -> None:
 def _hooks(module: nn.Module) -> bool:
     """Hooks of the user's; PyTorch's own (weight norm, pruning) are nothing but tensor operators."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(not _origin(hook).startswith("torch.") for hook in hooks)
+    return any(is_users(hook) for hook in hooks)
 
 
-def _origin(hook: Any) -> str:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+def is_users(hook: Any) -> bool:
+    """Whether a hook is none of PyTorch's own."""
+    origin = str(getattr(hook, "__module__", None) or type(hook).__module__)
+    return not origin.startswith("torch.")

@@ -31,6 +31,7 @@ from rowtune.tune.output import check_replaceable, check_writable
 from rowtune.tune.savers import parse as parse_savers
 from rowtune.tune.sizes import parse_budget, parse_size
 from rowtune.tune.step import define
+from rowtune.tune.study import Interrupted
 from rowtune.tune.task import Progress
 
 _SPELLED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
@@ -63,7 +64,8 @@ def search(
     """Find the fastest exact plan that fits a budget, by measuring real training steps in a worker process.
 
     `rowtune.apply(model, found, loss=...)` trains by what is returned; `found.plan` is the plan alone,
-    `found.measured` its figures (bytes, seconds).
+    `found.measured` its figures (bytes, seconds). Ctrl-C ends the search with the best plan so far; where
+    there is none yet it is a KeyboardInterrupt.
 
     Args:
         model: in the mode that it is trained in; it is not changed, and its weights are used for measuring.
@@ -105,7 +107,10 @@ def search(
                     "a factory on the command line instead: rowtune search package.module:factory"
                 )
             request = Request(work, size, plan, trials, timeout, seed, kept, force=force, savers=allowed)
-            found = find(request, progress).file
+            try:
+                found = find(request, progress).file
+            except Interrupted:
+                raise KeyboardInterrupt from None
         kept_as = found.problem.model if out is not None else Source("python", type(model).__name__)
         return replace(found, problem=replace(found.problem, model=kept_as))
 

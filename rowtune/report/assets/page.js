@@ -79,7 +79,8 @@ function how(s) {
 
 function strip(page) {
   const outer = page.segments.filter((s) => !s.depth), total = outer.reduce((sum, s) => sum + (s.seconds || 0), 0);
-  const columns = [["from"], ["to"], ["policy"], ["band", "n"], ["how"], ["keeps", "n"], ["at most", "n"], ["time", "n"]];
+  const known = outer.some((s) => s.seconds != null);
+  const columns = [["from"], ["to"], ["policy", "chips"], ["band", "n"], ["how"], ...(known ? [["keeps", "n"], ["at most", "n"], ["time", "n"]] : [])];
   const blocks = new Map();
   const bar = el("div", { class: "strip" }, outer.map((s) => {
     const wide = (s.share == null ? 1 / outer.length : s.share) > 0.07;
@@ -92,7 +93,7 @@ function strip(page) {
   const rows = page.segments.map((s) => {
     const name = el("span", { style: `padding-left: ${s.depth * 16}px` }, s.first);
     const time = s.seconds == null ? "" : `~${seconds(s.seconds)}  ${percent(s.seconds / (total || 1))}`;
-    const row = cells(columns, [name, s.last, el("span", {}, chip(COLOURS[s.policy]), s.policy), s.band_rows || "", how(s), s.kept_bytes == null ? "" : bytes(s.kept_bytes), s.peak_bytes == null ? "" : bytes(s.peak_bytes), time]);
+    const row = cells(columns, [name, s.last, el("span", {}, chip(COLOURS[s.policy]), s.policy), s.band_rows || "", how(s), ...(known ? [s.kept_bytes == null ? "" : bytes(s.kept_bytes), s.peak_bytes == null ? "" : bytes(s.peak_bytes), time] : [])]);
     const block = blocks.get(s);
     for (const [from, to] of block ? [[row, block], [block, row]] : []) {
       from.addEventListener("mouseenter", () => to.classList.add("on"));
