@@ -137,14 +137,14 @@ class Table:
     # -- recording -------------------------------------------------------------------------------------------
 
     def add(self, keys: Iterable[Key], until: float) -> int:
-        """Record options until the clock says `until`; how many there were."""
+        """Record options until the clock says `until`, one at least; how many there were."""
         count = 0
         for key in keys:
-            if time.monotonic() > until:
-                break
             if key not in self.known:
                 self.known[key] = self._recorded(*key)
                 count += 1
+            if time.monotonic() > until:
+                break
         return count
 
     def _recorded(self, start: int, stop: int, segments: tuple[Segment, ...]) -> Option | None:

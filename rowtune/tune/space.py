@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from rowtune.cost.candidates import around, batch, first, heights, offloaded
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
-from rowtune.cost.table import Option, Table, within
+from rowtune.cost.table import Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
@@ -50,6 +50,8 @@ FRONT = 8
 """Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
 TRIES = 4
 """Times that a path is looked for again whose plan takes more than its options by themselves."""
+BATCH = 16
+"""Options that are recorded at a time while no plan fits."""
 PULL = 0.1
 """How much a factor of the time model is drawn to 1."""
 
@@ -160,7 +162,8 @@ class ProgrammeSpace:
         box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = offloaded(self.table) if "offload" in self.savers else ()
-        self.table.add(chain(stores, first(self.table)), within(FIRST * box))
+        coarse = chain(stores, first(self.table))
+        self.table.add(coarse, within(FIRST * box))
         if self.calibrate is not None:
             self.profile = self.calibrate(self.table.work(), TIMES * box)
             self.table.price(self.profile)
@@ -169,7 +172,22 @@ class ProgrammeSpace:
             [k for k in around(self.table, self.paths()) if k not in self.table.known], until
         ):
             pass
+        self._until_one_fits(coarse, now)
         self._correct(now)
+
+    def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
+        """Whether a plan fits must not hang on how fast this machine records: while none does, more of the
+        first options are recorded, then neighbours of the smallest plan as long as that shrinks."""
+        limit = now.most - fixed_bytes(self.graph, self.slots)
+        least = self.smallest()
+        while least.peak > limit and self.table.add(islice(coarse, BATCH), math.inf):
+            least = self.smallest()
+        before = math.inf
+        while limit < least.peak < 0.99 * before:
+            before = least.peak
+            near = (key for key in around(self.table, [least]) if key not in self.table.known)
+            self.table.add(islice(near, 2 * BATCH), math.inf)
+            least = self.smallest()
 
     def paths(self) -> list[Path]:
         """The fastest paths under limits from the least that will do to what plain takes, and under the
