@@ -44,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "edsr": ({"blocks": 2, "channels": 32}, (1, 3, 96, 96)),
     "unet": ({"base": 8, "depth": 3}, (1, 3, 192, 192)),
     "unet_bn": ({"base": 8, "depth": 3}, (1, 3, 192, 192)),
-    "vgg16": ({"width": 16, "dropout": 0.0}, (1, 3, 192, 192)),
+    "vgg16_features": ({"width": 16}, (1, 3, 192, 192)),
 }
 GRIDS = Path(__file__).parent / "grids"
 BANDS = (8, 32)

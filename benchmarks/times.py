@@ -8,7 +8,8 @@ Each network's plans are random paths through the programme's table and the prog
 of them are timed first, as a search does. A plan's step is the median of a few, without the optimizer's
 (which no plan changes), on warm lists. Per network: median relative error, the same after one common factor
 (what a search corrects by its first measurements), and the rank correlation. On a machine that does other
-work as well run it with OMP_NUM_THREADS=1. Results go to benchmarks/results/.
+work as well run it with OMP_NUM_THREADS=1: of one thread the processor's own time is taken. Results go to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def measure(name: str, count: int, seconds: float, given: Profile | None = None)
     timed = time.perf_counter() - start - recorded
     table.price(profile)
     rows = []
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for plan in plans(table, count):
         cost = predict(graph, plan, 0, profile)
         module = rowtune.apply(model, plan, loss, graph=traced)
@@ -104,10 +106,10 @@ def measure(name: str, count: int, seconds: float, given: Profile | None = None)
         taken = []
         for turn in range(5):
             model.zero_grad(set_to_none=True)
-            begun = time.perf_counter()
+            begun = clock()
             module(x, targets=target).backward()
             if turn > 1:
-                taken.append(time.perf_counter() - begun)
+                taken.append(clock() - begun)
         rows.append((statistics.median(taken), cost.seconds))
     real, ours = (np.array(column) for column in zip(*rows, strict=True))
     ratio = ours / real

@@ -80,3 +80,12 @@ def test_a_shipped_profile_predicts(name: str, tmp_path: Path) -> None:
         "error"
     ]
     assert "of those shipped" in error and name in error
+
+
+def test_the_host_s_share_is_not_scaled_up() -> None:
+    """A curve that ends where the host takes longer than the device says nothing of a million elements."""
+    tiny = Profile(call_seconds=1e-5, curves={"add": ((1, 2e-5),)})
+    at = Sized("add", 10**6, 1e6, 8 * 10**6)
+    assert tiny.along(tiny.curves["add"], at) == pytest.approx(2e-5 + tiny.rough(at))
+    long = Profile(call_seconds=1e-5, curves={"add": ((10**5, 1e-3),)})
+    assert long.along(long.curves["add"], at) == pytest.approx(1e-2)

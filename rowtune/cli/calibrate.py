@@ -54,11 +54,9 @@ def command(
     screen.err.print(f"[dim]timing the calls of its plans, {seconds:.0f} s at most ...[/]")
     calls, profile = timed(work, seconds)
     if out is not None:
-        import json
+        from rowtune.plan.file import dumps, write_text
 
-        from rowtune.plan.file import write_text
-
-        write_text(out, json.dumps(profile.to_dict(), indent=1) + "\n")
+        write_text(out, dumps(profile.to_dict()) + "\n")
     found = summary(profile, calls) | {"cache": str(profile_path(here))}
     screen.out.print(
         facts(

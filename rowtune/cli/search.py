@@ -80,6 +80,8 @@ def command(
     size = parse_budget(budget)
     allowed = parse(savers)
     kept = parse_size(reserve, "--reserve") if reserve else 0
+    if trials < 1 and origin is None:
+        raise UsageError(f"--trials {trials}: nothing was measured before; --from a plan it may be 0")
     if device_profile and not predict_only:
         raise UsageError("--device-profile is for --predict-only: a search times calls where it runs")
     check_writable(out)

@@ -99,11 +99,13 @@ def _joined(call: Signature, name: str) -> Sized:
 
 
 def _product(call: Signature, name: str) -> Sized:
-    """Matrix products: the last two tensors are the factors."""
+    """Matrix products: the last two tensors are the factors. With few rows the second one's memory bounds
+    them, with many the arithmetic: another second factor is another family."""
     found = [*likes(call.args)]
     a, b = found[-2:]
     size = numel(a.shape) * b.shape[-1]
-    return Sized(f"{name}: {_kind(a)}", size, 2.0 * size, _bytes(found))
+    family = f"{name}: {_kind(a)} {layout(a)} by {[*b.shape]} {layout(b)}"
+    return Sized(family, size, 2.0 * size, _bytes(found))
 
 
 def _convolution(call: Signature, name: str) -> Sized:

@@ -17,6 +17,9 @@ from rowtune.runtime.segment_recording import Work
 
 SCHEMA = 1
 
+HOST_BOUND = 10.0
+"""A call that takes less than so many times the host's share says nothing of the device's rates."""
+
 Curve = tuple[tuple[int, float], ...]
 """(size, seconds), by increasing size."""
 
@@ -50,7 +53,15 @@ class Profile:
         if not at.size:
             return 0.0
         curve = self.curves.get(at.family)
-        return self.rough(at) if curve is None else along(curve, at.size)
+        return self.rough(at) if curve is None else self.along(curve, at)
+
+    def along(self, curve: Curve, at: Sized) -> float:
+        """A call of this size by its family's curve. Beyond sizes of which the host takes longer than the
+        device what is added goes by the rates: to scale the host's share up would be far too long."""
+        found, (size, seconds) = along(curve, at.size), curve[-1]
+        if at.size > size and seconds < HOST_BOUND * self.call_seconds:
+            return min(found, seconds + self.rough(at))
+        return found
 
     def rough(self, at: Sized) -> float:
         """What nobody measured."""
@@ -131,7 +142,7 @@ class Clock:
                 found.setdefault(any_width(family), {}).update(curve)
             self._kin = {name: tuple(sorted(points.items())) for name, points in found.items()}
         curve = self._kin.get(any_width(at.family), ())
-        return along(curve, at.size) if curve and at.size else self.profile.seconds(call)
+        return self.profile.along(curve, at) if curve and at.size else self.profile.seconds(call)
 
 
 def load(path: Path) -> Profile:

@@ -65,7 +65,7 @@ class Learner:
         self.file = file
         graph = self.work.traced if self.device == "cpu" else None  # a graph holds its device
         self.runner = apply(self.model, file.plan, loss, graph=graph, engine=options.engine)
-        self.runner.lists.after = 0 if options.verify_every else 1  # what is compared is what trains
+        self.runner.lists.after = 0  # what was measured: a step of the schedule itself may take more
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
         self.averaged = self.runner  # what is validated

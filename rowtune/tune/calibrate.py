@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rowtune.cost.families import FREE, Sized, is_value, named, sized
-from rowtune.cost.profile import Profile
+from rowtune.cost.profile import HOST_BOUND, Profile
 from rowtune.plan.lower import uncollected
 from rowtune.runtime.blank import Like, Signature
 from rowtune.torch_private import below_autograd
@@ -29,8 +29,8 @@ APART = 4
 """Sizes of one family are measured when they are this many times apart."""
 LONG = 1.0
 """Seconds: a call that is thought to take longer is not measured where a smaller one was."""
-HOST_BOUND, RATED = 10.0, 8
-"""Calls that take less than so many times the host's share say nothing of rates; calls that make a rate."""
+RATED = 8
+"""Calls that make a rate."""
 BOX, MOST = 0.03, 9
 """Seconds that one call is measured for, and how often at most."""
 
@@ -62,6 +62,7 @@ def calibrated(
             continue
         taken = measured(call, device)
         if taken is not None:
+            taken = float(f"{taken:.4g}")
             profile = profile.with_curves({at.family: [(at.size, taken)]})
             timed.append((at, taken))
         watch(done + 1, len(wanted))
