@@ -88,6 +88,12 @@ def barred(band: int, barriers: str, halo: str = "sweep", tapes: str = "split") 
     return lambda graph: rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes, barriers=barriers)  # type: ignore[arg-type]
 
 
+def lean(graph: Any) -> Plan:
+    """Everything kept but what is cheap to make again."""
+    whole = rowtune.uniform_plan(graph, "keep")
+    return replace(whole, segments=tuple(replace(s, cheap="recompute") for s in whole.segments))
+
+
 Part = tuple[str, Segment]
 
 
@@ -177,17 +183,24 @@ CASES = (
     ),
     Case(
         "batch-norm unet, 1x3x1024x1024", "unet_bn", {}, (1, 3, 1024, 1024), "cross_entropy",
-        {"rowtune store 16": barred(16, "store"), "rowtune store 32": barred(32, "store", "recompute")},
+        {
+            "rowtune store 16": barred(16, "store"), "rowtune store 32": barred(32, "store", "recompute"),
+            "rowtune cheap recomputed": lean,
+        },
         compiled=False,
     ),
     Case(
         "unet3d of three levels, 1x1x256x64x64", "unet3d", {"depth": 3}, (1, 1, 256, 64, 64), "cross_entropy",
-        {"rowtune store 16": barred(16, "store"), "rowtune store 32": barred(32, "store", "recompute")},
+        {
+            "rowtune store 16": barred(16, "store"), "rowtune store 32": barred(32, "store", "recompute"),
+            "rowtune cheap recomputed": lean,
+        },
         compiled=False,
     ),
     Case(
         "resnet50, 1x3x1024x1024", "resnet50", {}, (1, 3, 1024, 1024), "cross_entropy",
         {
+            "rowtune cheap recomputed": lean,
             "rowtune store 32": barred(32, "store", "recompute"),
             "rowtune again 64, two blocks at a time": stages(
                 *((name, again(64)) for name in PAIRS_OF_RESNET), ("", KEEP)
@@ -213,6 +226,7 @@ CASES = (
     Case(
         "resnet50, 8x3x224x224", "resnet50", {}, (8, 3, 224, 224), "cross_entropy",
         {
+            "rowtune cheap recomputed": lean,
             "rowtune store 28": barred(28, "store", "recompute"),
             "rowtune again 28, two blocks at a time": stages(
                 *((name, again(28)) for name in PAIRS_OF_RESNET), ("", KEEP)
