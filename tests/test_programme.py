@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import rowtune
-from rowtune.cost.candidates import ROWS, around, first
+from rowtune.cost.candidates import ROWS, around, first, rounded
 from rowtune.cost.families import sized
 from rowtune.cost.footprint import Footprint
-from rowtune.cost.predict import composed, predict
+from rowtune.cost.predict import composed, fixed_bytes, predict
 from rowtune.cost.profile import Profile, along
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
 from rowtune.cost.table import Table, within
@@ -22,6 +22,7 @@ from rowtune.errors import PlanError, UsageError
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
+from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Like, Signature
 from rowtune.tune import savers as named
 from rowtune.tune.calibrate import calibrated, measured, missing, packed, unpacked
@@ -320,3 +321,28 @@ def test_plans_take_what_they_may(savers, holds):
     if "offload" in savers:
         stored = [p for p in plans if any(s.store == "host" for s in p.segments)]
         assert stored and made.predict(stored[0]).host_bytes > 0
+
+
+def test_plans_round_what_they_keep_only_where_they_may():
+    with pytest.raises(UsageError, match="how much they may be"):
+        named.with_error(named.parse("+rounding"), 0.0)
+    with pytest.raises(UsageError, match="a number of at least 0, not -1"):
+        named.with_error(DEFAULT, -1.0)
+    made = ProgrammeSpace(graph("unet"), 1, None, named.with_error(frozenset({"recompute"}), 0.05), 0.05)
+    made.table.add([made.table.keep(k, k + 1) for k in range(len(made.table.cuts) - 1)], within(60))
+    lean = [made.table.keep(k, k + 1, cheap="recompute") for k in range(len(made.table.cuts) - 1)]
+    made.table.add([*lean, *rounded(made.table)], within(60))
+    made.prepared = True
+    exact = smallest(made.table, lambda o: named.of_segments(o.segments) <= {"recompute"})
+    assert exact is not None
+    made.most = 0.98 * exact + fixed_bytes(graph("unet"), 1)  # less than without rounding
+    own = made.guesses()[0]
+    found = {which: made.plan(own | {"rounding": which}) for which in ("any", "fp16", "int8")}
+    for which, plan in found.items():
+        stores = {s.store for s in plan.segments} & {"fp16", "int8"}
+        assert stores and stores <= ({"fp16", "int8"} if which == "any" else {which})
+        assert predict(graph("unet"), plan, 1).peak_bytes <= made.most
+        assert plan.max_grad_error == 0.05 and Plan.from_dict(plan.to_dict()) == plan
+        assert "rounding" in named.used(plan)
+    made.most = 1e12
+    assert "rounding" not in named.used(made.plan(own | {"rounding": "none"}))

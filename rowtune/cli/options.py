@@ -64,8 +64,17 @@ Savers = Annotated[
     typer.Option(
         "--savers",
         metavar="NAMES",
-        help="What plans may use: rows, checkpoint, turns, images, channels_last (these by default), "
-        "offload, bf16, step_in_backward; or changes to the default, as in +offload,-turns.",
+        help="What plans may use: rows, checkpoint, turns, images, recompute, channels_last (these by "
+        "default), offload, bf16, step_in_backward; or changes to the default, as in +offload,-turns.",
+    ),
+]
+MaxGradError = Annotated[
+    float,
+    typer.Option(
+        "--max-grad-error",
+        metavar="X",
+        help="How far gradients may be off, relative to the largest of their tensor, for what is kept to be "
+        "rounded (fp16, int8); 0: not at all.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]

@@ -35,6 +35,7 @@ def command(
     loss: options.LossName = "",
     optimizer: options.OptimizerName = "",
     savers: options.Savers = "",
+    max_grad_error: options.MaxGradError = 0.0,
     reserve: options.Reserve = "",
     origin: Annotated[
         Path | None,
@@ -73,12 +74,12 @@ def command(
     """
     from rowtune.tune.find import Request, records_path
     from rowtune.tune.output import check_writable
-    from rowtune.tune.savers import parse
+    from rowtune.tune.savers import parse, with_error
     from rowtune.tune.sizes import parse_budget, parse_size
 
     screen = Screen(as_json, quiet, verbose)
     size = parse_budget(budget)
-    allowed = parse(savers)
+    allowed = with_error(parse(savers), max_grad_error)
     kept = parse_size(reserve, "--reserve") if reserve else 0
     if trials < 1 and origin is None:
         raise UsageError(f"--trials {trials}: nothing was measured before; --from a plan it may be 0")
@@ -93,8 +94,9 @@ def command(
     limit = timeout or float("inf")
     storage = _storage(storage, workers, out, fresh, work.problem.device)
     request = Request(
-        work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin, storage, workers
-    )
+        work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin, storage, workers,
+        max_grad_error,
+    )  # fmt: skip
     if profile is not None:
         screen.json(foreseen_shown(screen, request, profile))
         return 0

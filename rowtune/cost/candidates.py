@@ -14,7 +14,7 @@ from rowtune.cost.programme import Path
 from rowtune.cost.table import Key, Option, Table
 from rowtune.graph.bands import banding
 from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import Segment
+from rowtune.plan.plan import Segment, Store
 
 HEIGHTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 ALL_ROWS = 1 << 30
@@ -22,6 +22,9 @@ COARSE = (32, 128, 8)
 """Band heights of the first options."""
 TOGETHER = 4
 """Stretches between cuts that the first options recompute together, at most."""
+
+ROUNDING: tuple[Store, ...] = ("fp16", "int8")
+"""Stores that round and are tried."""
 
 ROWS = Segment("", "", "rows", 32, "sweep", tapes="replay")
 SPLIT = replace(ROWS, tapes="split")
@@ -86,6 +89,13 @@ def offloaded(table: Table) -> Iterator[Key]:
     for length in range(1, TOGETHER + 1):
         for k in range(last - length + 1):
             yield table.checkpoint(k, k + length, 0, "host")
+
+
+def rounded(table: Table) -> Iterator[Key]:
+    """What is kept from cut to cut, rounded meanwhile."""
+    for store in ROUNDING:
+        for k in range(len(table.cuts) - 1):
+            yield table.keep(k, k + 1, store, "recompute")
 
 
 def _between_barriers(table: Table, fit: Sequence[int]) -> Iterator[Key]:

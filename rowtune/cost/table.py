@@ -22,7 +22,7 @@ from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
-from rowtune.plan.plan import Cheap, Plan, Segment, Store
+from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
 from rowtune.runtime.blank import Signature
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -74,10 +74,17 @@ class Table:
     Args:
         graph: with its loss.
         whole: what holds for all of a plan beside its segments: dtype, say, or step_in_backward.
+        max_grad_error: that stores which round may cost, in plans that have some.
     """
 
-    def __init__(self, graph: Graph, axis: int = 2, whole: Mapping[str, Any] = NOTHING) -> None:
-        self.graph, self.axis, self.whole = graph, axis, dict(whole)
+    def __init__(
+        self,
+        graph: Graph,
+        axis: int = 2,
+        whole: Mapping[str, Any] = NOTHING,
+        max_grad_error: float = 0.0,
+    ) -> None:
+        self.graph, self.axis, self.whole, self.max_grad_error = graph, axis, dict(whole), max_grad_error
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
@@ -90,7 +97,9 @@ class Table:
 
     def plan(self, segments: Sequence[Segment]) -> Plan:
         """These segments, and what holds for all."""
-        return Plan(tuple(segments), self.axis, **self.whole)
+        rounds = any(s.store in LOSSY for s in segments)
+        error = self.max_grad_error if rounds else 0.0
+        return Plan(tuple(segments), self.axis, **self.whole, max_grad_error=error)
 
     # -- what is known ---------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ class Request:
     origin: Path | None = None
     storage: str = ""
     workers: int = 1
+    max_grad_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def explored(request: Request) -> None:
 def _space(request: Request, worker: Worker) -> ProgrammeSpace:
     work = request.work
     calibrate = calibration(work.problem.device, worker.calibrate)
-    return ProgrammeSpace(work.graph, work.optimizer.slots, calibrate, request.savers)
+    return ProgrammeSpace(work.graph, work.optimizer.slots, calibrate, request.savers, request.max_grad_error)
 
 
 def _task(
@@ -188,7 +189,7 @@ def _task(
         trials=request.trials,
         timeout=request.timeout,
         seed=request.seed,
-        may=lambda plan: used(plan) <= request.savers,
+        may=lambda p: used(p) <= request.savers and p.allowed_error <= request.max_grad_error,
         shared=shared,
         tell=space.tell,
     )
@@ -201,7 +202,9 @@ def _shared(request: Request, budget: int) -> Shared | None:
     own = study_identity(request.work)
     kind = {"device": own.pop("device").partition(":")[0], "machine": own.pop("machine"),
             "torch": own.pop("torch")}  # fmt: skip
-    what = json.dumps([own, sorted(request.savers), budget, request.reserve], sort_keys=True)
+    what = json.dumps(
+        [own, sorted(request.savers), request.max_grad_error, budget, request.reserve], sort_keys=True
+    )
     short = hashlib.sha256(what.encode()).hexdigest()[:8]
     name = f"{request.work.problem.model} in {format_bytes(budget)}, {short}"
     return Shared(request.storage, name, kind)

@@ -31,7 +31,13 @@ def foresee(request: Request, profile: Profile) -> tuple[PlanFile, str]:
     limit = budget - request.reserve
     check_replaceable(request.out, work.graph.fingerprint, request.force)
     check_state(work, limit)
-    space = ProgrammeSpace(work.graph, work.optimizer.slots, lambda work, seconds: profile, request.savers)
+    space = ProgrammeSpace(
+        work.graph,
+        work.optimizer.slots,
+        lambda work, seconds: profile,
+        request.savers,
+        request.max_grad_error,
+    )
     space.tell(Situation(limit, None, (), request.timeout))
     guess = {knob.name: knob.choices[0] for knob in space.knobs}
     plan = space.plan(guess)

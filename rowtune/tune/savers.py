@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from rowtune.errors import UsageError, meant
-from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.plan import LOSSY, Plan, Segment
 
 SAVERS: dict[str, str] = {
     "rows": "bands of rows (and what else bands take)",
@@ -15,6 +16,7 @@ SAVERS: dict[str, str] = {
     "recompute": "norms, activations, pools and joins that are kept for backward are made again",
     "channels_last": "the other layout of images and volumes",
     "offload": "what backward needs goes to the host meanwhile",
+    "rounding": "what backward needs is rounded meanwhile (fp16, int8): needs --max-grad-error",
     "bf16": "autocast to bfloat16",
     "step_in_backward": "each gradient is used and freed as it comes: no clipping, no accumulation",
 }
@@ -49,6 +51,22 @@ def parse(text: str) -> frozenset[str]:
     return frozenset((DEFAULT | more) - {word[1:] for word in words if word[0] == "-"})
 
 
+def with_error(savers: frozenset[str], max_grad_error: float) -> frozenset[str]:
+    """With the stores that round, where gradients may be off by so much.
+
+    Raises:
+        UsageError: a number out of range, or such stores without one.
+    """
+    if not 0 <= max_grad_error < math.inf:
+        raise UsageError(f"--max-grad-error is a number of at least 0, not {max_grad_error}")
+    if "rounding" in savers and not max_grad_error:
+        raise UsageError(
+            "--savers rounding: gradients are then off by something; --max-grad-error 0.01, say, is how much "
+            "they may be, relative to the largest of a tensor"
+        )
+    return savers | {"rounding"} if max_grad_error else savers
+
+
 def used(plan: Plan) -> frozenset[str]:
     """The names of what a plan uses."""
     uses = {
@@ -69,6 +87,7 @@ def of_segments(segments: Iterable[Segment]) -> frozenset[str]:
             "images": bool(s.images),
             "recompute": s.cheap == "recompute",
             "offload": s.store == "host",
+            "rounding": s.store in LOSSY,
         }
         found |= {name for name, is_used in uses.items() if is_used} | {s.policy} - {"keep"}
     return frozenset(found)

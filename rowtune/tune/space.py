@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rowtune.cost.candidates import around, batch, first, heights, offloaded
+from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, offloaded, rounded
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
@@ -26,7 +27,7 @@ from rowtune.cost.table import Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import LOSSY, Plan
 from rowtune.runtime.blank import Signature
 from rowtune.tune.savers import DEFAULT, of_segments
 from rowtune.tune.task import Situation
@@ -69,6 +70,7 @@ class ProgrammeSpace:
         slots: parameter-sized tensors that the optimizer keeps.
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
+        max_grad_error: of gradients, relative, that stores which round may cost.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class ProgrammeSpace:
         slots: int = 0,
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
+        max_grad_error: float = 0.0,
     ) -> None:
         self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole)
+        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
@@ -98,6 +101,8 @@ class ProgrammeSpace:
             found.append(Knob("barriers", ("any", "store", "recompute", "narrow", "passes")))
         if batch(self.table) > 1:
             found.append(Knob("images", ("any", "whole", "split")))
+        if "rounding" in self.savers:
+            found.append(Knob("rounding", ("any", "none", *ROUNDING)))
         if "channels_last" in self.savers:
             found.append(Knob("layout", ("contiguous", "channels_last")))
         return tuple(found)
@@ -108,6 +113,8 @@ class ProgrammeSpace:
         found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
         if "channels_last" in self.savers:
             found.insert(1, all_of | {"layout": "channels_last"})
+        if "rounding" in self.savers:  # whether its error is within bounds, only a measurement tells
+            found[1:1] = [all_of | {"rounding": which} for which in (*ROUNDING, "none")]
         found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]
         found += [all_of | {"halo": halo} for halo in ("sweep", "recompute")]
         found += [all_of | dict.fromkeys(ZONES, policy) for policy in ("rows", "checkpoint")]
@@ -161,7 +168,10 @@ class ProgrammeSpace:
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
-        stores = offloaded(self.table) if "offload" in self.savers else ()
+        stores = chain(
+            offloaded(self.table) if "offload" in self.savers else (),
+            rounded(self.table) if "rounding" in self.savers else (),
+        )
         coarse = chain(stores, first(self.table))
         self.table.add(coarse, within(FIRST * box))
         if self.calibrate is not None:
@@ -176,17 +186,19 @@ class ProgrammeSpace:
         self._correct(now)
 
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
-        """Whether a plan fits must not hang on how fast this machine records: while none does, more of the
-        first options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit = now.most - fixed_bytes(self.graph, self.slots)
-        least = self.smallest()
-        while least.peak > limit and self.table.add(islice(coarse, BATCH), math.inf):
-            least = self.smallest()
-        before = math.inf
-        while limit < least.peak < 0.99 * before:
-            before = least.peak
-            near = (key for key in around(self.table, [least]) if key not in self.table.known)
-            self.table.add(islice(near, 2 * BATCH), math.inf)
+        """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
+        options are recorded, then neighbours of the smallest plan as long as that shrinks."""
+        limit, until = now.most - fixed_bytes(self.graph, self.slots), within(min(MOST, 0.35 * now.left))
+        more = (key for key in coarse if of_segments(key[2]) <= self.savers)
+        least, before = self.smallest(), math.inf
+        while least.peak > limit and time.monotonic() < until:
+            found = self.table.add(islice(more, BATCH), until)
+            if not found and least.peak > 0.99 * before:
+                return
+            if not found:
+                before = least.peak
+                near = (key for key in around(self.table, [least]) if key not in self.table.known)
+                self.table.add(islice(near, 2 * BATCH), until)
             least = self.smallest()
 
     def paths(self) -> list[Path]:
@@ -246,10 +258,16 @@ class ProgrammeSpace:
         """Whether the knobs leave an option in."""
         low, high = BANDS[values["band"]]
         tallest = max(heights(self.table), default=1)
+        rounding = values.get("rounding", "any")
+
+        def may_round(store: str) -> bool:
+            return rounding in ("any", store)
 
         def allowed(option: Option) -> bool:
             main = option.main
             if not self._may(option):
+                return False
+            if any(s.store in LOSSY and not may_round(s.store) for s in option.segments):
                 return False
             if main.policy != "keep" and values[self._zone(option)] not in ("any", main.policy):
                 return False
