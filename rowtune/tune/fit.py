@@ -8,7 +8,7 @@ proportion to the size, so a few sizes find the largest one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,8 +20,9 @@ from rowtune.cost.table import Key, Option, Table, within
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.places import has_barriers
 from rowtune.graph.training import with_loss
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Plan, Segment
 from rowtune.problem import TensorSpec
+from rowtune.tune.savers import of_segments
 from rowtune.tune.step import Workload, plain_graph
 
 WAYS = ("plain", "checkpointing", "rowtune")
@@ -32,6 +33,12 @@ GRAIN = 32
 SECONDS, LATER, PEEK, TRIES, LARGEST = 10.0, 4.0, 2.0, 6, 1 << 20
 """Of recording plans at the size asked for, at another, and for peaks alone; sizes tried for one way; no size
 is larger than that many times."""
+
+
+SHARED = 1 << 16
+"""Bytes that lists of calls may take on top of what is predicted: small tensors that bands share."""
+CHECKPOINTING = frozenset({"checkpoint", "turns"})
+"""Savers of what is called checkpointing here."""
 
 
 class Found(NamedTuple):
@@ -160,15 +167,19 @@ def _found(table: Table, slots: int, way: str, limit: int, profile: Profile | No
         return Found(cost.peak_bytes, plan if fits else None, cost.seconds if fits else None)
     fixed = fixed_bytes(graph, slots)
 
-    def allowed(option: Option) -> bool:
-        return way == "rowtune" or option.main.policy != "rows"
+    def may(segments: Iterable[Segment]) -> bool:
+        return way == "rowtune" or of_segments(segments) <= CHECKPOINTING
 
-    keys = (key for key in _options(table) if way == "rowtune" or all(s.policy != "rows" for s in key[2]))
+    def allowed(option: Option) -> bool:
+        return may(option.segments)
+
+    keys = (key for key in _options(table) if may(key[2]))
     table.add([table.keep(k, k + 1) for k in range(len(table.cuts) - 1)], math.inf)
     table.add(keys, within(seconds))
     least = smallest(table, allowed)
     assert least is not None, "to keep everything is always an option"
-    path: Path | None = fastest(table, limit - fixed, allowed)
+    spare = SHARED if way == "rowtune" else 0
+    path: Path | None = fastest(table, limit - fixed - spare, allowed)
     return Found(
         least + fixed,
         None if path is None else plan_of(table, path),
