@@ -365,7 +365,7 @@ def profile(results: Results, given: argparse.Namespace) -> None:
         a = torch.randn(n, n, device=device, dtype=dtype)
         rate(f"matmul {n} {dtype}", "tflops", 2 * n**3 / 1e12, lambda a=a: a @ a)
         for channels in (32, 64, 256):
-            side = 64 if given.tiny else 1024
+            side = 16 if given.tiny else 1024
             x = torch.randn(1, channels, side, side, device=device, dtype=dtype)
             w = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
             work = 2 * 9 * channels**2 * side**2 / 1e12
