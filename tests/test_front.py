@@ -163,7 +163,7 @@ def test_predict_only_runs_nothing(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("rowtune.tune.supervisor.Worker.open", refuse)
     card = Profile("a card", 0, "2", 1e13, 1e12, curves={"nothing like it": ((1, 1e-6),)})
     Path("card.json").write_text(json.dumps(card.to_dict()))
-    words = ["search", *MODEL, "--budget", "60%", "--timeout", "3", "--predict-only"]
+    words = ["search", *MODEL, "--budget", "60%", "--timeout", "60", "--predict-only"]
     for more, name, device in (
         ((), "a processor like many", "cpu"),
         (("--device-profile", "card.json"), "a card", "cuda:0"),
@@ -174,7 +174,7 @@ def test_predict_only_runs_nothing(folder: Path, tmp_path: Path, monkeypatch: py
         assert file.problem.device == device and file.predicted_for == name and not file.measured
         assert len(file.front) > 1 and all(m["predicted"] for m in file.front)
     assert not Path("seen.records.jsonl").exists()
-    refused = call("search", *MODEL, "--budget", "130kB", "--timeout", "3", "--predict-only", code=4)
+    refused = call("search", *MODEL, "--budget", "130kB", "--timeout", "60", "--predict-only", code=4)
     assert "no plan fits" in refused["error"] and "give --budget" in refused["error"]
     assert "for --predict-only" in call(*words[:-1], "--device-profile", "card.json", code=2)["error"]
     assert "give a MODEL" in call("search", "--budget", "60%", "--predict-only", code=2)["error"]
@@ -182,7 +182,7 @@ def test_predict_only_runs_nothing(folder: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_search_goes_on_from_a_plan(folder: Path) -> None:
     """From a prediction to a search, to another budget: nothing is measured twice."""
-    predict = ["--budget", "60%", "--timeout", "3", "--predict-only", "-o", "seen.json", "--force"]
+    predict = ["--budget", "60%", "--timeout", "60", "--predict-only", "-o", "seen.json", "--force"]
     call("search", *MODEL, *predict)
     shown = CliRunner().invoke(app, ["report", "seen.json"])
     assert shown.exit_code == 0 and "nothing was measured" in " ".join(shown.output.split())

@@ -188,7 +188,7 @@ class ProgrammeSpace:
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
         """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
         options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit, until = now.most - fixed_bytes(self.graph, self.slots), within(min(MOST, 0.35 * now.left))
+        limit, until = now.most - fixed_bytes(self.graph, self.slots), within(min(MOST, 0.1 * now.left))
         more = (key for key in coarse if of_segments(key[2]) <= self.savers)
         least, before = self.smallest(), math.inf
         while least.peak > limit and time.monotonic() < until:
