@@ -1,0 +1,5 @@
+"""`python -m rowtune` is `rowtune`."""
+
+from rowtune.cli.app import main
+
+main()
