@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from rowtune.graph.graph import Node
 
-COSTLY = frozenset(
-    {
-        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
-        *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)),
-        *("loss", "loss_sums", "cumsum", "sort", "topk"),
-    }
-)
+PRODUCTS = frozenset({"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))})
+"""Operators whose weights nothing but matrix products and convolutions read."""
+
+COSTLY = PRODUCTS | {
+    *("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
+    *("loss", "loss_sums", "cumsum", "sort", "topk"),
+}
 """Operators whose outputs are not made again: they do more than read and write what they have."""
 
 NORMS = frozenset({"batch_norm", "instance_norm"})

@@ -15,6 +15,7 @@ from rowtune.graph.rules import Slab
 from rowtune.kernels.in_place import run_in_place
 from rowtune.kernels.known import with_value
 from rowtune.plan.groups import Group
+from rowtune.plan.remake import NORMS
 from rowtune.rows import Rows, need
 from rowtune.runtime.dropout import Seed, draws, dropout_slab, seeded
 from rowtune.runtime.layout import ORDERS, has_channels_last
@@ -42,7 +43,7 @@ def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], seed: See
     if node.op == "dropout":
         return _dropout(node, args, seed)
     if node.effect and not first_time:
-        if node.op not in ("batch_norm", "instance_norm"):
+        if node.op not in NORMS:
             return args[0]
         # Copies: checkpoint counts the tensors that autograd saves, and the statistics are among them.
         args = (*args[:3], args[3].clone(), args[4].clone(), *args[5:])

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from rowtune.graph.graph import Node
 from rowtune.kernels.constants import zero
+from rowtune.plan.remake import PRODUCTS
 from rowtune.runtime.evaluate import grad_dtype
 from rowtune.runtime.layout import channels_last
-
-PRODUCTS = {"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}
 
 
 def cast_once(tensors: Mapping[str, Tensor], nodes: Iterable[Node]) -> dict[str, Tensor]:
