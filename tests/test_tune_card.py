@@ -56,7 +56,6 @@ def test_search_verify_and_run_under_a_cap(monkeypatch: pytest.MonkeyPatch, name
             records=RecordFile(None, {}),
             limit=limit,
             trials=3,
-            timeout=30.0,
             tell=space.tell,
         )
         result = search(task)

@@ -178,7 +178,7 @@ class ProgrammeSpace:
             self.profile = self.calibrate(self.table.work(), TIMES * box)
             self.table.price(self.profile)
         until = within(LATER * box)
-        while self.table.add(
+        while time.monotonic() < until and self.table.add(
             [k for k in around(self.table, self.paths()) if k not in self.table.known], until
         ):
             pass
