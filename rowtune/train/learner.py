@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rowtune.errors import DivergedError, EnginesDifferError, InfeasibleError, ModelError, RowtuneError
+from rowtune.errors import (
+    DivergedError,
+    EnginesDifferError,
+    InfeasibleError,
+    ModelError,
+    RowtuneError,
+    UsageError,
+)
 from rowtune.plan.file import PlanFile, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
@@ -45,6 +52,7 @@ class Learner:
         self.work, self.options, self.total = work, options, total
         self.device = work.problem.device
         self.model = work.module.to(self.device)
+        ranks.begin_alike(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = spec.make(self.trained)
         self.scaler = scaler_for(file.plan, self.device)
@@ -62,6 +70,11 @@ class Learner:
         """Train by this file's plan from now on."""
         options, loss = self.options, self.work.loss
         check_training(file.plan, clipped=options.clip > 0, accumulated=options.accumulate > 1)
+        if file.plan.step_in_backward and ranks.several():
+            raise UsageError(
+                "the plan has step_in_backward, which uses each gradient before its mean over processes is "
+                "known: take another plan of the file by --budget, or search with --savers -step_in_backward"
+            )
         self.file = file
         graph = self.work.traced if self.device == "cpu" else None  # a graph holds its device
         self.runner = apply(self.model, file.plan, loss, graph=graph, engine=options.engine)
@@ -106,7 +119,7 @@ class Learner:
         self.loss = float(ranks.total(step.total)) / step.count
         report = StepReport(
             self.done, self.total, self.loss, seconds, self.peak, step.lr, epoch, self.options.epochs,
-            step.images / (time.perf_counter() - began), step.norm,
+            step.images * ranks.count() / (time.perf_counter() - began), step.norm,
         )  # fmt: skip
         return report, step.count
 
@@ -157,7 +170,8 @@ class Learner:
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""
-        return not (plan.step_in_backward and (self.options.clip > 0 or self.options.accumulate > 1))
+        whole = self.options.clip > 0 or self.options.accumulate > 1 or ranks.several()
+        return not (plan.step_in_backward and whole)
 
     def check_loss(self, kept: str) -> None:
         """DivergedError where the loss is not a number any more, unless that is wanted."""
@@ -221,11 +235,10 @@ class _Step:
                 break
             self._count(loss)
             self.batch = more
-        if learner.scaler is not None:
-            with guarded(learner.model, learner.device):
-                learner.scaler.unscale_(learner.optimizer)
-        ranks.average(learner.trained)
+        ranks.average(learner.trained)  # scaled: what is infinite on one rank is so on all
         with guarded(learner.model, learner.device):
+            if learner.scaler is not None:
+                learner.scaler.unscale_(learner.optimizer)
             self._use(self.count + 1)
         self._count(loss)
         learner.schedule.step()
@@ -266,7 +279,7 @@ class _Step:
         try:
             return run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, RowtuneError) or out_of_memory(error):
+            if isinstance(error, RowtuneError) or out_of_memory(error) or ranks.lost(error):
                 raise
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
