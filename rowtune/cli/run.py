@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 
 EXIT = {"ok": 0, "over_budget": 4, "interrupted": 130}
+NO_FSDP = (
+    "--fsdp is not built: to undo a step and to write checkpoints, run needs every process to hold all weights. "
+    "Without it torchrun trains copies; to shard weights wrap the planned module in a loop of your own: "
+    "fully_shard(rowtune.apply(model, plan))"
+)
 
 
 def command(
@@ -50,12 +55,15 @@ def command(
     force: options.Force = False,
     engine: flags.Engine = flags.EngineName.listed,
     verify_every: flags.VerifyEvery = 0,
+    fsdp: flags.Fsdp = False,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Train with a plan, on random data or your own; under torchrun, in several processes."""
+    if fsdp:
+        raise UsageError(NO_FSDP)
     team = launched()
     screen = Screen(as_json, quiet, verbose) if team.rank == 0 else Silent()
     with joined(team):

@@ -179,6 +179,6 @@ VerifyEvery = Annotated[
 Fsdp = Annotated[
     bool,
     typer.Option(
-        "--fsdp", help="Not built: under torchrun every process holds all of the weights. Says what to do."
+        "--fsdp", help="Not built: under torchrun each process holds all of the weights. Says what to do."
     ),
 ]

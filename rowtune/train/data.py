@@ -79,8 +79,9 @@ def open_data(
 
 def synthetic(work: Workload, shard: Shard = ALL) -> Feed:
     """One random batch, over and over, another one in each process."""
-    problem = replace(work.problem, seed=work.problem.seed + shard.rank)
-    batch = replace(work, problem=problem).batch(device=problem.device)
+    if shard.rank:
+        work = replace(work, problem=replace(work.problem, seed=work.problem.seed + shard.rank))
+    batch = work.batch(device=work.problem.device)
     return Stream(_Same(batch), lambda item: item)
 
 

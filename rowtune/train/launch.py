@@ -6,6 +6,7 @@ Nothing here imports torch before a process turns out to be one of several.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -126,7 +127,8 @@ def _named(team: Team, error: Exception) -> Exception:
 
 
 def _gone(team: Team, error: Exception) -> RanksError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = re.sub(r"^\[[^\]]*\]\s*", "", said).partition(". ")[0][:200]  # without the place in gloo's source
     return RanksError(
         f"rank {team.rank} of {team.size} lost another one, which ended or cannot be reached ({said}): start "
         "all of them again; with --checkpoint DIR --resume they go on from the last checkpoint"
