@@ -188,3 +188,72 @@ def test_who_started_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched() == Team(3, 4, 1, 2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launched() == Team()
+
+
+ORDERS = """
+import sys
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import rowtune
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+x = torch.randn(1, 3, 12, 8, dtype=torch.float64)
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())).double()
+
+plain, graph = net(), rowtune.trace(net(), (x,))
+plan = rowtune.uniform_plan(graph, "rows", 4)
+plain(x).square().mean().backward()
+
+def after(model):
+    return fully_shard(rowtune.apply(model, plan), mesh=mesh)
+
+def before(model):
+    return rowtune.apply(fully_shard(model, mesh=mesh), plan)
+
+def part_before(model):
+    fully_shard(model[1], mesh=mesh)
+    return rowtune.apply(model, plan)
+
+def part_after(model):
+    module = rowtune.apply(model, plan, graph=graph)
+    fully_shard(model[1], mesh=mesh)
+    return module
+
+def both_after(model):
+    return fully_shard(part_after(model), mesh=mesh)
+
+def traced(model):
+    rowtune.trace(fully_shard(model, mesh=mesh), (x,))
+
+for order in (after, before, part_before, part_after, both_after, traced):
+    model = net()
+    try:
+        order(model)(x).square().mean().backward()
+        alike = [torch.allclose(a.grad, b.grad.full_tensor()) for a, b in
+                 zip(plain.parameters(), model.parameters(), strict=True)]
+        print(order.__name__, "exact" if all(alike) else "wrong")
+    except Exception as error:
+        print(order.__name__, type(error).__name__, error)
+"""
+
+
+def test_weights_are_sharded_after_the_plan_or_refused(tmp_path: Path) -> None:
+    """Around what apply returned they may be; any other order is refused, with the one that works."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ORDERS, str(tmp_path / "meet")],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    said = dict(line.split(" ", 1) for line in ended.stdout.splitlines())
+    assert said.pop("after") == "exact", ended.stderr
+    assert sorted(said) == ["before", "both_after", "part_after", "part_before", "traced"]
+    for order, text in said.items():
+        part = "its part 1" if "part" in order or order == "both_after" else "the model"
+        assert text.startswith(f"UsageError {part} was sharded"), text
+        assert "first module = rowtune.apply(model, plan), then fully_shard(module)" in text

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXIT = {"ok": 0, "over_budget": 4, "interrupted": 130}
 NO_FSDP = (
-    "--fsdp is not built: to undo a step and to write checkpoints, run needs every process to hold all weights. "
+    "--fsdp is not built: to undo a step and to write checkpoints, run needs all weights in every process. "
     "Without it torchrun trains copies; to shard weights wrap the planned module in a loop of your own: "
     "fully_shard(rowtune.apply(model, plan))"
 )
