@@ -36,15 +36,17 @@ SECONDS, BYTES = 30, 6 << 30
 DOCUMENTED = {0, 2, 3, 4, 5, 6}
 NETWORK = """
 from torch import nn
-def net(): return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
 """
 DEEP: Any = []
 for _ in range(200):
     DEEP = [DEEP]
 HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "../../../etc/passwd", "/dev/zero", "a\0b", "\ud800", "x" * 100_000, [], {}, [None], {"": {}}, DEEP, [[1, 2], 3],
-    "rows", "keep", "checkpoint", "relu", "loss", "sgd:lr=nan", "sgd:lr=-1", "mse", "cross_entropy", "cuda:0", "zoo",
+    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"), "",
+    "x", "../../../etc/passwd", "/dev/zero", "a\0b", "\ud800", "x" * 100_000, [], {}, [None], {"": {}}, DEEP,
+    [[1, 2], 3], "rows", "keep", "checkpoint", "relu", "loss", "sgd:lr=nan", "sgd:lr=-1", "mse",
+    "cross_entropy", "cuda:0", "zoo",
 )  # fmt: skip
 
 
@@ -186,8 +188,9 @@ def _weight(rng: random.Random, model: Any) -> None:
         tensor.raw_data = (b"\x00\x00\xc0\x7f" * (size // 4 + 1))[:size]  # not a number
     else:
         tensor.data_location = 1
-        for key, value in (("location", rng.choice(("../precious.txt", "/etc/passwd", "precious.txt", "x\0"))),
-                           ("offset", str(rng.choice(BIG))), ("length", str(rng.choice(BIG)))):  # fmt: skip
+        where = rng.choice(("../precious.txt", "/etc/passwd", "precious.txt", "x\0"))
+        numbers = str(rng.choice(BIG)), str(rng.choice(BIG))
+        for key, value in zip(("location", "offset", "length"), (where, *numbers), strict=True):
             entry = tensor.external_data.add()
             entry.key, entry.value = key, value
 
@@ -301,6 +304,8 @@ def _called(words: list[str], seconds: float) -> tuple[str, int, str]:
         return "traceback", result.exit_code, said + repr(error)
     if result.exit_code not in DOCUMENTED:
         return "undocumented", result.exit_code, said
+    if result.exit_code == 4 and "over the budget" in result.stdout:
+        return "fine", 4, ""  # it ran, and took more than its plan's budget
     if result.exit_code and (len(lines) != 1 or len(lines[0]) > 2000):
         return "long", result.exit_code, said[:3000]
     return "fine", result.exit_code, ""
