@@ -249,7 +249,7 @@ CASES: dict[str, Bad] = {
         DATA, 2, "0.npy",
     ),
     "an image without its mask": Bad(
-        lambda f: pictures(f, lambda d: (d / "masks" / "1.png").unlink()), DATA, 2, "images/1 has no counterpart"
+        lambda f: pictures(f, lambda d: (d / "masks" / "1.png").unlink()), DATA, 2, "images/1 has no count"
     ),
     # checkpoints
     "a cut off checkpoint": Bad(

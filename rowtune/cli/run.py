@@ -88,9 +88,8 @@ def chosen_plan(path: Path, budget: str, save: Path | None, force: bool) -> Plan
     file = read_plan(path)
     if budget:
         from rowtune.plan.file import at_budget
-        from rowtune.tune.sizes import parse_size
 
-        file = at_budget(file, parse_size(budget))
+        file = at_budget(file, budget_within(file, path, budget))
     if save is not None:
         from rowtune.tune.output import check_writable
 
@@ -98,6 +97,22 @@ def chosen_plan(path: Path, budget: str, save: Path | None, force: bool) -> Plan
         if save.exists() and not force:
             raise UsageError(f"--save {save} exists: give --force to replace it, or another name")
     return file
+
+
+def budget_within(file: PlanFile, path: Path, text: str) -> int:
+    """Bytes of --budget, which may be a share of what plain PyTorch took when the plan was searched."""
+    from rowtune.tune.sizes import parse_budget
+
+    size = parse_budget(text)
+    if isinstance(size, int):
+        return size
+    plain = file.measured.get("plain_peak_bytes")
+    if not plain:
+        raise UsageError(
+            f"--budget {text}: {path} does not say what plain PyTorch takes (it did not fit, or nothing was "
+            "measured); give a size such as 8GB or 8GiB"
+        )
+    return int(size * plain)
 
 
 def read_plan(path: Path) -> PlanFile:
@@ -136,12 +151,12 @@ def train_shown(
 
 def _before(file: PlanFile, work: Workload, wanted: Options, predicted: int) -> list[tuple[str, str]]:
     """What is known before the first step."""
-    from rowtune.tune.sizes import format_bytes
+    from rowtune.tune.sizes import format_bytes, format_of
 
     problem, count = work.problem, wanted.shard.of
     spec = wanted.optimizer or problem.optimizer
     where = problem.device if count == 1 else f"{count} processes, on {problem.device.partition(':')[0]}"
-    said = f"{format_bytes(predicted)} of {format_bytes(file.budget_bytes - file.reserve_bytes)}"
+    said = format_of(predicted, file.budget_bytes - file.reserve_bytes)
     said += " in each" if count > 1 else ""
     if wanted.ema:
         size = sum(t.numel() * t.itemsize for t in work.module.state_dict().values())
@@ -159,10 +174,10 @@ def _before(file: PlanFile, work: Workload, wanted: Options, predicted: int) -> 
 
 
 def _say(screen: Screen, trained: Trained, limit: int) -> None:
-    from rowtune.tune.sizes import format_bytes, format_seconds
+    from rowtune.tune.sizes import format_bytes, format_of, format_seconds
 
     most = max(trained.peak_bytes or 0, trained.val_peak_bytes or 0)
-    peak = f"{format_bytes(most)} of {format_bytes(limit)}"
+    peak = format_of(most, limit)
     verdict = "over the budget" if trained.status == "over_budget" else "inside the budget"
     if trained.val_peak_bytes:
         verdict += f" (a step {format_bytes(trained.peak_bytes)}, a validation "

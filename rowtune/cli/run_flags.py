@@ -59,7 +59,10 @@ Workers = Annotated[
 FrontBudget = Annotated[
     str,
     typer.Option(
-        "--budget", metavar="SIZE", help="Train with the fastest plan of the file's front within this."
+        "--budget",
+        metavar="SIZE|PERCENT",
+        help="Train with the fastest plan of the file's front within this: 8GB (8e9 bytes), 8GiB (2^33), or "
+        "25% of plain's peak.",
     ),
 ]
 Steps = Annotated[

@@ -169,6 +169,7 @@ def load_plan(path: Path) -> PlanFile:
             raise PlanError(f"{path} has {size} bytes, a plan at most {LARGEST}")
         text = path.read_text(encoding="utf-8")
         data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+        json.dumps(data, ensure_ascii=False).encode()  # no text that cannot be printed
     except (OSError, ValueError, RecursionError) as error:  # also what is no UTF-8, and numbers without end
         raise PlanError(f"{path} is not a readable plan: {str(error).splitlines()[0]}") from error
     except PlanError as error:
