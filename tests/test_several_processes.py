@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from training import plan_file, workload
 from typer.testing import CliRunner
 
+import rowtune
 from rowtune.cli.app import app
+from rowtune.importers.synced import share_statistics
 from rowtune.plan.file import save_plan
 from rowtune.train.data import Stream
 from rowtune.train.launch import Team, launched
@@ -64,7 +66,9 @@ EACH = """
 import contextlib, json, sys
 from pathlib import Path
 import rowtune.cli.run as run
+import rowtune
 from rowtune.cli.app import app
+from rowtune.importers.synced import share_statistics
 from rowtune.errors import RowtuneError
 from rowtune.train.launch import joined, launched
 
@@ -123,6 +127,19 @@ def test_two_are_one_with_twice_the_batch_and_go_on_bit_for_bit(folder: Path) ->
         [*drop, "--checkpoint", "whole"],
         [*drop, "--checkpoint", "part", "--steps", "3"],
         [*drop, "--checkpoint", "part", "--resume"],
+        [*RUN, "--fsdp", "--steps", "2", "--checkpoint", "parts", "-q"],
+        [
+            *RUN,
+            "--fsdp",
+            "--val",
+            "rank_nets:items",
+            "--checkpoint",
+            "parts",
+            "--resume",
+            "-q",
+            "--save",
+            "parts.safetensors",
+        ],
     ]
     ended = torchrun(folder, "each.py", json.dumps(commands))
     one = CliRunner().invoke(app, ["run", "one.json", *RUN[2:], "--save", "one.safetensors", "--json"])
@@ -134,6 +151,10 @@ def test_two_are_one_with_twice_the_batch_and_go_on_bit_for_bit(folder: Path) ->
     for name, value in second.items():
         torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-12)
     assert float(first["n.running_mean"].abs().max()) > 0
+    kept = weights(folder / "parts/step-00000004/weights.safetensors")
+    for name, value in weights(folder / "parts.safetensors").items():
+        assert torch.equal(kept[name], value)
+        torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-12)  # in parts (FSDP2), the same
 
     found = {name: sorted(p.name for p in (folder / name).iterdir()) for name in ("whole", "part")}
     assert found == {"whole": ["step-00000004"], "part": ["step-00000004"]}
@@ -175,9 +196,34 @@ def test_a_loader_s_batches_are_dealt_out() -> None:
     assert [*later] == [4]
 
 
-def test_sharded_weights_are_refused_with_what_to_do(folder: Path) -> None:
-    result = CliRunner().invoke(app, ["run", "two.json", "--fsdp"])
-    assert result.exit_code == 2 and "fully_shard(rowtune.apply(model, plan))" in result.stderr
+@pytest.mark.parametrize("words", [[], ["--ema", "0.9"]])
+def test_one_process_has_nothing_to_shard(folder: Path, words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["run", "two.json", "--fsdp", *words])
+    assert result.exit_code == 2 and "torchrun --nproc-per-node N" in result.stderr
+
+
+def test_norms_without_modules_share_their_statistics() -> None:
+    """As an ONNX file's: called by its network, not by a module of their own."""
+
+    class Functional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.nn.functional.batch_norm(self.a(x), None, None, training=True))
+
+    model, x = Functional(), torch.randn(2, 3, 8, 8)
+
+    def shared() -> list[bool]:
+        graph = rowtune.trace(model, (x,))
+        return [node.args[3] for node in graph.nodes if node.op == "moments"]
+
+    before = rowtune.trace(model, (x,)).fingerprint
+    assert shared() == [False, False]
+    share_statistics(model)
+    assert shared() == [True, False]  # a group norm's are an image's own
+    assert rowtune.trace(model, (x,)).fingerprint == before  # plans are for it as before
 
 
 def test_who_started_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 
 EXIT = {"ok": 0, "over_budget": 4, "interrupted": 130}
-NO_FSDP = (
-    "--fsdp is not built: to undo a step and to write checkpoints, run needs all weights in every process. "
-    "Without it torchrun trains copies; to shard weights wrap the planned module in a loop of your own: "
-    "fully_shard(rowtune.apply(model, plan))"
-)
 
 
 def command(
@@ -62,8 +57,6 @@ def command(
     verbose: options.Verbose = False,
 ) -> int:
     """Train with a plan, on random data or your own; under torchrun, in several processes."""
-    if fsdp:
-        raise UsageError(NO_FSDP)
     team = launched()
     screen = Screen(as_json, quiet, verbose) if team.rank == 0 else Silent()
     with joined(team):
@@ -76,6 +69,7 @@ def command(
             ema=ema, save=save, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume,
             metrics=metrics, tensorboard=tensorboard, force=force, keep_going=keep_going,
             engine=engine.value, verify_every=verify_every, shard=Shard(team.rank, team.size),
+            fsdp=fsdp,
         )  # fmt: skip
         trained = train_shown(screen, file, wanted, team.device(device), shape or [], seed)
         files = {"weights": trained.weights, "checkpoint": trained.checkpoint}

@@ -182,6 +182,7 @@ VerifyEvery = Annotated[
 Fsdp = Annotated[
     bool,
     typer.Option(
-        "--fsdp", help="Not built: under torchrun each process holds all of the weights. Says what to do."
+        "--fsdp",
+        help="Under torchrun: weights, gradients and optimizer state lie in parts, one with each process.",
     ),
 ]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,10 +80,12 @@ def joined(team: Team) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        _be_heard()
         if _first(store):
             raise
         raise SystemExit(130) from None
     except Exception as error:
+        _be_heard()
         said = _gone(team, error) if ranks.lost(error) else _named(team, error)
         if _first(store):
             raise said from error
@@ -106,6 +110,12 @@ def _join(team: Team) -> Any:
     kinds = "cpu:gloo,cuda:nccl" if cards else "gloo"
     dist.init_process_group(kinds, store=store, rank=team.rank, world_size=team.size)
     return store
+
+
+def _be_heard() -> None:
+    """torchrun ends all ranks as soon as one has failed; what there is to say comes first."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _first(store: Any) -> bool:

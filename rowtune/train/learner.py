@@ -28,7 +28,7 @@ from rowtune.plan.file import PlanFile, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
-from rowtune.train import ranks
+from rowtune.train import ranks, sharded
 from rowtune.train.options import Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.undo import Before, is_atomic
@@ -53,18 +53,19 @@ class Learner:
         self.device = work.problem.device
         self.model = work.module.to(self.device)
         ranks.begin_alike(self.model)
+        self.average: AveragedModel | None = None
+        self.take(file)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = spec.make(self.trained)
         self.scaler = scaler_for(file.plan, self.device)
         self.schedule = parse_schedule(options.schedule, options.warmup).make(self.optimizer, total)
-        self.average: AveragedModel | None = None
         if options.ema:
             update = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=update)
+            self.averaged = apply(self.average.module, file.plan, work.loss, engine=options.engine)
         self.done = self.here = 0
         self.loss: float | None = None
         self.times: list[float] = []
-        self.take(file)
 
     def take(self, file: PlanFile) -> None:
         """Train by this file's plan from now on."""
@@ -75,18 +76,26 @@ class Learner:
                 "the plan has step_in_backward, which uses each gradient before its mean over processes is "
                 "known: take another plan of the file by --budget, or search with --savers -step_in_backward"
             )
+        if options.fsdp:
+            sharded.check(options, file.plan)
         self.file = file
         graph = self.work.traced if self.device == "cpu" else None  # a graph holds its device
         self.runner = apply(self.model, file.plan, loss, graph=graph, engine=options.engine)
+        if options.fsdp:  # once: a sharded run cannot step down
+            sharded.shard(self.runner, self.device)
         self.runner.lists.after = 0  # what was measured: a step of the schedule itself may take more
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
         self.averaged = self.runner  # what is validated
         if self.average is not None:
             self.averaged = apply(self.average.module, file.plan, loss, engine=options.engine)
-        self.whole = file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
         self.peak: int | None = None
         self.since = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step that fails may have changed a part of the parameters."""
+        return self.file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
 
     @property
     def saved(self) -> nn.Module:
@@ -224,10 +233,11 @@ class _Step:
         if not self.count:
             learner.optimizer.zero_grad(set_to_none=True)
         while True:
-            self.before = Before(
-                learner.model, learner.optimizer, learner.device,
-                gradients=self.count > 0, whole=learner.whole,
-            )  # fmt: skip
+            if not learner.options.fsdp:  # which gives up where it would have to be undone
+                self.before = Before(
+                    learner.model, learner.optimizer, learner.device,
+                    gradients=self.count > 0, whole=learner.whole,
+                )  # fmt: skip
             with guarded(learner.model, learner.device):
                 loss = self._backward(learner.runner, self.batch)
             more = self._next()
@@ -270,7 +280,7 @@ class _Step:
                 if weight.grad is not None:
                     weight.grad.div_(count)
         if options.clip:
-            self.norm = float(nn.utils.clip_grad_norm_(learner.trained, options.clip))
+            self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(learner.trained, options.clip)))
         use_gradients(learner.optimizer, learner.scaler)
 
     def _backward(self, runner: RowtuneModule, batch: Batch) -> Tensor:

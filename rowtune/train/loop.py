@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rowtune.errors import UsageError
 from rowtune.plan.file import PlanFile
-from rowtune.train import checkpoint, ranks
+from rowtune.train import checkpoint, ranks, sharded
 from rowtune.train.data import guarded as read
 from rowtune.train.data import open_data
 from rowtune.train.launch import launched
@@ -65,6 +66,8 @@ def train(
     with Stop(lambda: watch(Stopping(run.learner.done + 1)), patient=ranks.several()) as stop:
         status = "interrupted" if run.train(watch, stop) else "ok"
     learner = run.learner
+    if options.fsdp:
+        sharded.make_whole(learner.model)
     saved = None
     if options.save is not None and write is not None and learner.done:
         saved = keep(options.save, lambda path: write(learner.saved, path), "the weights")
@@ -209,22 +212,31 @@ class _Run:
             return
         here = {"random": capture(self.device), "began": self.feed.began}
         everywhere = ranks.gathered(here)
-        written = ranks.from_first(self._written(folder, everywhere) if ranks.rank() == 0 else None)
+        weights = sharded.whole(learner.model.state_dict())
+        slots = sharded.whole(learner.optimizer.state_dict())
+        wrote = self._written(folder, everywhere, weights, slots) if ranks.rank() == 0 else None
+        written = ranks.from_first(wrote)
         if written is not None:
             self.saved, self.saved_step, self.unsaved = written, learner.done, ""
 
-    def _written(self, folder: Path, everywhere: Sequence[Mapping[str, Any]]) -> Path | None:
+    def _written(
+        self,
+        folder: Path,
+        everywhere: Sequence[Mapping[str, Any]],
+        weights: Mapping[str, Tensor],
+        slots: Mapping[str, Any],
+    ) -> Path | None:
         """The checkpoint; None where it could not be written. `everywhere` are the ranks' random states."""
         learner, average = self.learner, self.learner.average
         state = checkpoint.State(
             learner.done, self.epoch, self.batch, learner.loss,
-            learner.optimizer.state_dict(), learner.schedule.state_dict(),
+            slots, learner.schedule.state_dict(),
             0 if average is None else int(average.n_averaged),
             everywhere[0]["random"], everywhere[0]["began"], self.settings, others=everywhere[1:],
         )  # fmt: skip
         ema = None if average is None else average.module.state_dict()
         try:
-            return checkpoint.save(folder, state, learner.model.state_dict(), ema)
+            return checkpoint.save(folder, state, weights, ema)
         except OSError as error:
             self.unsaved = (
                 f"the checkpoint of step {learner.done} could not be written to {folder}: "
@@ -236,8 +248,8 @@ class _Run:
         """Be where the run was that wrote this."""
         learner, state = self.learner, found.state
         checkpoint.check_same(state.settings, self.settings, found.path)
-        learner.model.load_state_dict(found.weights)
-        learner.optimizer.load_state_dict(dict(state.optimizer))
+        sharded.load_weights(learner.model, found.weights)
+        sharded.load_optimizer(learner.optimizer, state.optimizer)
         learner.schedule.load_state_dict(dict(state.schedule))
         if learner.average is not None and found.ema is not None:
             learner.average.module.load_state_dict(found.ema)

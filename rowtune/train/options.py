@@ -34,6 +34,7 @@ class Options:
         force: files of an earlier run may be replaced.
         engine: what runs rows segments (see `apply`); `verify_every` compares both ways.
         shard: which of the batches of `data` are this process's; all of them, by default.
+        fsdp: weights, gradients and the optimizer's state lie in parts, one with each process.
     """
 
     steps: int | None = None
@@ -60,6 +61,7 @@ class Options:
     engine: Engine = "listed"
     verify_every: int = 0
     shard: Shard = ALL
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)

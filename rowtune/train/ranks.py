@@ -88,7 +88,8 @@ def average(parameters: Sequence[nn.Parameter]) -> None:
         InfeasibleError: this rank ran out of memory in the middle of it.
     """
     try:
-        for grads in _buckets([p.grad for p in parameters if p.grad is not None]) if several() else ():
+        own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+        for grads in _buckets(own) if several() else ():  # what is sharded was averaged in backward
             together = grads[0] if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
             dist.all_reduce(together)
             together.div_(dist.get_world_size())
@@ -125,7 +126,8 @@ def total(loss: Tensor) -> Tensor:
 
 def wait_inside(model: nn.Module) -> bool:
     """Whether ranks wait for each other in the middle of a forward."""
-    return several() and shares(model)
+    parts = any(hasattr(p, "full_tensor") for p in model.parameters())
+    return several() and (parts or shares(model))
 
 
 def lost(error: BaseException) -> bool:
@@ -140,8 +142,8 @@ def give_up(reason: str) -> InfeasibleError:
     rank = dist.get_rank()
     dist.destroy_process_group()
     return InfeasibleError(
-        f"rank {rank} ran out of memory ({reason}) where ranks wait for each other (synchronised norms, the "
-        "mean of gradients), so they cannot agree on a smaller plan: the process group is given up; start "
-        "all ranks again with a smaller budget (rowtune run --budget, or rowtune.plan.file.at_budget), from "
-        "the last checkpoint"
+        f"rank {rank} ran out of memory ({reason}) where ranks wait for each other (synchronised norms, "
+        "sharded weights, the mean of gradients), so they cannot agree on a smaller plan: the process group "
+        "is given up; start all ranks again with a smaller budget (rowtune run --budget, or "
+        "rowtune.plan.file.at_budget), from the last checkpoint"
     )

@@ -72,7 +72,8 @@ class OptimizerSpec:
         """The way of stepping that takes no memory to speak of, unless the user names one."""
         if _WAYS & dict(self.options).keys():
             return {}
-        fused = self.name in _FUSED and all(p.is_floating_point() for p in trained)
+        usual = all(p.is_floating_point() and not hasattr(p, "full_tensor") for p in trained)
+        fused = self.name in _FUSED and usual  # sharded weights have no fused kernels for all of them
         return {"fused": True} if fused else {"foreach": False}
 
     def with_lr(self, lr: float) -> OptimizerSpec:
