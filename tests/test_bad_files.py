@@ -213,6 +213,7 @@ CASES: dict[str, Bad] = {
         lambda f: text(f, lambda t: t.replace("{", '{"budget_bytes": 1, ', 1)), BAD, 5, "'budget_bytes'"
     ),
     "a budget of true": Bad(lambda f: plan(f, budget_bytes=True), BAD, 5, "budget_bytes"),
+    "threads without end": Bad(lambda f: plan(f, threads=2**20), BAD, 5, "threads is at most 1024"),
     "a seed of text": Bad(lambda f: plan(f, seed="0"), BAD, 5, "seed"),
     "a seed past 64 bits": Bad(lambda f: plan(f, seed=2**70), BAD, 5, "seed"),
     "a batch of none": Bad(lambda f: plan(f, inputs__0__shape=[0, 3, 16, 12]), BAD, 5, "shape"),

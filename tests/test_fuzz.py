@@ -40,8 +40,9 @@ def folder(fuzz: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     ("kind", "seeds"),
     [
         ("plan", range(30_000, 30_100)),
-        ("plan", (45, 99, 201, 245, 260, 5083, 5323, 5499, 20136)),
+        ("plan", (45, 99, 201, 245, 260, 5083, 5323, 5499, 20136, 3123)),
         ("model", range(30_000, 30_040)),
+        ("model", (1146, 1244)),
     ],
 )
 def test_damaged_files(fuzz: Any, folder: Path, kind: str, seeds: Any) -> None:

@@ -23,6 +23,8 @@ from rowtune.problem import Problem, typed
 SCHEMA = 2
 MOST = 2**60
 """Bytes, seconds, whatever a plan counts: there is nothing larger."""
+MOST_THREADS = 1024
+"""A library that is told to start more than there can be ends the process."""
 LARGEST = 64 << 20
 """Bytes of a plan's file."""
 UNSURE = 1.1
@@ -105,6 +107,8 @@ class PlanFile:
         for key, least in (("budget_bytes", 1), ("reserve_bytes", 0), ("threads", 0)):
             if not least <= typed(data, key, int) < MOST:
                 raise PlanError(f"{key} is at least {least} and below 2^60, not {str(data[key])[:40]}")
+        if data["threads"] > MOST_THREADS:
+            raise PlanError(f"threads is at most {MOST_THREADS}, not {data['threads']}")
         study = typed(data, "study", str)
         if Path(study).name != study:
             raise PlanError(f"study is the name of a file beside the plan, not {study!r}")
