@@ -37,19 +37,22 @@ def folder(fuzz: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 
 @pytest.mark.parametrize(
-    ("kind", "seeds"),
-    [
-        ("plan", range(30_000, 30_100)),
-        ("plan", (45, 99, 201, 245, 260, 5083, 5323, 5499, 20136, 3123)),
-        ("model", range(30_000, 30_040)),
-        ("model", (1146, 1244)),
-    ],
+    ("kind", "seeds"), [("plan", range(30_000, 30_100)), ("model", range(30_000, 30_040))]
 )
 def test_damaged_files(fuzz: Any, folder: Path, kind: str, seeds: Any) -> None:
-    """No traceback, no hang, nothing overwritten; but a good file among them would be taken."""
+    """No traceback, no hang, nothing overwritten; most are refused, for what they are."""
     found = [fuzz.tried(folder, kind, seed, seconds=0) for seed in seeds]  # without an alarm
     assert [v for v in found if v.kind != "fine"] == []
-    assert {v.code for v in found} & {3, 5}
+    assert sum(v.code == {"plan": 5, "model": 3}[kind] for v in found) > len(found) / 2
+
+
+FAULTS = {"plan": (45, 99, 201, 245, 260, 3123, 5083, 5323, 5499, 20136), "model": (1244,)}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_those_that_found_something(fuzz: Any, folder: Path, kind: str) -> None:
+    found = [fuzz.tried(folder, kind, seed, seconds=0) for seed in FAULTS[kind]]
+    assert [v for v in found if v.kind != "fine"] == []
 
 
 def test_what_is_wrong_is_seen(fuzz: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
