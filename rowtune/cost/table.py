@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rowtune.cost.footprint import Footprint
+from rowtune.cost.leaving import Leaving
 from rowtune.cost.predict import alive, composed, seen
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import Step
@@ -36,10 +37,6 @@ class Span(NamedTuple):
 
     alone: int
     held: int
-
-    def given(self, held: int, entering: int) -> int:
-        """With `held` bytes of the `entering` that others hold on to."""
-        return self.held if held >= entering else min(self.held, self.alone + held)
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,7 @@ class Table:
         self.known: dict[Key, Option | None] = {}
         self._clock = Clock(Profile())
         self._seconds: dict[Option, float] = {}
+        self._leaving: tuple[Leaving, ...] = ()
         self.sizes: dict[str, int] = {}
         """Bytes of tensors that options hold on to across cuts."""
         self._crossing: dict[int, int] = {}
@@ -117,7 +115,24 @@ class Table:
     def price(self, profile: Profile) -> None:
         """Take times from this profile from now on."""
         self._clock = Clock(profile)
-        self._seconds = {}
+        self._seconds, self._leaving = {}, ()
+
+    @property
+    def leaving(self) -> tuple[Leaving, ...]:
+        """By cut, the options that leave it."""
+        if not self._leaving:
+            self._leaving = tuple(self._that_leave())
+        return self._leaving
+
+    def _that_leave(self) -> Iterator[Leaving]:
+        crossers = {cut: frozenset(self.crossers(cut)) for cut in range(len(self.cuts))}
+        starting: dict[int, list[Option]] = {}
+        for option in self.options:
+            starting.setdefault(option.start, []).append(option)
+        for cut in range(len(self.cuts)):
+            options = starting.get(cut, [])
+            seconds, entering = [*map(self.seconds, options)], self.crossing(cut)
+            yield Leaving(options, seconds, entering, self.later_gradients, crossers, self.sizes)
 
     def work(self) -> dict[Signature, float]:
         """All calls of all options, and how often they are made."""
@@ -151,6 +166,7 @@ class Table:
         for key in keys:
             if key not in self.known:
                 self.known[key] = self._recorded(*key)
+                self._leaving = ()
                 count += 1
             if time.monotonic() > until:
                 break
