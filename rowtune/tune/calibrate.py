@@ -193,12 +193,11 @@ def packed(work: Mapping[Signature, float]) -> str:
 def unpacked(text: str) -> dict[Signature, float]:
     """The inverse, for what this program's own parent sent: unpickling runs code."""
     found = pickle.loads(zlib.decompress(base64.b64decode(text)))
-    return {
-        Signature(_operator(name, overload), args, kwargs): n for name, overload, args, kwargs, n in found
-    }
+    return {Signature(operator(name, overload), args, kwargs): n for name, overload, args, kwargs, n in found}
 
 
-def _operator(name: str, overload: str) -> Any:
+def operator(name: str, overload: str) -> Any:
+    """By the name of its schema, "aten::relu" say, and of its overload."""
     namespace, _, packet = name.partition("::")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +35,15 @@ from rowtune.tune.task import Situation
 Values = Mapping[str, str]
 Calibrate = Callable[[Mapping[Signature, float], float], Profile]
 """Measures calls, by how much they matter, for so many seconds at most."""
+
+
+class Tables(Protocol):
+    """Where a table's options may be known from, and where they are remembered."""
+
+    def recall(self, table: Table) -> None: ...
+
+    def remember(self, table: Table) -> None: ...
+
 
 ZONES = ("front", "middle", "back")
 POLICIES = ("any", "keep", "checkpoint", "rows")
@@ -71,6 +80,7 @@ class ProgrammeSpace:
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
+        tables: of earlier searches; without them all options are recorded anew.
     """
 
     def __init__(
@@ -80,8 +90,10 @@ class ProgrammeSpace:
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
+        tables: Tables | None = None,
     ) -> None:
         self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
+        self.tables = tables
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
@@ -167,6 +179,8 @@ class ProgrammeSpace:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
+        if self.tables is not None:
+            self.tables.recall(self.table)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
             offloaded(self.table) if "offload" in self.savers else (),
@@ -183,6 +197,8 @@ class ProgrammeSpace:
         ):
             pass
         self._until_one_fits(coarse, now)
+        if self.tables is not None:
+            self.tables.remember(self.table)
         self._correct(now)
 
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
