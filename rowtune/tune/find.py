@@ -31,6 +31,7 @@ from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload
 from rowtune.tune.study import Search, search
 from rowtune.tune.supervisor import Worker
+from rowtune.tune.tables import CachedTables
 from rowtune.tune.task import Progress, SearchResult, Task
 
 
@@ -163,8 +164,15 @@ def explored(request: Request) -> None:
 
 def _space(request: Request, worker: Worker) -> ProgrammeSpace:
     work = request.work
-    calibrate = calibration(work.problem.device, worker.calibrate)
-    return ProgrammeSpace(work.graph, work.optimizer.slots, calibrate, request.savers, request.max_grad_error)
+    device = work.problem.device
+    return ProgrammeSpace(
+        work.graph,
+        work.optimizer.slots,
+        calibration(device, worker.calibrate),
+        request.savers,
+        request.max_grad_error,
+        CachedTables(device),
+    )
 
 
 def _task(

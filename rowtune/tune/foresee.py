@@ -13,6 +13,7 @@ from rowtune.tune.infeasible import round_up
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
+from rowtune.tune.tables import CachedTables
 from rowtune.tune.task import Situation
 
 
@@ -37,6 +38,7 @@ def foresee(request: Request, profile: Profile) -> tuple[PlanFile, str]:
         lambda work, seconds: profile,
         request.savers,
         request.max_grad_error,
+        CachedTables(work.problem.device),
     )
     space.tell(Situation(limit, None, (), request.timeout))
     guess = {knob.name: knob.choices[0] for knob in space.knobs}
