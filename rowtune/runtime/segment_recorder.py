@@ -25,7 +25,7 @@ from rowtune.runtime.layout import differs
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, let_go_of_gradient
-from rowtune.runtime.segment_recording import Crossing, SegmentRecording
+from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Counted, Lives, Recorder
@@ -157,7 +157,8 @@ class SegmentRun:
             weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
-            work=tuple(counted.work.items()) if counted else (), host=counted.host if counted else 0,
+            uses=tuple(counted.uses) if counted else (), work=work_of(counted.uses) if counted else (),
+            host=counted.host if counted else 0,
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:
