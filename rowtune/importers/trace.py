@@ -22,6 +22,7 @@ from rowtune.importers.attributes import attributes_put_back
 from rowtune.importers.exported import read
 from rowtune.importers.flat import regions_as_they_are
 from rowtune.importers.hooks import hooks_without_data
+from rowtune.importers.sharded import check_whole
 from rowtune.importers.watched import watched
 from rowtune.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, fake_mode_of, pytree
 
@@ -65,6 +66,7 @@ def exported(
     Raises:
         ModelError: the model cannot be exported.
     """
+    check_whole(model)
     was_training = [(m, m.training) for m in model.modules()]
     if training != model.training:
         model.train(training)

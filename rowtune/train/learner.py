@@ -16,12 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rowtune.errors import DivergedError, EnginesDifferError, InfeasibleError, ModelError, RowtuneError
+from rowtune.errors import (
+    DivergedError,
+    EnginesDifferError,
+    InfeasibleError,
+    ModelError,
+    RowtuneError,
+    UsageError,
+)
 from rowtune.plan.file import PlanFile, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
-from rowtune.train import ranks
+from rowtune.train import ranks, sharded
 from rowtune.train.options import Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.undo import Before, is_atomic
@@ -45,35 +52,50 @@ class Learner:
         self.work, self.options, self.total = work, options, total
         self.device = work.problem.device
         self.model = work.module.to(self.device)
+        ranks.begin_alike(self.model)
+        self.average: AveragedModel | None = None
+        self.take(file)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = spec.make(self.trained)
         self.scaler = scaler_for(file.plan, self.device)
         self.schedule = parse_schedule(options.schedule, options.warmup).make(self.optimizer, total)
-        self.average: AveragedModel | None = None
         if options.ema:
             update = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=update)
+            self.averaged = apply(self.average.module, file.plan, work.loss, engine=options.engine)
         self.done = self.here = 0
         self.loss: float | None = None
         self.times: list[float] = []
-        self.take(file)
 
     def take(self, file: PlanFile) -> None:
         """Train by this file's plan from now on."""
         options, loss = self.options, self.work.loss
         check_training(file.plan, clipped=options.clip > 0, accumulated=options.accumulate > 1)
+        if file.plan.step_in_backward and ranks.several():
+            raise UsageError(
+                "the plan has step_in_backward, which uses each gradient before its mean over processes is "
+                "known: take another plan of the file by --budget, or search with --savers -step_in_backward"
+            )
+        if options.fsdp:
+            sharded.check(options, file.plan)
         self.file = file
         graph = self.work.traced if self.device == "cpu" else None  # a graph holds its device
         self.runner = apply(self.model, file.plan, loss, graph=graph, engine=options.engine)
+        if options.fsdp:  # once: a sharded run cannot step down
+            sharded.shard(self.runner, self.device)
         self.runner.lists.after = 0  # what was measured: a step of the schedule itself may take more
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
         self.averaged = self.runner  # what is validated
         if self.average is not None:
             self.averaged = apply(self.average.module, file.plan, loss, engine=options.engine)
-        self.whole = file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
         self.peak: int | None = None
         self.since = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step that fails may have changed a part of the parameters."""
+        return self.file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
 
     @property
     def saved(self) -> nn.Module:
@@ -106,7 +128,7 @@ class Learner:
         self.loss = float(ranks.total(step.total)) / step.count
         report = StepReport(
             self.done, self.total, self.loss, seconds, self.peak, step.lr, epoch, self.options.epochs,
-            step.images / (time.perf_counter() - began), step.norm,
+            step.images * ranks.count() / (time.perf_counter() - began), step.norm,
         )  # fmt: skip
         return report, step.count
 
@@ -157,7 +179,8 @@ class Learner:
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""
-        return not (plan.step_in_backward and (self.options.clip > 0 or self.options.accumulate > 1))
+        whole = self.options.clip > 0 or self.options.accumulate > 1 or ranks.several()
+        return not (plan.step_in_backward and whole)
 
     def check_loss(self, kept: str) -> None:
         """DivergedError where the loss is not a number any more, unless that is wanted."""
@@ -210,10 +233,11 @@ class _Step:
         if not self.count:
             learner.optimizer.zero_grad(set_to_none=True)
         while True:
-            self.before = Before(
-                learner.model, learner.optimizer, learner.device,
-                gradients=self.count > 0, whole=learner.whole,
-            )  # fmt: skip
+            if not learner.options.fsdp:  # which gives up where it would have to be undone
+                self.before = Before(
+                    learner.model, learner.optimizer, learner.device,
+                    gradients=self.count > 0, whole=learner.whole,
+                )  # fmt: skip
             with guarded(learner.model, learner.device):
                 loss = self._backward(learner.runner, self.batch)
             more = self._next()
@@ -221,11 +245,10 @@ class _Step:
                 break
             self._count(loss)
             self.batch = more
-        if learner.scaler is not None:
-            with guarded(learner.model, learner.device):
-                learner.scaler.unscale_(learner.optimizer)
-        ranks.average(learner.trained)
+        ranks.average(learner.trained)  # scaled: what is infinite on one rank is so on all
         with guarded(learner.model, learner.device):
+            if learner.scaler is not None:
+                learner.scaler.unscale_(learner.optimizer)
             self._use(self.count + 1)
         self._count(loss)
         learner.schedule.step()
@@ -257,7 +280,7 @@ class _Step:
                 if weight.grad is not None:
                     weight.grad.div_(count)
         if options.clip:
-            self.norm = float(nn.utils.clip_grad_norm_(learner.trained, options.clip))
+            self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(learner.trained, options.clip)))
         use_gradients(learner.optimizer, learner.scaler)
 
     def _backward(self, runner: RowtuneModule, batch: Batch) -> Tensor:
@@ -266,7 +289,7 @@ class _Step:
         try:
             return run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, RowtuneError) or out_of_memory(error):
+            if isinstance(error, RowtuneError) or out_of_memory(error) or ranks.lost(error):
                 raise
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

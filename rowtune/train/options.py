@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rowtune.runtime.module import Engine
 
 Fit = Literal["", "resize", "crop"]
+
+
+class Shard(NamedTuple):
+    """The part of the data that is this process's: of each `of` batches the one with number `rank`."""
+
+    rank: int = 0
+    of: int = 1
+
+
+ALL = Shard()
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class Options:
         checkpoint_every: steps; 0: at the end of every epoch.
         force: files of an earlier run may be replaced.
         engine: what runs rows segments (see `apply`); `verify_every` compares both ways.
+        shard: which of the batches of `data` are this process's; all of them, by default.
+        fsdp: weights, gradients and the optimizer's state lie in parts, one with each process.
     """
 
     steps: int | None = None
@@ -48,6 +60,8 @@ class Options:
     keep_going: bool = False
     engine: Engine = "listed"
     verify_every: int = 0
+    shard: Shard = ALL
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)
