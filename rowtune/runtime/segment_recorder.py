@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
+from rowtune.kernels.constants import standing_for
 from rowtune.plan.lower import uncollected
 from rowtune.plan.plan import Plan, Precision
 from rowtune.plan.program import Program, SegmentProgram
@@ -74,7 +75,7 @@ class SegmentRun:
         host = HostPool()
         self.left_out = LeftOut(self.recorder, host)
         self.model = _model(segment)
-        with self.mode, uncollected():
+        with self.mode, standing_for(graph.device), uncollected():
             env = self._environment(inputs, shared)
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
@@ -133,7 +134,7 @@ class SegmentRun:
         for weight in self.weights.values() if self.how.step_in_backward else ():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
-        with self.mode, uncollected():
+        with self.mode, standing_for(self.graph.device), uncollected():
             handed = self._hand_over(outer)
             roots = [self.tails[c.name].root for c in outer]
             ones = [torch.ones(()) for _ in roots]
