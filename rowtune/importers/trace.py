@@ -51,7 +51,8 @@ def trace(
     if inputs is None:
         raise UsageError("trace(model, inputs): example inputs are needed for a module, as a tuple")
     program, notes = exported(model, inputs, training=training, named=named)
-    return replace(read(program, model, training), notes=notes)
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "meta")
+    return replace(read(program, model, training), notes=notes, device=device)
 
 
 def exported(

@@ -197,6 +197,7 @@ def _workload(problem: Problem, loaded: Loaded, graph: Graph, loss: Loss, spec: 
             f"the model has {more + 1} outputs; the loss is on the first ({sizes}) and leaves out the others"
         )
     loaded = replace(loaded, notes=tuple(notes))
+    graph = replace(graph, device=problem.device.partition(":")[0])
     return Workload(problem, loaded, graph, with_loss(graph, loss), loss, spec)
 
 
