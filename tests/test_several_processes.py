@@ -225,6 +225,7 @@ def test_norms_without_modules_share_their_statistics() -> None:
 
 
 def test_who_started_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert launched() == Team()
     said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**said, "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
@@ -234,6 +235,8 @@ def test_who_started_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert team.device("auto", "cuda:0") == team.device("cuda", "cuda:0") == "cuda:1"
     assert team.device("auto", "cpu") == "auto" and team.device("cpu", "cuda:0") == "cpu"
     assert Team().device("cuda:3", "cuda:0") == "cuda:3"
+    with pytest.raises(UsageError, match=r"--nproc-per-node 3: this torch sees 2 card\(s\)"):
+        Team(0, 3, 0, 3).device("auto", "cuda:0")
     with pytest.raises(UsageError, match="a card each; give --device cuda"):
         team.device("cuda:0", "cuda:0")
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rowtune.errors import RanksError, RowtuneError, UsageError
@@ -36,7 +38,7 @@ class Team:
         """What --device says (`text`), and in a team of a plan for cards this process's own card.
 
         Raises:
-            UsageError: a single card was named for all.
+            UsageError: a single card was named for all, or there are fewer than processes.
         """
         if self.size == 1 or text == "cpu" or not planned.startswith("cuda"):
             return text
@@ -44,6 +46,12 @@ class Team:
             raise UsageError(
                 f"--device {text}: {self.size} processes take a card each; give --device cuda, and choose "
                 "cards by CUDA_VISIBLE_DEVICES"
+            )
+        import torch
+
+        if (cards := torch.cuda.device_count()) < self.here:
+            raise UsageError(
+                f"--nproc-per-node {self.here}: this torch sees {cards} card(s), and a process takes one"
             )
         return f"cuda:{self.local}"
 
@@ -65,7 +73,6 @@ def joined(team: Team) -> Iterator[None]:
 
     Raises:
         RanksError: another rank ended.
-        UsageError: there are fewer cards than processes.
     """
     if team.size == 1:
         yield
@@ -75,19 +82,21 @@ def joined(team: Team) -> Iterator[None]:
     from rowtune.train import ranks
 
     store = _join(team)
+    before = _on_end(_ended)
     try:
         yield
     except KeyboardInterrupt:
-        _be_heard()
+        _on_end(signal.SIG_IGN)
         if _first(store):
             raise
         raise SystemExit(130) from None
     except Exception as error:
-        _be_heard()
+        _on_end(signal.SIG_IGN)
         said = _gone(team, error) if ranks.lost(error) else _named(team, error)
         if _first(store):
             raise said from error
         raise SystemExit(getattr(said, "exit_code", 1)) from None
+    _on_end(before)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,22 +107,27 @@ def _join(team: Team) -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if cards and team.here > cards:
-        raise UsageError(
-            f"--nproc-per-node {team.here}: there are {cards} cards on this machine, a process takes one"
-        )
-    if cards:
+    mine = team.local < cards
+    if mine:
         torch.cuda.set_device(team.local)
     store, _, _ = next(rendezvous("env://"))
-    kinds = "cpu:gloo,cuda:nccl" if cards else "gloo"
+    kinds = "cpu:gloo,cuda:nccl" if mine else "gloo"
     dist.init_process_group(kinds, store=store, rank=team.rank, world_size=team.size)
     return store
 
 
-def _be_heard() -> None:
-    """torchrun ends all ranks as soon as one has failed; what there is to say comes first."""
+def _on_end(handler: Any) -> Any:
+    """What happens on SIGTERM, and what did. torchrun ends all ranks as soon as one has failed: what there is
+    to say of that comes first."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+    return None
+
+
+def _ended(number: int, frame: FrameType | None) -> None:
+    """While nothing trains, as Ctrl-C does; and not while an error is on its way to where it is said."""
+    if sys.exc_info()[0] is None:
+        raise KeyboardInterrupt
 
 
 def _first(store: Any) -> bool:
