@@ -71,7 +71,9 @@ def command(
             engine=engine.value, verify_every=verify_every, shard=Shard(team.rank, team.size),
             fsdp=fsdp,
         )  # fmt: skip
-        trained = train_shown(screen, file, wanted, team.device(device), shape or [], seed)
+        trained = train_shown(
+            screen, file, wanted, team.device(device, file.problem.device), shape or [], seed
+        )
         files = {"weights": trained.weights, "checkpoint": trained.checkpoint}
         screen.json({**asdict(trained), **{k: str(v) if v else None for k, v in files.items()}})
         return EXIT[trained.status]
