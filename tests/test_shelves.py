@@ -54,7 +54,7 @@ def test_a_part_is_what_the_whole_has_there(name, layout, shape, data):
         assert torch.equal(whole.sign(), x.sign())
     else:
         assert torch.equal(whole, x)
-    part = data.draw(parts(shape))
+    part = data.draw(parts(tuple(x.shape)))
     found = shelf.get(part)
     assert torch.equal(found, cut(whole, part))
     assert found.stride() == torch.empty_like(cut(x, part)).stride() or 1 in found.shape
@@ -106,7 +106,7 @@ def test_no_stored_tensor_is_whole_again(way, read, monkeypatch):
         return whole(self, handle)
 
     made = case("unet_bn", shape=(1, 3, 32, 8))
-    plan = stored(in_two(made.training, {**WAYS[way], "band_rows": 8}), "host")
+    plan = stored(in_two(made.training, {**WAYS[way], "band_rows": 8 if way == "passes" else 4}), "host")
     if way != "cache":  # whose stashes are some rows each
         monkeypatch.setattr(Host, "get", refused)
     assert made.error(plan) < TOLERANCE
