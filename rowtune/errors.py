@@ -6,7 +6,8 @@
     ├── InfeasibleError     4   no plan fits the budget
     ├── PlanError           5   a plan that is unreadable, or made for something else
     ├── DivergedError       6   a loss that is not a number any more
-    └── EnginesDifferError  7   recorded calls and the schedule that made them do not agree: a fault of ours
+    ├── EnginesDifferError  7   recorded calls and the schedule that made them do not agree: a fault of ours
+    └── GradientError       8   stores that round cost more than the plan allows
 
 A message states the rule, the actual value and the way out, in one line.
 """
@@ -57,6 +58,12 @@ class EnginesDifferError(RowtuneError):
     """`run --verify-every`: the calls that were recorded, and the schedule that made them, do not agree."""
 
     exit_code = 7
+
+
+class GradientError(RowtuneError):
+    """`run --check-error-every`: gradients are off by more than the plan allows; no exact one is there."""
+
+    exit_code = 8
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -48,6 +48,11 @@ SAVE = (
     "in it."
 )
 
+CHECK_ERROR = (
+    "Measure how far gradients are off every so many steps, on the batch at hand, where stores round; "
+    "0: never."
+)
+
 
 def command(
     plan: options.PlanPath = Path("plan.json"),
@@ -191,6 +196,9 @@ def command(
     verify_every: Annotated[
         int, typer.Option("--verify-every", min=0, help="Compare both engines every so many steps; 0: never.")
     ] = 0,
+    check_error_every: Annotated[
+        int, typer.Option("--check-error-every", min=0, metavar="STEPS", help=CHECK_ERROR)
+    ] = 100,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -217,7 +225,7 @@ def command(
         optimizer=optimizer, lr=lr, schedule=schedule, warmup=warmup, clip=clip, accumulate=accumulate,
         ema=ema, save=save, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume,
         metrics=metrics, tensorboard=tensorboard, force=force, keep_going=keep_going, engine=engine.value,
-        verify_every=verify_every,
+        verify_every=verify_every, check_error_every=check_error_every,
     )  # fmt: skip
     trained = train_shown(screen, file, wanted, device, shape or [], seed)
     files = {"weights": trained.weights, "checkpoint": trained.checkpoint}

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rowtune.errors import DivergedError, EnginesDifferError, InfeasibleError, ModelError, RowtuneError
-from rowtune.plan.file import PlanFile, smaller
+from rowtune.errors import (
+    DivergedError,
+    EnginesDifferError,
+    GradientError,
+    InfeasibleError,
+    ModelError,
+    RowtuneError,
+)
+from rowtune.plan.file import PlanFile, exact_one, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
-from rowtune.train import ranks
-from rowtune.train.options import Options, SteppedDown, StepReport
+from rowtune.train import gradient_error, ranks
+from rowtune.train.options import Changed, MadeExact, Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.undo import Before, is_atomic
 from rowtune.tune.device import release, synchronize
@@ -68,12 +75,18 @@ class Learner:
         self.runner.lists.after = 0  # what was measured: a step of the schedule itself may take more
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
+        self.exact: RowtuneModule | None = None
+        if file.plan.allowed_error and options.check_error_every:
+            self.exact = apply(
+                self.model, gradient_error.exactly(file.plan), loss, graph=graph, engine="traced"
+            )
         self.averaged = self.runner  # what is validated
         if self.average is not None:
             self.averaged = apply(self.average.module, file.plan, loss, engine=options.engine)
         self.whole = file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
         self.peak: int | None = None
         self.since = 0
+        self.error: float | None = None
 
     @property
     def saved(self) -> nn.Module:
@@ -85,15 +98,17 @@ class Learner:
         return [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
 
     def step(
-        self, batches: Iterator[Batch], epoch: int, tell: Callable[[SteppedDown], None] = lambda _: None
+        self, batches: Iterator[Batch], epoch: int, tell: Callable[[Changed], None] = lambda _: None
     ) -> tuple[StepReport, int] | None:
         """One optimizer step on the next batches, and how many it took; None where there are none left. Where
-        memory runs out, it is made with the next smaller plan of the front, which `tell` is told.
+        memory runs out, it is made with the next smaller plan of the front; where gradients are off by more
+        than the plan allows, with an exact one. `tell` is told.
 
         Raises:
             InfeasibleError: memory ran out, and the front has no smaller plan.
             DivergedError: the loss is not finite any more.
             EnginesDifferError: `verify_every` found the two engines to differ.
+            GradientError: gradients are off by more than the plan allows, and the front has no exact plan.
         """
         began = time.perf_counter()
         first = next(batches, None)
@@ -106,14 +121,17 @@ class Learner:
         self.loss = float(ranks.total(step.total)) / step.count
         report = StepReport(
             self.done, self.total, self.loss, seconds, self.peak, step.lr, epoch, self.options.epochs,
-            step.images / (time.perf_counter() - began), step.norm,
+            step.images / (time.perf_counter() - began), step.norm, self.error,
         )  # fmt: skip
         return report, step.count
 
-    def _try(self, step: _Step, tell: Callable[[SteppedDown], None]) -> float:
-        """Make a step, with smaller plans where it runs out of memory; how long the one that did it took."""
+    def _try(self, step: _Step, tell: Callable[[Changed], None]) -> float:
+        """Make a step, with other plans where it has to be; how long the one that did it took."""
+        self.error = None
         while True:
             try:
+                if (now := self._checked(step)) is not None:
+                    tell(now)
                 return self._made(step)
             except OutOfMemory as error:
                 reason = str(error)
@@ -122,11 +140,11 @@ class Learner:
 
     def _made(self, step: _Step) -> float:
         last = self.total is not None and self.done + 1 == self.total
-        fresh = step.count == 0 and step.before is None  # and not what is left of one
+        fresh = step.fresh
         with guarded(self.model, self.device):
             if fresh and last and not self.here:
                 outcome(self.model, self.runner, *step.first)  # lowers the plan: not the step's memory
-            if fresh and self.options.verify_every and self.done % self.options.verify_every == 0:
+            if fresh and self._due(self.options.verify_every):
                 self._verify(step.first)
         start = time.perf_counter()
         if fresh and (self.since == 1 or (last and not self.here)):
@@ -137,6 +155,26 @@ class Learner:
             step.run()
         synchronize(self.device)
         return time.perf_counter() - start
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.done % every == 0
+
+    def _checked(self, step: _Step) -> MadeExact | None:
+        """Measure the error of gradients, if it is time to; take an exact plan where it is too large."""
+        if self.exact is None or not step.fresh or not self._due(self.options.check_error_every):
+            return None
+        with guarded(self.model, self.device):
+            plan, at = self.file.plan, self.done + 1
+            check = gradient_error.measured(self.model, self.runner, self.exact, step.first, plan)
+        if not ranks.any_of(not check.ok, self.device):
+            self.error = check.max_relative_error
+            return None
+        if (file := exact_one(self.file, self._may)) is None:
+            raise GradientError(gradient_error.refusal(at, check, self.file))
+        self.take(file)
+        release(self.device)
+        self.error = check.max_relative_error
+        return MadeExact(at, self.error, check.worst, plan.allowed_error, *_known(file))
 
     def step_down(self, reason: str, step: int) -> SteppedDown:
         """Take the next smaller plan of the front.
@@ -152,8 +190,7 @@ class Learner:
             )
         self.take(file)
         release(self.device)
-        known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
-        return SteppedDown(step, reason, known["peak_bytes"], known.get("step_seconds", known.get("seconds")))
+        return SteppedDown(step, reason, *_known(file))
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""
@@ -187,6 +224,12 @@ class Learner:
         return statistics.median(times) if times else None
 
 
+def _known(file: PlanFile) -> tuple[int, float | None]:
+    """Peak and seconds of a file's plan."""
+    known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
+    return known["peak_bytes"], known.get("step_seconds", known.get("seconds"))
+
+
 class _Step:
     """One optimizer step. Batches after the first are read when it comes to them, so that only one is in
     memory at a time. A `run` that ran out of memory can be undone and called again: it goes on with the batch
@@ -204,6 +247,11 @@ class _Step:
     def first(self) -> Batch:
         """The batch at hand."""
         return self.batch
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of it was tried yet."""
+        return self.count == 0 and self.before is None
 
     def run(self) -> None:
         learner = self.learner

@@ -15,7 +15,7 @@ from rowtune.train.data import guarded as read
 from rowtune.train.data import open_data
 from rowtune.train.learner import Learner, OutOfMemory, guarded
 from rowtune.train.log import Log
-from rowtune.train.options import Options, Report, SteppedDown, Stopping, Trained, ValReport
+from rowtune.train.options import Changed, Options, Report, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore
 from rowtune.train.setup import check, feed_of, open_checkpoints, settings
 from rowtune.train.stop import Stop
@@ -40,6 +40,8 @@ def train(
         UsageError: a flag, a file or a folder makes no sense; found before the first step where possible.
         DivergedError: the loss is not finite any more; nothing is saved, checkpoints stay.
         EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
+        GradientError: stores that round cost more than the plan allows, and the front has no exact plan that
+            fits; nothing is saved, checkpoints stay.
     """
     check(options)
     device = work.problem.device
@@ -104,7 +106,7 @@ class _Run:
         self.unsaved = ""
         self.saved_step = 0
         self.random: Any = None
-        self.steps_down: list[str] = []
+        self.changes: list[str] = []
         if found is not None:
             self._resume(found)
         self.log = Log(options, self.learner.done, again=self.batch > 0)
@@ -139,7 +141,7 @@ class _Run:
             self.random = None
         every = self.options.checkpoint_every
         while not (stop.asked or self._finished()):
-            made = self.learner.step(batches, self.epoch + 1, lambda now: self._stepped_down(now, watch))
+            made = self.learner.step(batches, self.epoch + 1, lambda now: self._changed(now, watch))
             if made is None:
                 return True
             report, count = made
@@ -183,10 +185,10 @@ class _Run:
             except OutOfMemory as error:
                 reason = str(error)
             validator.peak = None
-            self._stepped_down(learner.step_down(reason, learner.done), watch)
+            self._changed(learner.step_down(reason, learner.done), watch)
 
-    def _stepped_down(self, now: SteppedDown, watch: Callable[[Report], None]) -> None:
-        self.steps_down.append(str(now))
+    def _changed(self, now: Changed, watch: Callable[[Report], None]) -> None:
+        self.changes.append(str(now))
         cap_memory(self.device, self.limit)  # what was cached is free now
         watch(now)
 
@@ -231,4 +233,4 @@ class _Run:
 
     def notes(self) -> tuple[str, ...]:
         """What went wrong without ending the run."""
-        return tuple(text for text in (*self.steps_down, self.unsaved, self.log.unwritten) if text)
+        return tuple(text for text in (*self.changes, self.unsaved, self.log.unwritten) if text)
