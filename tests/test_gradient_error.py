@@ -103,9 +103,7 @@ def test_what_the_front_has_to_go_on_with(work):
 
 def test_without_an_exact_plan_the_run_stops(work, tmp_path):
     file = file_of(work, rounding(work, 1e-6))
-    with pytest.raises(
-        GradientError, match=r"at step 1 gradients are off by .*-every 0 trains"
-    ):
+    with pytest.raises(GradientError, match=r"at step 1 gradients are off by .*-every 0 trains"):
         run(work, file)
     assert run(work, file, check_error_every=0)[0].status == "ok"
     path = tmp_path / "plan.json"

@@ -199,6 +199,7 @@ def command(
     check_error_every: Annotated[
         int, typer.Option("--check-error-every", min=0, metavar="STEPS", help=CHECK_ERROR)
     ] = 100,
+    host_budget: options.HostBudget = "",
     device: options.Device = "auto",
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -207,9 +208,10 @@ def command(
     """Train with a plan, on random data or your own."""
     screen = Screen(as_json, quiet, verbose)
     file = read_plan(plan)
+    from rowtune.tune.sizes import parse_size
+
     if budget:
         from rowtune.plan.file import at_budget
-        from rowtune.tune.sizes import parse_size
 
         file = at_budget(file, parse_size(budget))
     if save is not None:
@@ -226,6 +228,7 @@ def command(
         ema=ema, save=save, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume,
         metrics=metrics, tensorboard=tensorboard, force=force, keep_going=keep_going, engine=engine.value,
         verify_every=verify_every, check_error_every=check_error_every,
+        host_budget=parse_size(host_budget, "--host-budget") if host_budget else None,
     )  # fmt: skip
     trained = train_shown(screen, file, wanted, device, shape or [], seed)
     files = {"weights": trained.weights, "checkpoint": trained.checkpoint}

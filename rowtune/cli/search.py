@@ -37,6 +37,7 @@ def command(
     savers: options.Savers = "",
     max_grad_error: options.MaxGradError = 0.0,
     reserve: options.Reserve = "",
+    host_budget: options.HostBudget = "",
     origin: Annotated[
         Path | None,
         typer.Option(
@@ -95,7 +96,7 @@ def command(
     storage = _storage(storage, workers, out, fresh, work.problem.device)
     request = Request(
         work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin, storage, workers,
-        max_grad_error,
+        max_grad_error, parse_size(host_budget, "--host-budget") if host_budget else None,
     )  # fmt: skip
     if profile is not None:
         screen.json(foreseen_shown(screen, request, profile))
@@ -264,7 +265,9 @@ def _say(screen: Screen, found: Found) -> None:
     else:
         lines.append(("plain", "does not fit on this machine"))
     if m["max_relative_error"] is not None:
-        lines.append(("gradients", f"equal to plain's within {m['max_relative_error']:.1e}"))
+        allowed = found.file.plan.allowed_error
+        more = f", where {allowed:g} is allowed" if allowed else ""
+        lines.append(("gradients", f"equal to plain's within {m['max_relative_error']:.1e}{more}"))
     if found.file.threads:
         lines.append(("threads", f"{found.file.threads}: faster than torch's own number"))
     screen.out.print(facts(lines))

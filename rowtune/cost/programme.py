@@ -6,7 +6,6 @@ takes itself going forward and going back, with the gradients of all later param
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ class Path(NamedTuple):
 
 class _State(NamedTuple):
     """How a cut was reached: bytes that options up to it left for backward, those tensors among them that
-    cross the cut with their bytes, seconds, the peak so far, and the last option."""
+    cross the cut with their bytes, seconds, the peak so far, and the last option; `host` are bytes there."""
 
     kept: int
     held: frozenset[str]
@@ -36,11 +35,12 @@ class _State(NamedTuple):
     peak: int
     option: Option | None
     before: _State | None
+    host: int = 0
 
 
 def fastest(table: Table, limit: int, allowed: Restriction = lambda _: True) -> Path | None:
-    """The fastest path whose peak, parameters and optimizer's state apart, is at most `limit`; None where
-    there is none."""
+    """The fastest path whose peak, parameters and optimizer's state apart, is at most `limit`, and that keeps
+    no more on the host than plans of the table may; None where there is none."""
     last = len(table.cuts) - 1
     leaving: list[list[Option]] = [[] for _ in table.cuts]
     for option in table.options:
@@ -54,7 +54,7 @@ def fastest(table: Table, limit: int, allowed: Restriction = lambda _: True) -> 
             step = _Step(table, option)
             for state in reached:
                 at = step.after(state)
-                if at.peak <= limit:
+                if at.peak <= limit and at.host <= table.host_bytes:
                     states[option.stop].append(at)
     ended = min(states[last], key=lambda s: s.seconds, default=None)
     return None if ended is None else _path(ended)
@@ -82,7 +82,8 @@ class _Step:
         kept = state.kept + option.kept + sum(size for _, size in fresh)
         held_bytes = sum(self.sizes[name] for name in held)
         peak = max(state.peak, base + forward, base + backward)
-        return _State(kept, held, held_bytes, state.seconds + self.seconds, peak, option, state)
+        seconds, host = state.seconds + self.seconds, state.host + option.host_bytes
+        return _State(kept, held, held_bytes, seconds, peak, option, state, host)
 
 
 def smallest(table: Table, allowed: Restriction = lambda _: True) -> int | None:
@@ -104,13 +105,15 @@ def plan_of(table: Table, path: Path) -> Plan:
 
 
 def _undominated(states: Sequence[_State]) -> list[_State]:
-    """States that no other with the same tensors held beats in both bytes and seconds, thinned out where
-    there are many."""
-    least: dict[frozenset[str], float] = {}
+    """States that no other with the same tensors held beats in bytes, seconds and bytes on the host, thinned
+    out where there are many."""
+    best: dict[frozenset[str], list[tuple[float, int]]] = {}
     kept: list[_State] = []
-    for state in sorted(states, key=lambda s: (s.kept, s.seconds)):
-        if state.seconds < least.get(state.held, math.inf):
-            least[state.held] = state.seconds
+    for state in sorted(states, key=lambda s: (s.kept, s.seconds, s.host)):
+        seen = best.setdefault(state.held, [])
+        if not any(seconds <= state.seconds and host <= state.host for seconds, host in seen):
+            seen[:] = [(s, h) for s, h in seen if s < state.seconds or h < state.host]
+            seen.append((state.seconds, state.host))
             kept.append(state)
     if len(kept) <= MOST_STATES:
         return kept

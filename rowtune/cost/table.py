@@ -26,6 +26,7 @@ from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
 from rowtune.runtime.blank import Signature
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+UNBOUNDED = 1 << 62
 CUTS = 20
 """Places where segments may end."""
 
@@ -58,6 +59,11 @@ class Option:
     parts: tuple[tuple[str, Footprint], ...] = field(repr=False, compare=False)
     """Policy and recording of each segment that is run."""
 
+    @cached_property
+    def host_bytes(self) -> int:
+        """What it keeps on the host."""
+        return sum(footprint.host_bytes for _, footprint in self.parts)
+
     @property
     def main(self) -> Segment:
         """The segment that says how most of it is computed."""
@@ -75,6 +81,7 @@ class Table:
         graph: with its loss.
         whole: what holds for all of a plan beside its segments: dtype, say, or step_in_backward.
         max_grad_error: that stores which round may cost, in plans that have some.
+        host_bytes: that a plan may keep on the host.
     """
 
     def __init__(
@@ -83,8 +90,10 @@ class Table:
         axis: int = 2,
         whole: Mapping[str, Any] = NOTHING,
         max_grad_error: float = 0.0,
+        host_bytes: int = UNBOUNDED,
     ) -> None:
         self.graph, self.axis, self.whole, self.max_grad_error = graph, axis, dict(whole), max_grad_error
+        self.host_bytes = host_bytes
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}

@@ -17,7 +17,7 @@ from rowtune.train.learner import Learner, OutOfMemory, guarded
 from rowtune.train.log import Log
 from rowtune.train.options import Changed, Options, Report, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore
-from rowtune.train.setup import check, feed_of, open_checkpoints, settings
+from rowtune.train.setup import check, check_host, feed_of, open_checkpoints, settings
 from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
 from rowtune.train.weights import writer_for
@@ -36,7 +36,8 @@ def train(
     front, and so are all after it: no step is lost.
 
     Raises:
-        InfeasibleError: memory ran out, and there is no smaller plan.
+        InfeasibleError: memory ran out, and there is no smaller plan; or the plan keeps more on the host than
+            it may.
         UsageError: a flag, a file or a folder makes no sense; found before the first step where possible.
         DivergedError: the loss is not finite any more; nothing is saved, checkpoints stay.
         EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
@@ -44,6 +45,7 @@ def train(
             fits; nothing is saved, checkpoints stay.
     """
     check(options)
+    check_host(file, work, options)
     device = work.problem.device
     spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
     spec = spec if options.lr is None else spec.with_lr(options.lr)

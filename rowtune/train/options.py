@@ -25,6 +25,7 @@ class Options:
         engine: what runs rows segments (see `apply`); `verify_every` compares both ways.
         check_error_every: steps after which gradients are compared with exact ones, from the first step on,
             where a plan's stores round; 0: never.
+        host_budget: bytes that the plan may keep in the host's memory; None: half of what is free.
     """
 
     steps: int | None = None
@@ -51,6 +52,7 @@ class Options:
     engine: Engine = "listed"
     verify_every: int = 0
     check_error_every: int = 100
+    host_budget: int | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, off
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
-from rowtune.cost.table import Key, Option, Table, within
+from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
@@ -71,6 +71,7 @@ class ProgrammeSpace:
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
+        host_bytes: that a plan may keep on the host.
     """
 
     def __init__(
@@ -80,12 +81,13 @@ class ProgrammeSpace:
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
+        host_bytes: int = UNBOUNDED,
     ) -> None:
         self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error)
+        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error, host_bytes=host_bytes)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
