@@ -23,8 +23,8 @@ from rowtune.tune.step import plain_graph
 from rowtune.zoo import build
 
 KNOWN: dict[Any, Any] = {}
-# Launches of a warm step under each plan of accelerator.plans, in order, and implicit copies under all, counted
-# with torch 2.13; the operators of another release may take one or two more.
+# Launches of a warm step under each plan of accelerator.plans, in order, and implicit copies under all: with
+# torch 2.13; the operators of another release may take one or two more.
 SLACK = 1.0 if torch.__version__.startswith("2.13.") else 1.01
 MOST: dict[str, tuple[tuple[int, ...], int]] = {
     "convnext_tiny": ((290, 290, 332, 356, 356, 356, 356, 356, 354, 550, 356, 356, 356, 377), 37),
