@@ -291,9 +291,9 @@ def test_lists_are_written_before_a_step_is_timed(monkeypatch: pytest.MonkeyPatc
         told.append("written")
         return write(*args)
 
-    def time_step(step: Callable[[], None], device: str) -> Any:
+    def time_step(step: Callable[[], None], device: str, clock: Callable[[], float]) -> Any:
         told.append("timed")
-        return timed(step, device)
+        return timed(step, device, clock)
 
     monkeypatch.setattr(lists_run, "written", written)
     monkeypatch.setattr(measure, "time_step", time_step)

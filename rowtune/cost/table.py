@@ -13,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from rowtune.cost.footprint import Footprint
+from rowtune.cost.leaving import Leaving
 from rowtune.cost.predict import alive, composed, seen
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import Step
@@ -24,6 +24,7 @@ from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
 from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
 from rowtune.runtime.blank import Signature
+from rowtune.runtime.segment_recording import Work
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 UNBOUNDED = 1 << 62
@@ -38,16 +39,20 @@ class Span(NamedTuple):
     alone: int
     held: int
 
-    def given(self, held: int, entering: int) -> int:
-        """With `held` bytes of the `entering` that others hold on to."""
-        return self.held if held >= entering else min(self.held, self.alone + held)
+
+class Part(NamedTuple):
+    """A segment that is run: its policy, its calls and how many the host makes."""
+
+    policy: str
+    work: Work
+    host: int
 
 
 @dataclass(frozen=True)
 class Option:
     """Segments from cut `start` to cut `stop`. For backward they leave `kept`, and hold on to tensors that
     cross a cut, `holds` with their bytes. `forward` and `backward` are what is alive in them meanwhile, the
-    gradients of later parameters apart."""
+    gradients of later parameters apart; `host_bytes` are kept on the host."""
 
     start: int
     stop: int
@@ -56,13 +61,8 @@ class Option:
     holds: tuple[tuple[str, int], ...]
     forward: Span
     backward: Span
-    parts: tuple[tuple[str, Footprint], ...] = field(repr=False, compare=False)
-    """Policy and recording of each segment that is run."""
-
-    @cached_property
-    def host_bytes(self) -> int:
-        """What it keeps on the host."""
-        return sum(footprint.host_bytes for _, footprint in self.parts)
+    parts: tuple[Part, ...] = field(repr=False, compare=False)
+    host_bytes: int = 0
 
     @property
     def main(self) -> Segment:
@@ -72,6 +72,15 @@ class Option:
 
 
 Key = tuple[int, int, tuple[Segment, ...]]
+
+
+class Kept(NamedTuple):
+    """All that a table knows: options (None: it cannot be lowered), bytes of tensors that they hold on to
+    across cuts, bytes that cross cuts."""
+
+    known: dict[Key, Option | None]
+    sizes: dict[str, int]
+    crossing: dict[int, int]
 
 
 class Table:
@@ -99,6 +108,7 @@ class Table:
         self.known: dict[Key, Option | None] = {}
         self._clock = Clock(Profile())
         self._seconds: dict[Option, float] = {}
+        self._leaving: tuple[Leaving, ...] = ()
         self.sizes: dict[str, int] = {}
         """Bytes of tensors that options hold on to across cuts."""
         self._crossing: dict[int, int] = {}
@@ -120,20 +130,37 @@ class Table:
         """Of one step, by the profile at hand."""
         if option not in self._seconds:
             parts = option.parts
-            self._seconds[option] = sum(self._clock.seconds(p, f.work, f.host) for p, f in parts)
+            self._seconds[option] = sum(self._clock.seconds(*part) for part in parts)
         return self._seconds[option]
 
     def price(self, profile: Profile) -> None:
         """Take times from this profile from now on."""
         self._clock = Clock(profile)
-        self._seconds = {}
+        self._seconds, self._leaving = {}, ()
+
+    @property
+    def leaving(self) -> tuple[Leaving, ...]:
+        """By cut, the options that leave it."""
+        if not self._leaving:
+            self._leaving = tuple(self._that_leave())
+        return self._leaving
+
+    def _that_leave(self) -> Iterator[Leaving]:
+        crossers = {cut: frozenset(self.crossers(cut)) for cut in range(len(self.cuts))}
+        starting: dict[int, list[Option]] = {}
+        for option in self.options:
+            starting.setdefault(option.start, []).append(option)
+        for cut in range(len(self.cuts)):
+            options = starting.get(cut, [])
+            seconds, entering = [*map(self.seconds, options)], self.crossing(cut)
+            yield Leaving(options, seconds, entering, self.later_gradients, crossers, self.sizes)
 
     def work(self) -> dict[Signature, float]:
         """All calls of all options, and how often they are made."""
         found: dict[Signature, float] = {}
         for option in self.options:
-            for _, footprint in option.parts:
-                for call, often in footprint.work:
+            for part in option.parts:
+                for call, often in part.work:
                     found[call] = found.get(call, 0.0) + often
         return found
 
@@ -152,6 +179,17 @@ class Table:
             for cut in self.cuts
         )
 
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.known, self.sizes, self._crossing)
+
+    def take(self, kept: Kept) -> None:
+        """Know what a table of the same graph knew."""
+        self.known |= kept.known
+        self.sizes |= kept.sizes
+        self._crossing |= kept.crossing
+        self._leaving = ()
+
     # -- recording -------------------------------------------------------------------------------------------
 
     def add(self, keys: Iterable[Key], until: float) -> int:
@@ -160,6 +198,7 @@ class Table:
         for key in keys:
             if key not in self.known:
                 self.known[key] = self._recorded(*key)
+                self._leaving = ()
                 count += 1
             if time.monotonic() > until:
                 break
@@ -201,7 +240,8 @@ class Table:
                 *(max(mark.peak for mark in peak.backward[own]) - base - self.later_gradients[stop]
                   for peak in (alone, held))
             ),
-            tuple((linked.policy, linked.footprint) for linked in step.segments[own]),
+            tuple(Part(s.policy, s.footprint.work, s.footprint.host) for s in step.segments[own]),
+            sum(s.footprint.host_bytes for s in step.segments[own]),
         )  # fmt: skip
 
     def _named(self, step: Step, cut: int) -> dict[str, int]:

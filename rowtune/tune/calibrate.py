@@ -23,7 +23,7 @@ from rowtune.cost.profile import HOST_BOUND, Profile
 from rowtune.plan.lower import uncollected
 from rowtune.runtime.blank import Like, Signature
 from rowtune.torch_private import below_autograd
-from rowtune.tune.device import device_name, synchronize
+from rowtune.tune.device import device_name, step_clock, synchronize
 
 APART = 4
 """Sizes of one family are measured when they are this many times apart."""
@@ -138,9 +138,8 @@ def measured(call: Signature, device: str) -> float | None:
 
 
 def _times(run: Callable[[], object], device: str) -> Iterable[float]:
-    """Of single calls, or of many in a row where one is too short for the clock or waits for a device. Of one
-    thread the processor's time counts: what others do on the machine is no part of that."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """Of single calls, or of many in a row where one is too short for the clock or waits for a device."""
+    clock = step_clock(device, torch.get_num_threads())
     synchronize(device)
     start = clock()
     run()
@@ -193,12 +192,11 @@ def packed(work: Mapping[Signature, float]) -> str:
 def unpacked(text: str) -> dict[Signature, float]:
     """The inverse, for what this program's own parent sent: unpickling runs code."""
     found = pickle.loads(zlib.decompress(base64.b64decode(text)))
-    return {
-        Signature(_operator(name, overload), args, kwargs): n for name, overload, args, kwargs, n in found
-    }
+    return {Signature(operator(name, overload), args, kwargs): n for name, overload, args, kwargs, n in found}
 
 
-def _operator(name: str, overload: str) -> Any:
+def operator(name: str, overload: str) -> Any:
+    """By the name of its schema, "aten::relu" say, and of its overload."""
     namespace, _, packet = name.partition("::")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 

@@ -7,7 +7,8 @@ import gc
 import os
 import platform
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def step_clock(device: str, threads: int) -> Callable[[], float]:
+    """What steps are timed by: the clock on the wall, but of one thread the processor's own time, since what
+    others do on the machine is no part of a step."""
+    return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
 
 
 def free_bytes(device: str) -> int:

@@ -32,6 +32,7 @@ from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import Workload
 from rowtune.tune.study import Search, search
 from rowtune.tune.supervisor import Worker
+from rowtune.tune.tables import CachedTables
 from rowtune.tune.task import Progress, SearchResult, Task
 
 
@@ -167,13 +168,14 @@ def explored(request: Request) -> None:
 
 def _space(request: Request, worker: Worker) -> ProgrammeSpace:
     work = request.work
-    calibrate = calibration(work.problem.device, worker.calibrate)
+    device = work.problem.device
     return ProgrammeSpace(
         work.graph,
         work.optimizer.slots,
-        calibrate,
+        calibration(device, worker.calibrate),
         request.savers,
         request.max_grad_error,
+        CachedTables(device),
         host_bytes(request),
     )
 

@@ -14,6 +14,7 @@ from rowtune.tune.infeasible import round_up
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
+from rowtune.tune.tables import CachedTables
 from rowtune.tune.task import Situation
 
 
@@ -38,6 +39,7 @@ def foresee(request: Request, profile: Profile) -> tuple[PlanFile, str]:
         lambda work, seconds: profile,
         request.savers,
         request.max_grad_error,
+        CachedTables(work.problem.device),
         host_bytes(request),
     )
     space.tell(Situation(limit, None, (), request.timeout))

@@ -22,12 +22,14 @@ from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.problem import Problem
 from rowtune.runtime.module import RowtuneModule, apply
-from rowtune.tune.device import cap_memory, context_bytes, release, synchronize, warm_up
+from rowtune.tune.device import cap_memory, context_bytes, release, step_clock, synchronize, warm_up
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing, failure
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.reference import places
 from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, run_step, scaler_for
 from rowtune.tune.verify import Check, Verifier
+
+Clock = Callable[[], float]
 
 # Steps that a card is metered over; seconds of timed steps, and the most of them.
 METERED = 3
@@ -93,6 +95,7 @@ class Bench:
         default = torch.get_num_threads()
         steps: list[Callable[[], None] | None] = []
         times: list[list[Timing]] = [[] for _ in contenders]
+        clock = step_clock(self.device, max(c.threads or default for c in contenders))
         optimizer = self.work.optimizer.make(self.module.parameters())
         try:
             batch = self.work.batch(device=self.device)
@@ -100,7 +103,7 @@ class Bench:
             for turn in range(-1, rounds):  # the first turn is not counted
                 for i, contender in enumerate(contenders):
                     torch.set_num_threads(contender.threads or default)
-                    taken = self._timed(steps[i])
+                    taken = self._timed(steps[i], clock)
                     if taken is None:
                         steps[i] = None
                     elif turn >= 0:
@@ -110,11 +113,11 @@ class Bench:
             self._restore()
         return [_median(t) if step is not None else None for t, step in zip(times, steps, strict=True)]
 
-    def _timed(self, step: Callable[[], None] | None) -> Timing | None:
+    def _timed(self, step: Callable[[], None] | None, clock: Clock) -> Timing | None:
         if step is None:
             return None
         try:
-            return time_step(step, self.device)
+            return time_step(step, self.device, clock)
         except Exception:  # it ran before; now another process has the memory
             return None
 
@@ -143,11 +146,12 @@ class Bench:
         step = self._step(plan, optimizer, (inputs, target))
         retries = _retries(self.device)
         step()  # traces, lowers, chooses kernels, makes the optimizer's state
-        first = time_step(step, self.device)
+        clock = step_clock(self.device, torch.get_num_threads())
+        first = time_step(step, self.device, clock)
         if first.seconds > worth_seconds:
             reason = f"a step of {first.seconds:.3g} s cannot win"
             return Measurement("slow", reason, step_seconds=first.seconds, max_relative_error=error)
-        timing = _median([first, *time_steps(step, self.device, *TIME_BOX[effort], first.seconds)])
+        timing = _median([first, *time_steps(step, self.device, clock, *TIME_BOX[effort], first.seconds)])
         full = effort == "full"
         batch = (*inputs, target)
         memory = measure_memory(
@@ -183,17 +187,17 @@ def _retries(device: str) -> int | None:
     return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
-def time_step(step: Callable[[], None], device: str) -> Timing:
+def time_step(step: Callable[[], None], device: str, clock: Clock) -> Timing:
     """One synchronised step."""
     synchronize(device)
-    start, used = time.perf_counter(), time.process_time()
+    start, used = clock(), time.process_time()
     step()
     synchronize(device)
-    return Timing(time.perf_counter() - start, time.process_time() - used)
+    return Timing(clock() - start, time.process_time() - used)
 
 
 def time_steps(
-    step: Callable[[], None], device: str, box: float, most: int, spent: float = 0.0
+    step: Callable[[], None], device: str, clock: Clock, box: float, most: int, spent: float = 0.0
 ) -> list[Timing]:
     """As many steps as `box` seconds hold, `spent` of which are gone, `most` at most."""
     found: list[Timing] = []
@@ -201,7 +205,7 @@ def time_steps(
         shortest = min((t.seconds for t in found), default=spent)
         if spent + sum(t.seconds for t in found) + shortest > box:
             break
-        found.append(time_step(step, device))
+        found.append(time_step(step, device, clock))
     return found
 
 

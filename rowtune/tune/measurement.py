@@ -21,7 +21,7 @@ _OUT_OF_MEMORY = (
 
 
 class Timing(NamedTuple):
-    """Medians over steps: wall clock, and processor time over all threads."""
+    """Medians over steps: by the clock that suits (`step_clock`), and processor time over all threads."""
 
     seconds: float
     cpu_seconds: float

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,6 +36,15 @@ Values = Mapping[str, str]
 Calibrate = Callable[[Mapping[Signature, float], float], Profile]
 """Measures calls, by how much they matter, for so many seconds at most."""
 
+
+class Tables(Protocol):
+    """Where a table's options may be known from, and where they are remembered."""
+
+    def recall(self, table: Table) -> None: ...
+
+    def remember(self, table: Table) -> None: ...
+
+
 ZONES = ("front", "middle", "back")
 POLICIES = ("any", "keep", "checkpoint", "rows")
 """What a zone may be beside kept."""
@@ -49,8 +58,11 @@ FIRST, TIMES, LATER = 0.4, 0.25, 0.35
 """The shares of that: recording the first options, timing calls, recording those around the best paths."""
 FRONT = 8
 """Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
-TRIES = 4
-"""Times that a path is looked for again whose plan takes more than its options by themselves."""
+TRIES, CLOSE = 8, 0.01
+"""Times that a path is looked for whose plan takes more than its options by themselves; how close to the
+most that may be told of is close enough."""
+UNTRIED = 0.6
+"""What a plan of another layout takes of its time, as long as none was measured: one is to be tried."""
 BATCH = 16
 """Options that are recorded at a time while no plan fits."""
 PULL = 0.1
@@ -71,6 +83,7 @@ class ProgrammeSpace:
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
+        tables: of earlier searches; without them all options are recorded anew.
         host_bytes: that a plan may keep on the host.
     """
 
@@ -81,9 +94,11 @@ class ProgrammeSpace:
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
+        tables: Tables | None = None,
         host_bytes: int = UNBOUNDED,
     ) -> None:
         self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
+        self.tables = tables
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
@@ -124,29 +139,41 @@ class ProgrammeSpace:
         return found
 
     def plan(self, values: Values) -> Plan:
-        """The fastest allowed plan within the memory there is; where none fits, the smallest of all."""
+        """The fastest allowed plan within the memory there is; where none fits, the smallest of all.
+
+        Neighbours share or hold what an option by itself does not, and another layout takes more: where a
+        plan takes more than its options by themselves, the programme is told of less, and how much less is
+        found by halving.
+        """
         most = min(float(values["margin"]) * self.most, 1 << 60)
         limit, allowed = int(most) - fixed_bytes(self.graph, self.slots), self._allowed(values)
+        layout: Any = values.get("layout", "contiguous")
+        best: Plan | None = None
+        low, high = 0, limit
         for _ in range(TRIES):
             found = fastest(self.table, limit, allowed)
             if found is None:
+                low = limit
+            else:
+                plan = replace(plan_of(self.table, found), layout=layout)
+                over = composed(self.graph, plan, self.slots)[1].total - most
+                if over <= 0:
+                    best, low = plan, limit
+                else:
+                    high = min(found.peak, limit) - 1
+            if high - low <= CLOSE * high:
                 break
-            layout: Any = values.get("layout", "contiguous")
-            plan = replace(plan_of(self.table, found), layout=layout)
-            over = composed(self.graph, plan, self.slots)[1].total - most
-            if over <= 0:
-                return plan
-            limit -= int(over) + 1  # neighbours share or hold what an option by itself does not
-        return plan_of(self.table, self.smallest())
+            limit = (low + high) // 2 if low else limit - int(over) - 1
+        return best or plan_of(self.table, self.smallest())
 
     def predict(self, plan: Plan) -> Cost:
         """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
-        times what measured plans of that layout took more or less."""
+        times what measured plans of that layout took more or less; before any was measured it may be less."""
         cost = predict(self.graph, plan, self.slots, self.profile)
         if plan.layout == "contiguous":
             return cost
         like = predict(self.graph, replace(plan, layout="contiguous"), self.slots, self.profile)
-        return replace(cost, seconds=like.seconds * self.layouts.get(plan.layout, 1.0))
+        return replace(cost, seconds=like.seconds * self.layouts.get(plan.layout, UNTRIED))
 
     def smallest(self) -> Path:
         """The path with the least peak."""
@@ -169,6 +196,8 @@ class ProgrammeSpace:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
+        if self.tables is not None:
+            self.tables.recall(self.table)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
             offloaded(self.table) if "offload" in self.savers else (),
@@ -185,6 +214,8 @@ class ProgrammeSpace:
         ):
             pass
         self._until_one_fits(coarse, now)
+        if self.tables is not None:
+            self.tables.remember(self.table)
         self._correct(now)
 
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
