@@ -3,6 +3,7 @@ model is opened by importers/source.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,6 +13,9 @@ import torch
 from rowtune.errors import PlanError
 
 Kind = Literal["zoo", "factory", "pt2", "onnx", "python"]
+MOST = 2**60
+"""Elements: a tensor of that many has no place anywhere."""
+
 Argument = int | float | bool | str | tuple[int | float, ...]
 
 
@@ -88,7 +92,9 @@ class Problem:
         )
         words = {key: typed(data, key, str) for key in ("device", "loss", "optimizer", "dtype")}
         inputs = tuple(_spec(item) for item in typed(data, "inputs", list))
-        return Problem(source, inputs, seed=typed(data, "seed", int), **words)
+        if not 0 <= typed(data, "seed", int) < 2**63:
+            raise PlanError(f"seed is at least 0 and below 2^63, not {str(data['seed'])[:40]}")
+        return Problem(source, inputs, seed=data["seed"], **words)
 
 
 def _plain(value: Any) -> Any:
@@ -109,6 +115,8 @@ def _spec(item: Any) -> TensorSpec:
     shape = typed(item, "shape", list)
     if not all(type(size) is int and size > 0 for size in shape):
         raise PlanError(f"an input's shape is whole numbers of at least 1, not {shape!r}")
+    if math.prod(shape) >= MOST:
+        raise PlanError(f"an input has fewer than 2^60 elements, not {'x'.join(map(str, shape))[:80]}")
     dtype = typed(item, "dtype", str)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise PlanError(f"an input's dtype is a torch dtype, not {dtype!r}")

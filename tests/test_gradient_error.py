@@ -18,7 +18,7 @@ from rowtune.errors import GradientError
 from rowtune.plan.file import PlanFile, exact_one, save_plan
 from rowtune.plan.plan import LOSSY, Plan
 from rowtune.plan.uniform import uniform_plan
-from rowtune.train.gradient_error import exactly, measured
+from rowtune.train.gradient_error import Watch, exactly
 from rowtune.train.loop import train
 from rowtune.train.options import MadeExact, Options, StepReport, Trained
 from rowtune.tune.step import Workload
@@ -109,7 +109,7 @@ def test_without_an_exact_plan_the_run_stops(work, tmp_path):
     path = tmp_path / "plan.json"
     save_plan(file, path)
     shown = CliRunner().invoke(app, ["run", str(path), "--steps", "2", "--json", "--device", "cpu"])
-    assert shown.exit_code == 8, shown.output
+    assert shown.exit_code == 9, shown.output
     assert "max-grad-error" in json.loads(shown.stdout.splitlines()[-1])["error"]
     words = ["run", str(path), "--steps", "2", "--check-error-every", "0", "--device", "cpu"]
     assert CliRunner().invoke(app, words).exit_code == 0
@@ -124,10 +124,9 @@ def test_the_exact_twin_of_a_plan(work):
     import rowtune
 
     runner, exact = (rowtune.apply(module, p, work.loss, graph=work.traced) for p in (plan, twin))
-    batch = work.batch()
     before = torch.get_rng_state()
-    check = measured(module, runner, exact, batch, plan)
+    check = Watch(runner, plan, work.loss, work.traced).check(module, work.batch())
     assert check.ok and 1e-5 < check.max_relative_error < 0.5
-    assert measured(module, exact, exact, batch, twin).max_relative_error == 0.0
+    assert Watch(exact, plan, work.loss, work.traced).check(module, work.batch()).max_relative_error == 0.0
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in module.parameters())

@@ -312,10 +312,10 @@ def test_savers_are_asked_for_by_name():
 def test_plans_take_what_they_may(savers, holds):
     made = ProgrammeSpace(graph("unet"), 1, None, named.parse(savers))
     plain = predict(graph("unet"), rowtune.uniform_plan(graph("unet"), "keep"), 1).peak_bytes
-    made.tell(Situation(0.8 * plain, record(None, 0.02), (), 1e9))
+    made.tell(Situation(0.9 * plain, record(None, 0.02), (), 1e9))
     plans = [made.plan(values) for values in made.guesses()]
     assert all(map(holds, plans))
-    assert made.predict(plans[0]).peak_bytes <= 0.8 * plain
+    assert made.predict(plans[0]).peak_bytes <= 0.9 * plain
     layouts = {p.layout for p in plans}
     assert layouts == ({"contiguous", "channels_last"} if "+" in savers else {"contiguous"})
     if "offload" in savers:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from rowtune.cli.run import budget_within
 from rowtune.errors import UsageError
-from rowtune.tune.sizes import format_bytes, format_seconds, parse_budget, parse_size
+from rowtune.tune.sizes import format_bytes, format_of, format_seconds, parse_budget, parse_size
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,21 @@ def test_nonsense(text: str) -> None:
 def test_the_flag_is_named() -> None:
     with pytest.raises(UsageError, match="--reserve"):
         parse_size("x", "--reserve")
+
+
+def test_a_share_of_what_plain_took() -> None:
+    """`run --budget 25%`, of a plan that knows; where it does not, bytes are asked for."""
+    plan = SimpleNamespace(measured={"plain_peak_bytes": 8000})
+    assert budget_within(plan, Path("p.json"), "25%") == 2000  # type: ignore[arg-type]
+    assert budget_within(plan, Path("p.json"), "1KiB") == 1024  # type: ignore[arg-type]
+    plan.measured["plain_peak_bytes"] = None
+    with pytest.raises(UsageError, match=r"--budget 25%: p\.json does not say .* 8GB or 8GiB"):
+        budget_within(plan, Path("p.json"), "25%")  # type: ignore[arg-type]
+
+
+def test_both_units() -> None:
+    assert format_of(7.6e9, 8e9) == "7.60 GB of 8.00 GB (7.45 GiB)"
+    assert format_of(None, 2**33) == "- of 8.59 GB (8.00 GiB)"
 
 
 def test_formats() -> None:

@@ -24,6 +24,8 @@ from rowtune.cli import config as config_file
 from rowtune.errors import RowtuneError
 
 INTERRUPTED = 130
+LONGEST = 1200
+"""Characters of an error's line."""
 
 
 def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
@@ -74,6 +76,8 @@ def _fail(message: str, code: int, as_json: bool, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     line = " ".join(message.split())
+    if len(line) > LONGEST:  # what a file holds may stand in it
+        line = f"{line[: LONGEST - 200]} ... {line[-150:]}"
     print(f"rowtune: {line}", file=sys.stderr)
     if as_json:
         status = {4: "infeasible", INTERRUPTED: "interrupted"}.get(code, "error")

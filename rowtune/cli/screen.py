@@ -64,6 +64,14 @@ class Screen:
             print(json.dumps(finite(value)))
 
 
+class Silent(Screen):
+    """Of several processes that do the same, one speaks; the others have this."""
+
+    def __post_init__(self) -> None:
+        for name in ("out", "err"):
+            object.__setattr__(self, name, Console(file=sys.stderr, quiet=True))
+
+
 def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
     """Names and values in two columns, without lines."""
     table = Table.grid(padding=(0, 2))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
-
-import typer
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rowtune.cli import options
+from rowtune.cli import search_flags as flags
 from rowtune.cli.screen import Screen, facts
 from rowtune.cli.search_display import SearchDisplay
 from rowtune.errors import UsageError
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from rowtune.tune.step import Workload
 
 INTERRUPTED = 130
-STORAGES = "journal:FILE, grpc://HOST:PORT, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 # A step that had the processor for less than this share of its time waited for others.
 BUSY = 0.8
 
@@ -38,31 +36,15 @@ def command(
     max_grad_error: options.MaxGradError = 0.0,
     reserve: options.Reserve = "",
     host_budget: options.HostBudget = "",
-    origin: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="PLAN",
-            help="Take over what was measured for this plan; without MODEL its network and inputs, too.",
-        ),
-    ] = None,
-    predict_only: Annotated[
-        bool, typer.Option("--predict-only", help="Measure nothing; times are those of a profile.")
-    ] = False,
+    origin: flags.From = None,
+    predict_only: flags.PredictOnly = False,
     device_profile: options.DeviceProfile = "",
-    storage: Annotated[
-        str, typer.Option("--storage", metavar="URL", help="Share the study: " + STORAGES + ".")
-    ] = "",
-    workers: Annotated[
-        int,
-        typer.Option("--workers", min=1, help="Processes that measure: one a GPU, or so many on the CPU."),
-    ] = 1,
-    trials: Annotated[
-        int, typer.Option("--trials", min=0, help="Plans to measure, earlier runs included.")
-    ] = 40,
-    timeout: Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds; 0 for no limit.")] = 0.0,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where the plan goes.")] = Path("plan.json"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials of this study.")] = False,
+    storage: flags.Storage = "",
+    workers: flags.Workers = 1,
+    trials: flags.Trials = 40,
+    timeout: flags.Timeout = 0.0,
+    out: flags.Out = Path("plan.json"),
+    fresh: flags.Fresh = False,
     seed: options.Seed = 0,
     force: options.Force = False,
     as_json: options.AsJson = False,
@@ -73,37 +55,71 @@ def command(
 
     Trials are kept beside the plan: the same command again goes on where it stopped, with another budget too.
     """
-    from rowtune.tune.find import Request, records_path
-    from rowtune.tune.output import check_writable
-    from rowtune.tune.savers import parse, with_error
-    from rowtune.tune.sizes import parse_budget, parse_size
-
     screen = Screen(as_json, quiet, verbose)
-    size = parse_budget(budget)
-    allowed = with_error(parse(savers), max_grad_error)
-    kept = parse_size(reserve, "--reserve") if reserve else 0
-    if trials < 1 and origin is None:
-        raise UsageError(f"--trials {trials}: nothing was measured before; --from a plan it may be 0")
-    if device_profile and not predict_only:
-        raise UsageError("--device-profile is for --predict-only: a search times calls where it runs")
-    check_writable(out)
-    if not predict_only:
-        check_writable(records_path(out))
+    wanted = Wanted(
+        budget, reserve, savers, max_grad_error, trials, timeout, out, fresh, force, origin, storage, workers,
+        seed, host_budget,
+    )  # fmt: skip
+    made = wanted.checked(device_profile, predict_only)
     profile = _profile(device_profile, device) if predict_only else None
     given = Given(model, shape or (), model_arg or (), dtype, device, loss, optimizer, seed)
-    work = given.of_plan(screen, origin) if origin and not model else given.define(screen, profile)
-    limit = timeout or float("inf")
-    storage = _storage(storage, workers, out, fresh, work.problem.device)
-    request = Request(
-        work, size, out, trials, limit, seed, kept, fresh, force, allowed, origin, storage, workers,
-        max_grad_error, parse_size(host_budget, "--host-budget") if host_budget else None,
-    )  # fmt: skip
+    request = made(given.of_plan(screen, origin) if origin and not model else given.define(screen, profile))
     if profile is not None:
         screen.json(foreseen_shown(screen, request, profile))
         return 0
     found = find_shown(screen, request, default_loss=not loss, default_optimizer=not optimizer)
     screen.json(as_dict(found, found.path))
     return INTERRUPTED if found.result.interrupted else 0
+
+
+class Wanted(NamedTuple):
+    """What the command line says of the search."""
+
+    budget: str
+    reserve: str
+    savers: str
+    max_grad_error: float
+    trials: int
+    timeout: float
+    out: Path
+    fresh: bool
+    force: bool
+    origin: Path | None
+    storage: str
+    workers: int
+    seed: int
+    host_budget: str
+
+    def checked(self, device_profile: str, predict_only: bool) -> Callable[[Workload], Request]:
+        """The request, once there is a workload; what makes no sense is said before a model is opened."""
+        from rowtune.tune.find import Request, records_path
+        from rowtune.tune.output import check_writable
+        from rowtune.tune.savers import parse, with_error
+        from rowtune.tune.sizes import parse_budget, parse_size
+
+        size = parse_budget(self.budget)
+        allowed = with_error(parse(self.savers), self.max_grad_error)
+        kept = parse_size(self.reserve, "--reserve") if self.reserve else 0
+        host = parse_size(self.host_budget, "--host-budget") if self.host_budget else None
+        if self.trials < 1 and self.origin is None:
+            raise UsageError(
+                f"--trials {self.trials}: nothing was measured before; --from a plan it may be 0"
+            )
+        if device_profile and not predict_only:
+            raise UsageError("--device-profile is for --predict-only: a search times calls where it runs")
+        check_writable(self.out)
+        if not predict_only:
+            check_writable(records_path(self.out))
+
+        def request(work: Workload) -> Request:
+            limit = self.timeout or float("inf")
+            storage = _storage(self.storage, self.workers, self.out, self.fresh, work.problem.device)
+            return Request(
+                work, size, self.out, self.trials, limit, self.seed, kept, self.fresh, self.force,
+                allowed, self.origin, storage, self.workers, self.max_grad_error, host,
+            )  # fmt: skip
+
+        return request
 
 
 def _storage(url: str, workers: int, out: Path, fresh: bool, device: str) -> str:
@@ -178,7 +194,7 @@ def _profile(name: str, device: str) -> Profile:
 def foreseen_shown(screen: Screen, request: Request, profile: Profile) -> dict[str, Any]:
     """Plan without measuring, and say what is predicted; the JSON of --predict-only."""
     from rowtune.tune.foresee import foresee
-    from rowtune.tune.sizes import format_bytes, format_seconds
+    from rowtune.tune.sizes import format_bytes, format_of, format_seconds
 
     screen.notes(note for note in request.work.loaded.notes)
     with screen.err.status("predicting ..."):
@@ -187,7 +203,7 @@ def foreseen_shown(screen: Screen, request: Request, profile: Profile) -> dict[s
     share = p["peak_bytes"] / budget
     rows = [
         ("plan", f"{path} (predicted only: nothing of it was measured)"),
-        ("peak", f"{format_bytes(p['peak_bytes'])} of {format_bytes(budget)} ({share:.0%})"),
+        ("peak", f"{format_of(p['peak_bytes'], budget)}, {share:.0%}"),
         ("step", f"~{format_seconds(p['seconds'])} on {file.predicted_for}"),
         ("front", f"{len(file.front)} plans, from {format_bytes(file.front[0]['peak_bytes'])} up"),
     ]
@@ -244,7 +260,7 @@ def _state(request: Request, limit: int) -> str:
 
 
 def _say(screen: Screen, found: Found) -> None:
-    from rowtune.tune.sizes import format_bytes, format_seconds
+    from rowtune.tune.sizes import format_bytes, format_of, format_seconds
 
     m, budget, out = found.file.measured, found.file.budget_bytes, found.path
     lines = [
@@ -254,7 +270,7 @@ def _say(screen: Screen, found: Found) -> None:
         ),
         (
             "peak",
-            f"{format_bytes(m['peak_bytes'])} of {format_bytes(budget)} ({m['peak_bytes'] / budget:.0%})",
+            f"{format_of(m['peak_bytes'], budget)}, {m['peak_bytes'] / budget:.0%}",
         ),
         ("step", format_seconds(m["step_seconds"])),
     ]

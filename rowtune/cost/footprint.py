@@ -4,7 +4,7 @@ ends that its neighbours hold as well."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -74,21 +74,6 @@ def footprint(made: SegmentRecording) -> Footprint:
         sides[0], sides[1], sizes, kept, made.inputs, made.outputs, made.outer, made.gradients,
         made.work, made.host, made.host_bytes,
     )  # fmt: skip
-
-
-def at_last_use(made: SegmentRecording) -> SegmentRecording:
-    """A schedule's recording as its list runs it: what is the segment's own is let go of after the last call
-    that looks at it, however long the schedule's Python held it (rowtune/runtime/lists/code.py)."""
-    shared = {*made.inputs.values(), *made.outer.values(), *made.weights.values()}
-    shared |= {c.memory for c in (*made.outputs, *made.gradients)}
-
-    def shortened(number: int, b: Buffer) -> Buffer:
-        if number in shared or b.role != "activation" or b.died is None or b.used is None or b.born < 0:
-            return b
-        return replace(b, died=max(b.born, b.used))
-
-    buffers = tuple(shortened(n, b) for n, b in enumerate(made.recording.buffers))
-    return replace(made, recording=replace(made.recording, buffers=buffers))
 
 
 class _Curve:

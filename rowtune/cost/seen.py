@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from rowtune.cost.alike import Alike, alike, digest
 from rowtune.cost.compose import Linked
-from rowtune.cost.footprint import Footprint, at_last_use, footprint
+from rowtune.cost.footprint import Footprint, footprint
+from rowtune.cost.last_use import at_last_use
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from rowtune.graph.graph import Graph, Value
 from rowtune.graph.rules import Opaque, Question, RowRule, rule_for
-from rowtune.rows import Window
+from rowtune.rows import Affine, Window
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,18 @@ def _image_by_image(rule: RowRule, dims: dict[str, int | None]) -> RowRule | Opa
     return rule
 
 
+MOST_IMAGES = 1 << 20
+"""Entries of a batch that are looked at one by one."""
+
+
 def _same_entries(window: Window) -> bool:
+    if isinstance(window, Affine) and window.pointwise:
+        return True
     own = range(window.rows)
-    return window.out_rows == window.rows and all(
-        window.lo(i) == i and window.hi(i + 1) == i + 1 for i in own
+    return (
+        window.rows < MOST_IMAGES
+        and window.out_rows == window.rows
+        and all(window.lo(i) == i and window.hi(i + 1) == i + 1 for i in own)
     )
 
 

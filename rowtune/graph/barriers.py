@@ -221,14 +221,14 @@ def taken_apart(graph: Graph, shared: frozenset[str] = frozenset()) -> Graph:
     """The same graph with its barriers as reductions, ordered so that few tensors cross a barrier.
 
     Args:
-        shared: paths of norms whose statistics are those of all processes (SyncBatchNorm).
+        shared: names of norms whose statistics are those of all processes (SyncBatchNorm).
     """
     values = dict(graph.values)
     nodes: list[Node] = []
     fused: dict[str, Fused] = {}
     pooled = {n.name for n in graph.nodes if n.op.startswith("adaptive_max_pool")}
     for node in graph.nodes:
-        parts = Parts(graph, node, node.module in shared)
+        parts = Parts(graph, node, node.name in shared)
         source = node.inputs[0] if node.inputs else ""
         if source in pooled and node.op == "getitem":
             _max_pool(parts, next(n for n in nodes if n.name == source))

@@ -147,7 +147,8 @@ def numel(shape: tuple[int, ...]) -> int:
 class Graph:
     """A traced model: `inputs` and `targets` are what a call supplies, `outputs` what it returns (flattened;
     `output_spec` puts the structure back). `fused` holds, by the name of the value made, the operators that
-    were taken apart. `notes` are for people: what tracing could not keep."""
+    were taken apart. `notes` are for people: what tracing could not keep. `device` is the kind of device that
+    the model is on, or is predicted for: some kernels go about it otherwise on a CPU ("meta": unknown)."""
 
     nodes: tuple[Node, ...]
     values: dict[str, Value]
@@ -162,6 +163,7 @@ class Graph:
     loss_output: str = ""
     fused: dict[str, Fused] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    device: str = "meta"
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -30,6 +30,7 @@ from rowtune.importers.functional import (
     masks_first,
     without_out,
 )
+from rowtune.importers.synced import shared_norms
 from rowtune.torch_private import ENTER_AUTOCAST, EXIT_AUTOCAST, SET_GRAD, OpOverload
 
 _ALIASES = {"view", "reshape", "flatten", "unflatten", "permute", "transpose", "slice", "select", "narrow"}
@@ -64,7 +65,7 @@ class _Reader:
         self.exported = exported
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.training = training
-        self.shared = frozenset(n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm))
+        self.model = model
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
@@ -102,7 +103,7 @@ class _Reader:
             constants=self.constants,
             training=self.training,
         )
-        return taken_apart(made, self.shared)
+        return taken_apart(made, shared_norms(self.model, made.nodes))
 
     def _placeholder(self, node: torch.fx.Node) -> None:
         signature, name = self.exported.graph_signature, node.name

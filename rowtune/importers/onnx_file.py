@@ -95,10 +95,13 @@ def from_proto(proto: onnx.ModelProto, opset: int, name: str = "the model") -> O
             f"{built.separated} weight(s) that the exporter merged because they started out equal "
             "are trained separately"
         )
+    module = OnnxNetwork(built.program).train()
+    odd = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()]
+    if odd:
+        notes.append(f"{len(odd)} weight(s) hold infinite values or none that is a number, as {odd[0]} does")
     fixed = len(built.program.constants)
     if fixed:
         notes.append(f"{fixed} constant array(s) are kept fixed; only stored weights are trained")
-    module = OnnxNetwork(built.program).train()
     outputs = tuple(o.name for o in graph.output)
     return OnnxModel(module, inputs, outputs, len(built.norms), built.norms, tuple(notes))
 

@@ -287,5 +287,6 @@ def inputs(specs: Sequence[TensorSpec], device: str = "cpu", seed: int = 0) -> t
 def _allocate(spec: TensorSpec, device: str) -> Tensor:
     try:
         return torch.empty(spec.shape, dtype=spec.torch_dtype, device=device)
-    except RuntimeError as error:
-        raise UsageError(f"an input of shape {spec} does not fit into the memory of {device}") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # too many elements for any number
+        where = "any memory" if device == "meta" else f"the memory of {device}"
+        raise UsageError(f"an input of shape {spec} does not fit into {where}") from error

@@ -22,6 +22,7 @@ from rowtune.importers.attributes import attributes_put_back
 from rowtune.importers.exported import read
 from rowtune.importers.flat import regions_as_they_are
 from rowtune.importers.hooks import hooks_without_data
+from rowtune.importers.sharded import check_whole
 from rowtune.importers.watched import watched
 from rowtune.torch_private import FAKE_TENSOR_LOG, FakeTensorMode, fake_mode_of, pytree
 
@@ -50,7 +51,8 @@ def trace(
     if inputs is None:
         raise UsageError("trace(model, inputs): example inputs are needed for a module, as a tuple")
     program, notes = exported(model, inputs, training=training, named=named)
-    return replace(read(program, model, training), notes=notes)
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "meta")
+    return replace(read(program, model, training), notes=notes, device=device)
 
 
 def exported(
@@ -65,6 +67,7 @@ def exported(
     Raises:
         ModelError: the model cannot be exported.
     """
+    check_whole(model)
     was_training = [(m, m.training) for m in model.modules()]
     if training != model.training:
         model.train(training)

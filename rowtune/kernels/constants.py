@@ -36,8 +36,24 @@ class Tracing(Protocol):
 TRACING: ContextVar[Tracing | None] = ContextVar("TRACING", default=None)
 
 
+STANDS_FOR: ContextVar[str] = ContextVar("STANDS_FOR", default="meta")
+"""The kind of device that tensors without data stand for while a step is recorded."""
+
+
+@contextlib.contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Kernels are those of this kind of device meanwhile ("meta": of none)."""
+    token = STANDS_FOR.set(device)
+    try:
+        yield
+    finally:
+        STANDS_FOR.reset(token)
+
+
 def device_of(t: Tensor) -> torch.device:
     """Where a tensor lies, or the one that it stands for."""
+    if (device := STANDS_FOR.get()) != "meta":
+        return torch.device(device)
     tracing = TRACING.get()
     return t.device if tracing is None else tracing.device
 

@@ -21,6 +21,12 @@ from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, typed
 
 SCHEMA = 2
+MOST = 2**60
+"""Bytes, seconds, whatever a plan counts: there is nothing larger."""
+MOST_THREADS = 1024
+"""A library that is told to start more than there can be ends the process."""
+LARGEST = 64 << 20
+"""Bytes of a plan's file."""
 UNSURE = 1.1
 """How much longer than predicted a step is thought to take where plans that were measured are at hand."""
 
@@ -99,8 +105,13 @@ class PlanFile:
             odd = sorted(set(data) ^ _KEYS)[0]
             raise PlanError(f"{'unknown' if odd in data else 'missing'} key {odd!r}")
         for key, least in (("budget_bytes", 1), ("reserve_bytes", 0), ("threads", 0)):
-            if typed(data, key, int) < least:
-                raise PlanError(f"{key} is at least {least}, not {data[key]}")
+            if not least <= typed(data, key, int) < MOST:
+                raise PlanError(f"{key} is at least {least} and below 2^60, not {str(data[key])[:40]}")
+        if data["threads"] > MOST_THREADS:
+            raise PlanError(f"threads is at most {MOST_THREADS}, not {data['threads']}")
+        study = typed(data, "study", str)
+        if Path(study).name != study:
+            raise PlanError(f"study is the name of a file beside the plan, not {study!r}")
         return PlanFile(
             problem=Problem.from_dict(data),
             fingerprint=typed(data, "fingerprint", str),
@@ -109,7 +120,7 @@ class PlanFile:
             predicted=_costs(data, "predicted", PREDICTED),
             measured=_costs(data, "measured", MEASURED),
             front=tuple(_member(item) for item in typed(data, "front", list)),
-            study=typed(data, "study", str),
+            study=study,
             reserve_bytes=data["reserve_bytes"],
             versions=typed(data, "versions", dict),
             threads=data["threads"],
@@ -158,9 +169,15 @@ def load_plan(path: Path) -> PlanFile:
     """Read and check a plan.json; PlanError says what is wrong with it. The model's own file is looked for
     beside the plan first, then from the current folder."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if (size := path.stat().st_size) > LARGEST:
+            raise PlanError(f"{path} has {size} bytes, a plan at most {LARGEST}")
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+        json.dumps(data, ensure_ascii=False).encode()  # no text that cannot be printed
+    except (OSError, ValueError, RecursionError) as error:  # also what is no UTF-8, and numbers without end
         raise PlanError(f"{path} is not a readable plan: {str(error).splitlines()[0]}") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
     try:
         file = PlanFile.from_dict(data)
     except PlanError as error:
@@ -180,6 +197,16 @@ def _no_constant(text: str) -> float:
     raise PlanError(f"{text} is not a number of JSON")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object each of whose keys is there once: of two, JSON would take the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise PlanError(f"the key {twice!r} is there twice")
+    return found
+
+
 def dumps(value: Any, indent: int = 0) -> str:
     """JSON with one line for whatever is short: a plan's segments read as a table."""
     flat = json.dumps(value, allow_nan=False)
@@ -197,10 +224,14 @@ def _costs(data: Mapping[str, Any], key: str, known: tuple[str, ...]) -> dict[st
     for name, value in costs.items():
         if name not in known:
             raise PlanError(f"{key} has an unknown key {name!r}")
-        number = type(value) in (int, float) and math.isfinite(value) and value >= 0
-        if not (value is None or number or (name == "peak_at" and isinstance(value, str))):
+        if not (value is None or _is_amount(value) or (name == "peak_at" and isinstance(value, str))):
             raise PlanError(f"{key}.{name} is a number of at least 0 or null, not {value!r}")
     return dict(costs)
+
+
+def _is_amount(value: Any) -> bool:
+    """Bytes or seconds, and no number that a float cannot hold."""
+    return type(value) in (int, float) and 0 <= value < MOST and math.isfinite(value)
 
 
 def at_budget(file: PlanFile, budget: int) -> PlanFile:
@@ -250,6 +281,12 @@ def exact_one(file: PlanFile, may: Callable[[Plan], bool] = lambda _: True) -> P
     return None
 
 
+def figures(file: PlanFile) -> tuple[int, float | None]:
+    """Peak and seconds of a file's plan: measured, or else as predicted."""
+    known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
+    return known["peak_bytes"], known.get("step_seconds", known.get("seconds"))
+
+
 def _with(file: PlanFile, member: Mapping[str, Any]) -> PlanFile:
     """Another plan of its front."""
     known = () if member.get("predicted") else ("peak_bytes", "step_seconds")
@@ -271,5 +308,7 @@ def _member(item: Any) -> dict[str, Any]:
         raise PlanError("a member of the front has peak_bytes, step_seconds and decisions")
     if item.get("predicted", True) is not True:
         raise PlanError(f"a member of the front is predicted: true or measured, not {item['predicted']!r}")
-    Plan.from_dict(item["decisions"])
-    return dict(item)
+    for key in ("peak_bytes", "step_seconds"):
+        if not _is_amount(item[key]):
+            raise PlanError(f"front: {key} is a number of at least 0, not {item[key]!r}")
+    return {**item, "decisions": Plan.from_dict(item["decisions"]).to_dict()}

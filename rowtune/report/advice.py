@@ -121,7 +121,8 @@ def more_trials(study: Study) -> Iterator[Advice]:
     if plain and study.seconds > plain:
         yield Advice(
             "time",
-            f"{measured} plans were measured; a longer search goes on where this one stopped",
+            f"{'1 plan was' if measured == 1 else f'{measured} plans were'} measured; a longer search goes "
+            "on where this one stopped",
             study.search(f"--budget {study.budget} --trials {max(40, 2 * measured)}"),
         )
 

@@ -18,6 +18,7 @@ from rowtune.graph.given_losses import as_loss
 from rowtune.graph.graph import WRITE, Graph
 from rowtune.graph.losses import Loss
 from rowtune.graph.training import NORMS, TARGET, with_loss
+from rowtune.importers.sharded import check_whole
 from rowtune.importers.trace import trace
 from rowtune.plan.adapt import eval_plan
 from rowtune.plan.file import PlanFile
@@ -62,7 +63,7 @@ def apply(
             their schedules run every time, which takes the host longer (a second opinion).
 
     Raises:
-        UsageError: the loss is none of these.
+        UsageError: the loss is none of these, or the model is sharded (fully_shard) already.
         PlanError: the plan holds values that no plan file may hold.
     """
     if isinstance(plan, PlanFile):
@@ -84,6 +85,7 @@ class RowtuneModule(nn.Module):
         engine: Engine = "listed",
     ) -> None:
         super().__init__()
+        check_whole(model)
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = model.__dict__[name]
         self.__dict__["_model"] = model  # not a submodule: names stay the model's own
@@ -150,6 +152,7 @@ class RowtuneModule(nn.Module):
     def _make_program(
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
+        check_whole(self.__dict__["_model"])
         graph = self._graph
         if graph is None or graph.training != self.training or not _is_for(graph, inputs, named):
             graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph, Value
+from rowtune.kernels.constants import standing_for
 from rowtune.plan.lower import uncollected
 from rowtune.plan.program import Program
 from rowtune.runtime.blank import Answers
@@ -33,7 +34,7 @@ def record(program: Program, engine: Engine = "listed") -> Recording:
     """
     with uncollected():  # the collector would end buffers at any call; nothing here waits for it
         step = _Step(program.graph, program, Lists(after=0) if engine == "listed" else None)
-        with step.mode, step.recorder:
+        with step.mode, standing_for(program.graph.device), step.recorder:
             step.run()
         step.gradients()
         made = step.recorder.recording()
@@ -46,7 +47,7 @@ def written_lists(program: Program) -> Lists:
     lists = Lists(after=0)
     with uncollected():
         step = _Step(program.graph, program, lists)
-        with step.mode, step.recorder:
+        with step.mode, standing_for(program.graph.device), step.recorder:
             step.run()
     return lists
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from rowtune.runtime.blank import Signature
 from rowtune.torch_private import OpOverload
 
 Role = Literal["parameter", "buffer", "batch", "constant", "gradient", "activation"]
@@ -27,15 +28,13 @@ STATE: frozenset[str] = frozenset({"parameter", "buffer", "gradient"})
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """Memory of `bytes` bytes, alive from the end of call `born` (-1: before the first) to the end of call
-    `died` (None: beyond the last). `name` is that of a value or of the operator that made it. `used` is the
-    last call that looked at it, where that was noted (-1: none did)."""
+    `died` (None: beyond the last). `name` is that of a value or of the operator that made it."""
 
     name: str
     bytes: int
     role: Role
     born: int
     died: int | None
-    used: int | None = None
 
 
 class View(NamedTuple):
@@ -80,6 +79,26 @@ class Call(NamedTuple):
     @property
     def name(self) -> str:
         return self.op._schema.name
+
+
+class Use(NamedTuple):
+    """What call number `call` does, where no more is noted of it: the buffers that it looks at, those that
+    what it returns lies in, whether it writes to what it is given, its signature (None: it has none) and how
+    many calls it stands for."""
+
+    call: int
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    writes: bool
+    does: Signature | None
+    times: int
+
+
+@cache
+def writes(op: OpOverload) -> bool:
+    """Whether an operator writes to an argument."""
+    found = (argument.alias_info for argument in op._schema.arguments)
+    return any(alias is not None and alias.is_write for alias in found)
 
 
 @dataclass(frozen=True)

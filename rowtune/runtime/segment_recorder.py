@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
+from rowtune.kernels.constants import standing_for
 from rowtune.plan.lower import uncollected
 from rowtune.plan.plan import Plan, Precision
 from rowtune.plan.program import Program, SegmentProgram
@@ -25,7 +26,7 @@ from rowtune.runtime.layout import differs
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, let_go_of_gradient
-from rowtune.runtime.segment_recording import Crossing, SegmentRecording
+from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Counted, Lives, Recorder
@@ -74,7 +75,7 @@ class SegmentRun:
         host = HostPool()
         self.left_out = LeftOut(self.recorder, host)
         self.model = _model(segment)
-        with self.mode, uncollected():
+        with self.mode, standing_for(graph.device), uncollected():
             env = self._environment(inputs, shared)
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
@@ -133,7 +134,7 @@ class SegmentRun:
         for weight in self.weights.values() if self.how.step_in_backward else ():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
-        with self.mode, uncollected():
+        with self.mode, standing_for(self.graph.device), uncollected():
             handed = self._hand_over(outer)
             roots = [self.tails[c.name].root for c in outer]
             ones = [torch.ones(()) for _ in roots]
@@ -157,7 +158,8 @@ class SegmentRun:
             weights={n: self.given[n] for n in self.model},
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
-            work=tuple(counted.work.items()) if counted else (), host=counted.host if counted else 0,
+            uses=tuple(counted.uses) if counted else (), work=work_of(counted.uses) if counted else (),
+            host=counted.host if counted else 0,
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:

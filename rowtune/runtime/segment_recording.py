@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from rowtune.runtime.blank import Signature
-from rowtune.runtime.recording import Buffer, Recording
+from rowtune.runtime.recording import Buffer, Recording, Use
 
 Work = tuple[tuple[Signature, int], ...]
 """Calls by what they do, and how often each is called."""
+
+
+def work_of(uses: Iterable[Use]) -> Work:
+    """All that calls do, and how often."""
+    found: dict[Signature, int] = {}
+    for use in uses:
+        if use.does is not None:
+            found[use.does] = found.get(use.does, 0) + use.times
+    return tuple(found.items())
 
 
 class Crossing(NamedTuple):
@@ -38,8 +48,9 @@ class SegmentRecording:
     the model's. What it makes and the gradients that it hands on are crossings whose memory is the number of
     a buffer; of a parameter that an earlier segment reads too, it hands the gradient on as of an input.
     `left_out` are buffers that no call here makes: those of bands that are like others and were not run.
-    Forward leaves `host_bytes` on the host. `work` are the calls of all bands by what they do, and `host` is
-    how many there are, views included; both are left empty by a recorder that does not count.
+    Forward leaves `host_bytes` on the host. `uses` are what its calls do and look at, `work` the calls of all
+    bands by what they do, and `host` is how many there are, views included; all three are left empty by a
+    recorder that does not count.
     """
 
     recording: Recording
@@ -53,6 +64,7 @@ class SegmentRecording:
     weight_gradients: dict[str, int]
     left_out: tuple[Buffer, ...] = ()
     host_bytes: int = 0
+    uses: tuple[Use, ...] = ()
     work: Work = ()
     host: int = 0
 

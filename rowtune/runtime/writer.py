@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowtune.runtime.blank import Answers, Signature
-from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, Turn, View, Way
+from rowtune.runtime.blank import Answers
+from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, Turn, Use, View, Way, writes
 from rowtune.torch_private import TorchDispatchMode, key_of
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -114,41 +114,34 @@ class _Life(weakref.ref[torch.UntypedStorage]):
 
 
 class Counted(Lives):  # type: ignore[no-untyped-call]
-    """Counts calls by what they do as well: `work` are signatures and how often they are called, with the
-    bands that are left out; `host` counts all calls, views included. Notes of each buffer which call looked
-    at it last."""
+    """Notes as well what every call does and which buffers it looks at, and counts all calls: `host`, views
+    included, with the bands that are left out."""
 
     def __init__(self, answers: Answers) -> None:
         super().__init__(answers.call)
         self.answers = answers
-        self.work: dict[Signature, int] = {}
+        self.uses: list[Use] = []
         self.host = 0
-        self._last: dict[int, int] = {}
 
-    def finished(self) -> tuple[Buffer, ...]:
-        last = self._last
-        return tuple(replace(b, used=last.get(n, -1)) for n, b in enumerate(super().finished()))
-
-    def _use(self, arguments: Iterable[Any]) -> None:
-        """The call that is being counted looks at these."""
-        known, last, now = self._known, self._last, self.calls - 1
-        for a in arguments:
+    def _numbers(self, tensors: Iterable[Any]) -> Iterator[int]:
+        """The buffers of what a call is given or returns."""
+        known = self._known
+        for a in tensors:
             if isinstance(a, Tensor):
                 life = known.get(key_of(a.untyped_storage()))
                 if life is not None:
-                    last[life.number] = now
+                    yield life.number
             elif isinstance(a, (list, tuple)):
-                self._use(a)
+                yield from self._numbers(a)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.host += self.times
-        if not func.is_view:
-            self._use(args)
-            if kwargs:
-                self._use(kwargs.values())
-        if (asked := self.answers.asked) is not None:
-            self.work[asked] = self.work.get(asked, 0) + self.times
+        asked = self.answers.asked
+        if not func.is_view or asked is not None:
+            reads = tuple(self._numbers((*args, *kwargs.values()) if kwargs else args))
+            made = tuple(self._numbers((out,)))
+            self.uses.append(Use(self.calls - 1, reads, made, writes(func), asked, self.times))
         return out
 
 

@@ -13,6 +13,8 @@ validate     the planned module in eval(), batch by batch
 learner      one optimizer step: accumulated, clipped, averaged, metered; a smaller plan where memory ran out
 undo         what a step may change, kept so that it can be tried again
 ranks        several processes that train one model: what they agree on
+launch       torchrun's processes: from their environment to one line of what failed
+sharded      --fsdp: weights in parts, whole where they are asked for
 checkpoint   all that a run is, whole or not at all
 log          what was seen, as lines of JSON and TensorBoard's events
 weights      where the weights go: .safetensors, .pt, or back into the .onnx file

@@ -15,7 +15,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,17 @@ from torch import Tensor
 from rowtune.errors import UsageError
 
 FORMAT = 1
+PROCESSES = "the number of processes"
+SINCE = {PROCESSES: 1}
+"""Settings that checkpoints of this format did not always have, and what they were then."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class State:
     """What is not weights. `batch` is how many of the epoch's batches are behind; `began` is the random state
-    that epoch began in; `settings` are what a run that goes on must have in common with this one."""
+    that epoch began in; `others` are `random` and `began` of each rank after the first, in their order;
+    `settings` are what a run that goes on must have in common with this one."""
 
     step: int
     epoch: int
@@ -45,6 +49,7 @@ class State:
     began: Mapping[str, Any] | None
     settings: Mapping[str, Any]
     format: int = FORMAT
+    others: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def load(path: Path) -> Checkpoint:
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """UsageError where a run would go on as another one than it began."""
     for key, value in now.items():
-        if before.get(key) != value:
+        if before.get(key, SINCE.get(key)) != value:
             raise UsageError(
                 f"the checkpoint {path} was made with {key} {before.get(key)}, this run has {value}: a run "
                 "goes on with the flags it began with (steps and epochs may grow)"

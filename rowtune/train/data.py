@@ -13,17 +13,18 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from rowtune.errors import RowtuneError, UsageError
 from rowtune.train.folder import FolderSet, needs
 from rowtune.train.layout import SHAPES, read_layout
-from rowtune.train.options import Fit
+from rowtune.train.options import ALL, Fit, Shard
 from rowtune.train.random_state import State, capture, restore, seed_of, seeded
 from rowtune.tune.step import Batch, Workload
 
@@ -41,10 +42,16 @@ class Feed(Protocol):
 
 
 def open_data(
-    text: str, work: Workload, *, fit: Fit = "", workers: int = 0, flag: str = "--data"
+    text: str,
+    work: Workload,
+    *,
+    fit: Fit = "",
+    workers: int = 0,
+    flag: str = "--data",
+    shard: Shard = ALL,
 ) -> tuple[Feed, str]:
     """The batches that a folder or `module:factory` gives, and a description. What --val names is not
-    shuffled, and its last batch may be smaller.
+    shuffled, and its last batch may be smaller. Of --data, the `shard` is this process's.
 
     Raises:
         UsageError: there is no such thing, or it does not go with the model and its loss.
@@ -55,20 +62,25 @@ def open_data(
     training = flag == "--data"
     if isinstance(made, Dataset) and hasattr(made, "__len__"):
         count = len(made)
-        if count < (size if training else 1):
-            raise UsageError(f"{flag} {text} has {count} item(s), fewer than a batch of {size}")
-        return Items(made, size, work.problem.seed, training, workers, place), said
+        if count < (size * shard.of if training else 1):
+            each = f"a batch of {size}" + (f" for each of {shard.of} processes" if shard.of > 1 else "")
+            raise UsageError(f"{flag} {text} has {count} item(s), fewer than {each}")
+        return Items(made, size, work.problem.seed, training, workers, place, shard), said
     if workers:
         raise UsageError(f"--workers is for folders and Datasets; {flag} {text} loads its batches itself")
     if isinstance(made, Dataset):
         made = DataLoader(made, batch_size=size, drop_last=training)
     if not isinstance(made, Iterable):
         raise UsageError(f"{flag} {text} returned {type(made).__name__}, neither a DataLoader nor a Dataset")
-    return Stream(made, place), said
+    if isinstance(getattr(made, "sampler", None), DistributedSampler):
+        shard = ALL  # it hands out this process's part already
+    return Stream(made, place, shard), said
 
 
-def synthetic(work: Workload) -> Feed:
-    """One random batch, over and over."""
+def synthetic(work: Workload, shard: Shard = ALL) -> Feed:
+    """One random batch, over and over, another one in each process."""
+    if shard.rank:
+        work = replace(work, problem=replace(work.problem, seed=work.problem.seed + shard.rank))
     batch = work.batch(device=work.problem.device)
     return Stream(_Same(batch), lambda item: item)
 
@@ -110,12 +122,21 @@ class Items:
     began: State | None = None
 
     def __init__(
-        self, dataset: Dataset[Any], size: int, seed: int, training: bool, workers: int, place: Place
+        self,
+        dataset: Dataset[Any],
+        size: int,
+        seed: int,
+        training: bool,
+        workers: int,
+        place: Place,
+        shard: Shard = ALL,
     ) -> None:
         self.dataset, self.size, self.seed, self.training = dataset, size, seed, training
-        self.workers, self.place = workers, place
+        self.workers, self.place, self.shard = workers, place, shard
         self.count = len(dataset)  # type: ignore[arg-type]
-        self.batches: int | None = self.count // size if training else math.ceil(self.count / size)
+        self.batches: int | None = math.ceil(self.count / size)
+        if training:
+            self.batches = self.count // (size * shard.of)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         assert self.batches is not None
@@ -123,10 +144,9 @@ class Items:
         if self.training:
             shuffled = torch.Generator().manual_seed(seed_of(self.seed, number))
             order = torch.randperm(self.count, generator=shuffled).tolist()
-        groups = [
-            [(number, i) for i in order[at * self.size : (at + 1) * self.size]]
-            for at in range(start, self.batches)
-        ]
+        rank, of = self.shard
+        places = [at * of + rank for at in range(start, self.batches)]
+        groups = [[(number, i) for i in order[at * self.size : (at + 1) * self.size]] for at in places]
         loader: DataLoader[Any] = DataLoader(
             _Drawn(self.dataset, self.seed),
             batch_sampler=groups,
@@ -151,23 +171,26 @@ class _Drawn(Dataset[Any]):
 class Stream:
     """Whatever hands out batches."""
 
-    def __init__(self, batches: Iterable[Any], place: Place) -> None:
-        self.source, self.place = batches, place
+    def __init__(self, batches: Iterable[Any], place: Place, shard: Shard = ALL) -> None:
+        self.source, self.place, self.shard = batches, place, shard
         self.began: State | None = None
         self.batches: int | None = None
         if isinstance(batches, Sized):
             with contextlib.suppress(TypeError):  # a DataLoader of an IterableDataset
-                self.batches = len(batches)
+                self.batches = len(batches) // shard.of
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         if start and self.began is not None:
             self._set(self.began)
         else:
             self.began = self._get()
+        sampler = getattr(self.source, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(number)
         batches = iter(self.source)
-        for _ in itertools.islice(batches, start):
+        for _ in itertools.islice(batches, start * self.shard.of):
             pass
-        return map(self.place, batches)
+        return map(self.place, _own(batches, self.shard))
 
     def _generators(self) -> list[torch.Generator]:
         """Those that a DataLoader draws from besides torch's own."""
@@ -184,7 +207,20 @@ class Stream:
             generator.set_state(saved)
 
 
-_END = object()
+_END: Any = object()
+
+
+def _own(batches: Iterator[Any], shard: Shard) -> Iterator[Any]:
+    """One of each `shard.of` batches, as long as there are that many: ranks get the same number."""
+    while True:
+        mine: Any = None
+        for number in range(shard.of):
+            batch = next(batches, _END)
+            if batch is _END:
+                return
+            mine = batch if number == shard.rank else mine
+        del batch
+        yield mine
 
 
 def guarded(feed: Feed, epoch: int, start: int, what: str) -> Iterator[Batch]:

@@ -12,8 +12,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rowtune.graph.graph import Graph
+from rowtune.graph.losses import Loss
 from rowtune.plan.file import PlanFile
 from rowtune.plan.plan import LOSSY, Plan
+from rowtune.runtime.module import apply
 from rowtune.runtime.precision import DTYPES
 from rowtune.tune.step import Batch
 from rowtune.tune.verify import SCALE, Check, compare, outcome
@@ -25,14 +28,20 @@ def exactly(plan: Plan) -> Plan:
     return replace(plan, segments=tuple(segments), max_grad_error=0.0)
 
 
-def measured(model: nn.Module, runner: nn.Module, exact: nn.Module, batch: Batch, plan: Plan) -> Check:
-    """The error of `runner`, which runs `plan`, on a batch: by the measure, and with the bound, of a search.
-    Weights, gradients, buffers and the random state are as before."""
-    scale = SCALE if plan.dtype == "fp16" else 1.0
-    inputs, target = batch
-    expected, got = (outcome(model, one, inputs, target, scale) for one in (exact, runner))
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return compare(expected, got, DTYPES.get(plan.dtype, own), allowed=plan.allowed_error)
+class Watch:
+    """Measures the error of `runner`, which runs `plan`, by the measure and with the bound of a search."""
+
+    def __init__(self, runner: nn.Module, plan: Plan, loss: Loss | None, graph: Graph | None) -> None:
+        self.runner, self.plan, self.loss, self.graph = runner, plan, loss, graph
+
+    def check(self, model: nn.Module, batch: Batch) -> Check:
+        """On a batch. Weights, gradients, buffers and the random state are as before."""
+        exact = apply(model, exactly(self.plan), self.loss, graph=self.graph, engine="traced")
+        scale = SCALE if self.plan.dtype == "fp16" else 1.0
+        inputs, target = batch
+        expected, got = (outcome(model, one, inputs, target, scale) for one in (exact, self.runner))
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return compare(expected, got, DTYPES.get(self.plan.dtype, own), allowed=self.plan.allowed_error)
 
 
 def refusal(step: int, check: Check, file: PlanFile) -> str:

@@ -23,12 +23,14 @@ from rowtune.errors import (
     InfeasibleError,
     ModelError,
     RowtuneError,
+    UsageError,
 )
-from rowtune.plan.file import PlanFile, exact_one, smaller
+from rowtune.plan.file import PlanFile, exact_one, figures, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
-from rowtune.train import gradient_error, ranks
+from rowtune.train import ranks, sharded
+from rowtune.train.gradient_error import Watch, refusal
 from rowtune.train.options import Changed, MadeExact, Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.undo import Before, is_atomic
@@ -52,41 +54,53 @@ class Learner:
         self.work, self.options, self.total = work, options, total
         self.device = work.problem.device
         self.model = work.module.to(self.device)
+        ranks.begin_alike(self.model)
+        self.average: AveragedModel | None = None
+        self.take(file)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = spec.make(self.trained)
         self.scaler = scaler_for(file.plan, self.device)
         self.schedule = parse_schedule(options.schedule, options.warmup).make(self.optimizer, total)
-        self.average: AveragedModel | None = None
         if options.ema:
             update = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=update)
+            self.averaged = apply(self.average.module, file.plan, work.loss, engine=options.engine)
         self.done = self.here = 0
         self.loss: float | None = None
         self.times: list[float] = []
-        self.take(file)
+        self.error: float | None = None
 
     def take(self, file: PlanFile) -> None:
         """Train by this file's plan from now on."""
         options, loss = self.options, self.work.loss
         check_training(file.plan, clipped=options.clip > 0, accumulated=options.accumulate > 1)
+        if file.plan.step_in_backward and ranks.several():
+            raise UsageError(
+                "the plan has step_in_backward, which uses each gradient before its mean over processes is "
+                "known: take another plan of the file by --budget, or search with --savers -step_in_backward"
+            )
+        if options.fsdp:
+            sharded.check(options, file.plan)
         self.file = file
         graph = self.work.traced if self.device == "cpu" else None  # a graph holds its device
         self.runner = apply(self.model, file.plan, loss, graph=graph, engine=options.engine)
+        if options.fsdp:  # once: a sharded run cannot step down
+            sharded.shard(self.runner, self.device)
         self.runner.lists.after = 0  # what was measured: a step of the schedule itself may take more
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
-        self.exact: RowtuneModule | None = None
-        if file.plan.allowed_error and options.check_error_every:
-            self.exact = apply(
-                self.model, gradient_error.exactly(file.plan), loss, graph=graph, engine="traced"
-            )
+        watched = file.plan.allowed_error > 0 < options.check_error_every
+        self.watch = Watch(self.runner, file.plan, loss, graph) if watched else None
         self.averaged = self.runner  # what is validated
         if self.average is not None:
             self.averaged = apply(self.average.module, file.plan, loss, engine=options.engine)
-        self.whole = file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
         self.peak: int | None = None
         self.since = 0
-        self.error: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step that fails may have changed a part of the parameters."""
+        return self.file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
 
     @property
     def saved(self) -> nn.Module:
@@ -121,7 +135,7 @@ class Learner:
         self.loss = float(ranks.total(step.total)) / step.count
         report = StepReport(
             self.done, self.total, self.loss, seconds, self.peak, step.lr, epoch, self.options.epochs,
-            step.images / (time.perf_counter() - began), step.norm, self.error,
+            step.images * ranks.count() / (time.perf_counter() - began), step.norm, self.error,
         )  # fmt: skip
         return report, step.count
 
@@ -144,7 +158,7 @@ class Learner:
         with guarded(self.model, self.device):
             if fresh and last and not self.here:
                 outcome(self.model, self.runner, *step.first)  # lowers the plan: not the step's memory
-            if fresh and self._due(self.options.verify_every):
+            if fresh and self.options.verify_every and self.done % self.options.verify_every == 0:
                 self._verify(step.first)
         start = time.perf_counter()
         if fresh and (self.since == 1 or (last and not self.here)):
@@ -156,25 +170,20 @@ class Learner:
         synchronize(self.device)
         return time.perf_counter() - start
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.done % every == 0
-
     def _checked(self, step: _Step) -> MadeExact | None:
         """Measure the error of gradients, if it is time to; take an exact plan where it is too large."""
-        if self.exact is None or not step.fresh or not self._due(self.options.check_error_every):
+        if self.watch is None or not step.fresh or self.done % self.options.check_error_every:
             return None
         with guarded(self.model, self.device):
-            plan, at = self.file.plan, self.done + 1
-            check = gradient_error.measured(self.model, self.runner, self.exact, step.first, plan)
+            check = self.watch.check(self.model, step.first)
+        at, allowed, self.error = self.done + 1, self.file.plan.allowed_error, check.max_relative_error
         if not ranks.any_of(not check.ok, self.device):
-            self.error = check.max_relative_error
             return None
         if (file := exact_one(self.file, self._may)) is None:
-            raise GradientError(gradient_error.refusal(at, check, self.file))
+            raise GradientError(refusal(at, check, self.file))
         self.take(file)
         release(self.device)
-        self.error = check.max_relative_error
-        return MadeExact(at, self.error, check.worst, plan.allowed_error, *_known(file))
+        return MadeExact(at, check.max_relative_error, check.worst, allowed, *figures(file))
 
     def step_down(self, reason: str, step: int) -> SteppedDown:
         """Take the next smaller plan of the front.
@@ -190,11 +199,12 @@ class Learner:
             )
         self.take(file)
         release(self.device)
-        return SteppedDown(step, reason, *_known(file))
+        return SteppedDown(step, reason, *figures(file))
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""
-        return not (plan.step_in_backward and (self.options.clip > 0 or self.options.accumulate > 1))
+        whole = self.options.clip > 0 or self.options.accumulate > 1 or ranks.several()
+        return not (plan.step_in_backward and whole)
 
     def check_loss(self, kept: str) -> None:
         """DivergedError where the loss is not a number any more, unless that is wanted."""
@@ -222,12 +232,6 @@ class Learner:
         """Median of the steps after warm-up and metering, or of what there is."""
         times = self.times[2:] or self.times
         return statistics.median(times) if times else None
-
-
-def _known(file: PlanFile) -> tuple[int, float | None]:
-    """Peak and seconds of a file's plan."""
-    known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
-    return known["peak_bytes"], known.get("step_seconds", known.get("seconds"))
 
 
 class _Step:
@@ -258,10 +262,11 @@ class _Step:
         if not self.count:
             learner.optimizer.zero_grad(set_to_none=True)
         while True:
-            self.before = Before(
-                learner.model, learner.optimizer, learner.device,
-                gradients=self.count > 0, whole=learner.whole,
-            )  # fmt: skip
+            if not learner.options.fsdp:  # which gives up where it would have to be undone
+                self.before = Before(
+                    learner.model, learner.optimizer, learner.device,
+                    gradients=self.count > 0, whole=learner.whole,
+                )  # fmt: skip
             with guarded(learner.model, learner.device):
                 loss = self._backward(learner.runner, self.batch)
             more = self._next()
@@ -269,11 +274,10 @@ class _Step:
                 break
             self._count(loss)
             self.batch = more
-        if learner.scaler is not None:
-            with guarded(learner.model, learner.device):
-                learner.scaler.unscale_(learner.optimizer)
-        ranks.average(learner.trained)
+        ranks.average(learner.trained)  # scaled: what is infinite on one rank is so on all
         with guarded(learner.model, learner.device):
+            if learner.scaler is not None:
+                learner.scaler.unscale_(learner.optimizer)
             self._use(self.count + 1)
         self._count(loss)
         learner.schedule.step()
@@ -305,7 +309,7 @@ class _Step:
                 if weight.grad is not None:
                     weight.grad.div_(count)
         if options.clip:
-            self.norm = float(nn.utils.clip_grad_norm_(learner.trained, options.clip))
+            self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(learner.trained, options.clip)))
         use_gradients(learner.optimizer, learner.scaler)
 
     def _backward(self, runner: RowtuneModule, batch: Batch) -> Tensor:
@@ -314,7 +318,7 @@ class _Step:
         try:
             return run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, RowtuneError) or out_of_memory(error):
+            if isinstance(error, RowtuneError) or out_of_memory(error) or ranks.lost(error):
                 raise
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rowtune.errors import UsageError
 from rowtune.plan.file import PlanFile
-from rowtune.train import checkpoint
+from rowtune.train import checkpoint, ranks, sharded
 from rowtune.train.data import guarded as read
 from rowtune.train.data import open_data
+from rowtune.train.launch import launched
 from rowtune.train.learner import Learner, OutOfMemory, guarded
 from rowtune.train.log import Log
 from rowtune.train.options import Changed, Options, Report, Stopping, Trained, ValReport
-from rowtune.train.random_state import begin, capture, restore
+from rowtune.train.random_state import begin, capture, restore, seed_of
 from rowtune.train.setup import check, check_host, feed_of, open_checkpoints, settings
 from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
@@ -46,30 +50,35 @@ def train(
     """
     check(options)
     check_host(file, work, options)
+    if ranks.rank():  # one process writes for all
+        options = replace(options, save=None, metrics=None, tensorboard=None)
     device = work.problem.device
     spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
     spec = spec if options.lr is None else spec.with_lr(options.lr)
     if file.threads and device == "cpu":
-        torch.set_num_threads(file.threads)
+        most = os.cpu_count() or file.threads  # the plan may be of a larger machine
+        torch.set_num_threads(max(1, min(file.threads, most) // launched().here))
     weights = sum(t.numel() * t.itemsize for t in work.module.state_dict().values())
     write = None
     if options.save is not None:
         write = writer_for(options.save, work)
         check_writable(options.save, "--save", weights + ROOM)
     found = open_checkpoints(options, int(weights * (2 + spec.slots)))
-    begin(work.problem.seed)
+    begin(seed_of(work.problem.seed, ranks.rank()) if ranks.rank() else work.problem.seed)
     limit = file.budget_bytes - file.reserve_bytes
     warm_up(device)
     cap_memory(device, limit)
     run = _Run(file, work, options, spec, found)
-    with Stop(lambda: watch(Stopping(run.learner.done + 1))) as stop:
+    with Stop(lambda: watch(Stopping(run.learner.done + 1)), patient=ranks.several()) as stop:
         status = "interrupted" if run.train(watch, stop) else "ok"
     learner = run.learner
+    if options.fsdp:
+        sharded.make_whole(learner.model)
     saved = None
     if options.save is not None and write is not None and learner.done:
         saved = keep(options.save, lambda path: write(learner.saved, path), "the weights")
     val_peak = run.validator.peak if run.validator is not None else None
-    if status == "ok" and max(learner.peak or 0, val_peak or 0) > limit:
+    if status == "ok" and ranks.most(max(learner.peak or 0, val_peak or 0), device) > limit:
         status = "over_budget"
     last = run.validated
     return Trained(
@@ -108,6 +117,7 @@ class _Run:
         self.unsaved = ""
         self.saved_step = 0
         self.random: Any = None
+        self.interrupted = False
         self.changes: list[str] = []
         if found is not None:
             self._resume(found)
@@ -118,9 +128,9 @@ class _Run:
         try:
             while self.epoch < self.epochs and not self._finished():
                 ended = self._steps(watch, stop)
-                if self.batch == 0 and not stop.asked:
+                if self.batch == 0 and not self.interrupted:
                     break
-                if stop.asked or not self._validate(watch, stop):
+                if self.interrupted or not self._validate(watch, stop):
                     self._save()
                     return True
                 if ended:
@@ -142,7 +152,7 @@ class _Run:
             restore(self.random, self.device)
             self.random = None
         every = self.options.checkpoint_every
-        while not (stop.asked or self._finished()):
+        while not (self._asked(stop) or self._finished()):
             made = self.learner.step(batches, self.epoch + 1, lambda now: self._changed(now, watch))
             if made is None:
                 return True
@@ -156,6 +166,11 @@ class _Run:
             if every and self.learner.done % every == 0:
                 self._save()
         return self.feed.batches == self.batch
+
+    def _asked(self, stop: Stop) -> bool:
+        """Whether a signal came, to any rank: all of them ask at the same places."""
+        self.interrupted = ranks.any_of(stop.asked, self.device)
+        return self.interrupted
 
     def _finished(self) -> bool:
         return self.steps is not None and self.learner.done >= self.steps
@@ -182,7 +197,7 @@ class _Run:
                 with guarded(learner.model, self.device):
                     return validator.run(
                         learner.averaged, learner.optimizer, learner.kept, learner.done, self.epoch + 1,
-                        lambda: stop.asked,
+                        lambda: self._asked(stop),
                     )  # fmt: skip
             except OutOfMemory as error:
                 reason = str(error)
@@ -201,36 +216,54 @@ class _Run:
         folder, learner = self.options.checkpoint, self.learner
         if folder is None or learner.done in (0, self.saved_step):
             return
-        average = learner.average
+        here = {"random": capture(self.device), "began": self.feed.began}
+        everywhere = ranks.gathered(here)
+        weights = sharded.whole(learner.model.state_dict())
+        slots = sharded.whole(learner.optimizer.state_dict())
+        wrote = self._written(folder, everywhere, weights, slots) if ranks.rank() == 0 else None
+        written = ranks.from_first(wrote)
+        if written is not None:
+            self.saved, self.saved_step, self.unsaved = written, learner.done, ""
+
+    def _written(
+        self,
+        folder: Path,
+        everywhere: Sequence[Mapping[str, Any]],
+        weights: Mapping[str, Tensor],
+        slots: Mapping[str, Any],
+    ) -> Path | None:
+        """The checkpoint; None where it could not be written. `everywhere` are the ranks' random states."""
+        learner, average = self.learner, self.learner.average
         state = checkpoint.State(
             learner.done, self.epoch, self.batch, learner.loss,
-            learner.optimizer.state_dict(), learner.schedule.state_dict(),
+            slots, learner.schedule.state_dict(),
             0 if average is None else int(average.n_averaged),
-            capture(self.device), self.feed.began, self.settings,
+            everywhere[0]["random"], everywhere[0]["began"], self.settings, others=everywhere[1:],
         )  # fmt: skip
         ema = None if average is None else average.module.state_dict()
         try:
-            self.saved = checkpoint.save(folder, state, learner.model.state_dict(), ema)
-            self.saved_step, self.unsaved = learner.done, ""
+            return checkpoint.save(folder, state, weights, ema)
         except OSError as error:
             self.unsaved = (
                 f"the checkpoint of step {learner.done} could not be written to {folder}: "
                 f"{error.strerror or error}"
             )
+            return None
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         """Be where the run was that wrote this."""
         learner, state = self.learner, found.state
         checkpoint.check_same(state.settings, self.settings, found.path)
-        learner.model.load_state_dict(found.weights)
-        learner.optimizer.load_state_dict(dict(state.optimizer))
+        sharded.load_weights(learner.model, found.weights)
+        sharded.load_optimizer(learner.optimizer, state.optimizer)
         learner.schedule.load_state_dict(dict(state.schedule))
         if learner.average is not None and found.ema is not None:
             learner.average.module.load_state_dict(found.ema)
             learner.average.n_averaged.fill_(state.averaged)
         learner.done, learner.loss = state.step, state.loss
         self.epoch, self.batch = state.epoch, state.batch
-        self.feed.began, self.random = state.began, state.random  # type: ignore[assignment]
+        own = state.others[ranks.rank() - 1] if ranks.rank() else asdict(state)
+        self.feed.began, self.random = own["began"], own["random"]
         self.saved, self.saved_step = found.path, state.step
 
     def notes(self) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from rowtune.cost.predict import predict
 from rowtune.errors import PlanError, UsageError
+from rowtune.graph.losses import parse
 from rowtune.importers.source import parse_shape
 from rowtune.plan.file import PlanFile
 from rowtune.problem import TensorSpec
 from rowtune.tune.device import resolve_device
-from rowtune.tune.step import Workload, prepare
+from rowtune.tune.step import Workload, parse_optimizer, prepare
 
 
 def open_plan(
@@ -34,6 +35,11 @@ def open_plan(
         raise PlanError(
             f"the plan was made for {file.problem.device}, not {here}; search again on this device"
         )
+    try:
+        parse(file.problem.loss)
+        parse_optimizer(file.problem.optimizer)
+    except UsageError as error:
+        raise PlanError(f"the plan's loss or optimizer: {error}; search again") from error
     problem = replace(file.problem, device=here, seed=file.problem.seed if seed is None else seed)
     if shapes:
         problem = replace(problem, inputs=_reshaped(file, shapes))

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rowtune.runtime.module import Engine
 
 Fit = Literal["", "resize", "crop"]
+
+
+class Shard(NamedTuple):
+    """The part of the data that is this process's: of each `of` batches the one with number `rank`."""
+
+    rank: int = 0
+    of: int = 1
+
+
+ALL = Shard()
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Options:
         check_error_every: steps after which gradients are compared with exact ones, from the first step on,
             where a plan's stores round; 0: never.
         host_budget: bytes that the plan may keep in the host's memory; None: half of what is free.
+        shard: which of the batches of `data` are this process's; all of them, by default.
+        fsdp: weights, gradients and the optimizer's state lie in parts, one with each process.
     """
 
     steps: int | None = None
@@ -53,6 +65,8 @@ class Options:
     verify_every: int = 0
     check_error_every: int = 100
     host_budget: int | None = None
+    shard: Shard = ALL
+    fsdp: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,29 @@
 """Several processes that train one model: what they do together.
 
-`rowtune run` trains in one process; a script that torchrun starts, and that has made a process group, may
-call `train` in each. Gradients are averaged over ranks once a step, and all ranks step down together.
+`rowtune run` under torchrun, or a script that torchrun starts, that has made a process group and calls
+`train` in each. Gradients are averaged over ranks once a step, and all ranks step down together: that is why
+they are averaged after backward, when all have agreed that none ran out of memory, and not during it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowtune.errors import InfeasibleError
+from rowtune.importers.synced import shares
 from rowtune.tune.measurement import first_line, out_of_memory
+
+T = TypeVar("T")
+
+BUCKET = 25_000_000
+"""Bytes of gradients that travel together: one message for each small tensor would take the longest."""
+
+_LOST = ("by peer", "broken pipe", "timed out waiting", "connection refused", "socket closed")
 
 
 def several() -> bool:
@@ -21,13 +31,54 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank() -> int:
+    """The number of this process; 0 is the one that prints and writes."""
+    return dist.get_rank() if several() else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if several() else 1
+
+
 def any_of(failed: bool, device: str) -> bool:
     """Whether it failed on any rank; every rank asks at the same place."""
+    return bool(most(int(failed), device))
+
+
+def most(number: int, device: str) -> int:
+    """The largest of all ranks' numbers."""
     if not several():
-        return failed
-    flag = torch.tensor(int(failed), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found.item())
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not several():
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held)
+    return cast(T, held[0])
+
+
+def gathered(value: T) -> list[T]:
+    """All ranks' values, on rank 0; its own alone on any other."""
+    if not several():
+        return [value]
+    held: list[Any] | None = [None] * dist.get_world_size() if rank() == 0 else None
+    dist.gather_object(value, held)
+    return [value] if held is None else held
+
+
+def begin_alike(model: nn.Module) -> None:
+    """Rank 0's parameters and buffers, on every rank."""
+    if several():
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
 
 
 def average(parameters: Sequence[nn.Parameter]) -> None:
@@ -37,14 +88,31 @@ def average(parameters: Sequence[nn.Parameter]) -> None:
         InfeasibleError: this rank ran out of memory in the middle of it.
     """
     try:
-        for p in parameters if several() else ():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad.div_(dist.get_world_size())
+        own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+        for grads in _buckets(own) if several() else ():  # what is sharded was averaged in backward
+            together = grads[0] if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
+            dist.all_reduce(together)
+            together.div_(dist.get_world_size())
+            parts = torch.split(together.reshape(-1), [g.numel() for g in grads])
+            for grad, part in zip(grads, parts, strict=True) if len(grads) > 1 else ():
+                grad.copy_(part.view_as(grad))
     except Exception as error:
         if out_of_memory(error):
             raise give_up(first_line(error)) from None
         raise
+
+
+def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, as many as fit a bucket, or one that does not."""
+    bucket: list[Tensor] = []
+    for grad in grads:
+        size = sum(g.numel() * g.itemsize for g in (*bucket, grad))
+        if bucket and (size > BUCKET or grad.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(grad)
+    if bucket:
+        yield bucket
 
 
 def total(loss: Tensor) -> Tensor:
@@ -58,7 +126,14 @@ def total(loss: Tensor) -> Tensor:
 
 def wait_inside(model: nn.Module) -> bool:
     """Whether ranks wait for each other in the middle of a forward."""
-    return several() and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    parts = any(hasattr(p, "full_tensor") for p in model.parameters())
+    return several() and (parts or shares(model))
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an exception says that another rank is not there any more."""
+    said = str(error).lower()
+    return several() and (isinstance(error, dist.DistError) or any(words in said for words in _LOST))
 
 
 def give_up(reason: str) -> InfeasibleError:
@@ -67,7 +142,8 @@ def give_up(reason: str) -> InfeasibleError:
     rank = dist.get_rank()
     dist.destroy_process_group()
     return InfeasibleError(
-        f"rank {rank} ran out of memory ({reason}) where ranks wait for each other (SyncBatchNorm, the mean "
-        "of gradients), so they cannot agree on a smaller plan: the process group is given up; start all "
-        "ranks again with a smaller budget (rowtune.plan.file.at_budget), from the last checkpoint"
+        f"rank {rank} ran out of memory ({reason}) where ranks wait for each other (synchronised norms, "
+        "sharded weights, the mean of gradients), so they cannot agree on a smaller plan: the process group "
+        "is given up; start all ranks again with a smaller budget (rowtune run --budget, or "
+        "rowtune.plan.file.at_budget), from the last checkpoint"
     )

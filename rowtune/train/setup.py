@@ -8,7 +8,7 @@ from typing import Any
 from rowtune.cost.predict import predict
 from rowtune.errors import UsageError
 from rowtune.plan.file import PlanFile
-from rowtune.train import checkpoint
+from rowtune.train import checkpoint, ranks
 from rowtune.train.data import Feed, open_data, synthetic
 from rowtune.train.options import Options
 from rowtune.train.schedule import parse_schedule
@@ -46,7 +46,12 @@ def check_host(file: PlanFile, work: Workload, options: Options) -> None:
 
 
 def open_checkpoints(options: Options, size: int) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, and room for more. UsageError for one that nobody asked for."""
+    """The checkpoint to go on from, and room for more: of several ranks the first looks, for all. UsageError
+    for one that nobody asked for."""
+    return ranks.from_first(_open(options, size) if ranks.rank() == 0 else None)
+
+
+def _open(options: Options, size: int) -> checkpoint.Checkpoint | None:
     folder = options.checkpoint
     if folder is None:
         return None
@@ -71,8 +76,8 @@ def open_checkpoints(options: Options, size: int) -> checkpoint.Checkpoint | Non
 def feed_of(work: Workload, options: Options) -> tuple[Feed, int, int | None]:
     """The batches, how many epochs of them, and how many steps that makes, None where nobody knows."""
     if not options.data:
-        return synthetic(work), 1, options.steps or 10
-    feed, _ = open_data(options.data, work, fit=options.fit, workers=options.workers)
+        return synthetic(work, options.shard), 1, options.steps or 10
+    feed, _ = open_data(options.data, work, fit=options.fit, workers=options.workers, shard=options.shard)
     epochs = options.epochs or (1 if options.steps is None else FOREVER)
     if feed.batches is None:
         return feed, epochs, options.steps
@@ -85,6 +90,7 @@ def settings(
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption; names as a person knows them."""
     return {
+        checkpoint.PROCESSES: ranks.count(),
         "the model's fingerprint": file.fingerprint,
         "the inputs": ", ".join(map(str, work.problem.inputs)),
         "the loss": work.problem.loss,

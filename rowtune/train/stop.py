@@ -13,10 +13,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Stop:
     """`asked` once a signal came while entered, which `tell` is told. A second one does not wait: it is a
-    KeyboardInterrupt."""
+    KeyboardInterrupt. But one of several ranks gets the terminal's and torchrun's: it is `patient`."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self.asked, self.tell = False, tell
+    def __init__(self, tell: Callable[[], None], *, patient: bool = False) -> None:
+        self.asked, self.tell, self.patient = False, tell, patient
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -32,6 +32,8 @@ class Stop:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if self.patient:
+                return
             raise KeyboardInterrupt
         self.asked = True
         self.tell()

@@ -22,6 +22,7 @@ from rowtune.train.data import Feed, guarded
 from rowtune.train.metrics import Metric, metric_for
 from rowtune.train.options import ValReport
 from rowtune.train.random_state import undisturbed
+from rowtune.train.sharded import gathered
 from rowtune.tune.measurement import out_of_memory
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Batch, Workload
@@ -38,7 +39,7 @@ class Validator:
         """UsageError for a network that trains on in eval(): it would be another one after a validation."""
         work = self.work
         inputs = source.inputs(work.problem.inputs, work.problem.device)
-        with evaluating(runner):
+        with evaluating(runner), gathered(runner):
             graph = runner.program(inputs, with_targets=True, outputs=True).graph
         written = next((graph.values[n.effect].path for n in graph.nodes if n.effect), "")
         if written:

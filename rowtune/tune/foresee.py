@@ -30,6 +30,8 @@ def foresee(request: Request, profile: Profile) -> tuple[PlanFile, str]:
         InfeasibleError: no plan fits; says which budget would do.
     """
     work, budget = request.work, budget_bytes(request)
+    # Its kernels, not those of the device at hand.
+    work = replace(work, graph=replace(work.graph, device=profile.kind.partition(":")[0]))
     limit = budget - request.reserve
     check_replaceable(request.out, work.graph.fingerprint, request.force)
     check_state(work, limit)

@@ -20,6 +20,8 @@ def check_writable(path: Path, flag: str = "-o", size: int = ROOM) -> None:
     """UsageError where `path` cannot be made or replaced, or its disk has no room for `size` bytes."""
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{flag} {path} is a device, no file; give a file name")
     if not path.parent.is_dir():
         raise UsageError(f"{flag} {path}: there is no folder {path.parent}")
     if path.exists() and not (path.stat().st_mode & 0o222 and os.access(path, os.W_OK)):

@@ -95,24 +95,37 @@ def search(
     name, here, allowed = spelled(loss), resolve_device(device), parse_savers(savers)
     with _folder(out) as plan:
         program, fingerprint = _program(model, inputs)
-        check_writable(plan, "out")
-        check_writable(records_path(plan), "out")
-        check_replaceable(plan, fingerprint, force)
+        _check_place(plan, fingerprint, force)
         with _written(program, plan, force) as path:
-            source = Source("pt2", str(path))
-            work = define(source, device=here, loss=name, optimizer=optimizer, seed=seed)
+            work = define(Source("pt2", str(path)), device=here, loss=name, optimizer=optimizer, seed=seed)
             if work.graph.fingerprint != fingerprint:
-                raise ModelError(
-                    f"{type(model).__name__} is not the same network once it was exported to a file; search "
-                    "a factory on the command line instead: rowtune search package.module:factory"
-                )
-            request = Request(work, size, plan, trials, timeout, seed, kept, force=force, savers=allowed)
-            try:
-                found = find(request, progress).file
-            except Interrupted:
-                raise KeyboardInterrupt from None
+                raise _another(type(model).__name__)
+            found = _file(
+                Request(work, size, plan, trials, timeout, seed, kept, force=force, savers=allowed), progress
+            )
         kept_as = found.problem.model if out is not None else Source("python", type(model).__name__)
         return replace(found, problem=replace(found.problem, model=kept_as))
+
+
+def _check_place(plan: Path, fingerprint: str, force: bool) -> None:
+    check_writable(plan, "out")
+    check_writable(records_path(plan), "out")
+    check_replaceable(plan, fingerprint, force)
+
+
+def _another(name: str) -> ModelError:
+    return ModelError(
+        f"{name} is not the same network once it was exported to a file; search a factory on the command "
+        "line instead: rowtune search package.module:factory"
+    )
+
+
+def _file(request: Request, progress: Callable[[Progress], None]) -> PlanFile:
+    """What was found; a search that ended before there was anything is a KeyboardInterrupt."""
+    try:
+        return find(request, progress).file
+    except Interrupted:
+        raise KeyboardInterrupt from None
 
 
 def load(path: str | os.PathLike[str]) -> PlanFile:

@@ -59,6 +59,11 @@ def format_both(size: float) -> str:
     return format_bytes(size) if unit == "B" else f"{format_bytes(size)} ({value:.{_digits(value)}f} {unit})"
 
 
+def format_of(size: float | None, limit: float) -> str:
+    """What is taken of what there is: 7.60 GB of 8.00 GB (7.45 GiB)."""
+    return f"{format_bytes(size)} of {format_both(limit)}"
+
+
 def format_count(count: float) -> str:
     """1.23 G, 45.6 M."""
     value = float(count)

@@ -168,7 +168,7 @@ class ProgrammeSpace:
 
     def predict(self, plan: Plan) -> Cost:
         """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
-        times what measured plans of that layout took more or less; before any was measured it may be less."""
+        times what measured plans of that layout took more or less; it may win where none was."""
         cost = predict(self.graph, plan, self.slots, self.profile)
         if plan.layout == "contiguous":
             return cost

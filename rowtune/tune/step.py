@@ -6,6 +6,7 @@ A step is: forgotten gradients (zero_grad at its start), forward, loss, backward
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,8 @@ class OptimizerSpec:
         """The way of stepping that takes no memory to speak of, unless the user names one."""
         if _WAYS & dict(self.options).keys():
             return {}
-        fused = self.name in _FUSED and all(p.is_floating_point() for p in trained)
+        usual = all(p.is_floating_point() and not hasattr(p, "full_tensor") for p in trained)
+        fused = self.name in _FUSED and usual  # sharded weights have no fused kernels for all of them
         return {"fused": True} if fused else {"foreach": False}
 
     def with_lr(self, lr: float) -> OptimizerSpec:
@@ -107,9 +109,12 @@ def _number(value: str, text: str) -> float | bool:
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise UsageError(f"--optimizer {text}: {value!r} is neither a number nor true or false") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"--optimizer {text}: {value!r} is neither a number nor true or false")
+    return number
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,15 @@ class Workload:
         graph = self.graph if specs == self.problem.inputs else plain_graph(self.module, specs)
         output = graph.values[graph.loss_output or graph.outputs[0]]
         seed = self.problem.seed
-        target = synthetic_target(self.loss, output.shape, output.dtype, seed + 1).to(device)
-        return source.inputs(specs, device, seed), target
+        inputs = source.inputs(specs, device, seed)
+        try:
+            target = synthetic_target(self.loss, output.shape, output.dtype, seed + 1).to(device)
+        except (RuntimeError, MemoryError) as error:
+            sizes = "x".join(map(str, output.shape))
+            raise UsageError(
+                f"a target for {sizes} outputs does not fit into the memory of {device}"
+            ) from error
+        return inputs, target
 
 
 def plain_graph(module: nn.Module, specs: Sequence[TensorSpec]) -> Graph:
@@ -185,6 +197,7 @@ def _workload(problem: Problem, loaded: Loaded, graph: Graph, loss: Loss, spec: 
             f"the model has {more + 1} outputs; the loss is on the first ({sizes}) and leaves out the others"
         )
     loaded = replace(loaded, notes=tuple(notes))
+    graph = replace(graph, device=problem.device.partition(":")[0])
     return Workload(problem, loaded, graph, with_loss(graph, loss), loss, spec)
 
 

@@ -72,7 +72,7 @@ class CachedTables:
 def _lines(table: Table) -> Iterator[str]:
     """All of a graph that options depend on."""
     graph = table.graph
-    yield repr((table.axis, table.cuts, graph.inputs, graph.targets, graph.outputs))
+    yield repr((table.axis, table.cuts, graph.inputs, graph.targets, graph.outputs, graph.device))
     for v in graph.values.values():
         yield repr((v.name, v.kind, v.shape, v.dtype, v.path, v.requires_grad, v.parts))
     for n in (*graph.nodes, *(n for f in graph.fused.values() for n in f.nodes)):
