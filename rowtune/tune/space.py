@@ -23,7 +23,7 @@ from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, off
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
-from rowtune.cost.table import Key, Option, Table, within
+from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
@@ -86,6 +86,7 @@ class ProgrammeSpace:
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
         tables: of earlier searches; without them all options are recorded anew.
+        host_bytes: that a plan may keep on the host.
     """
 
     def __init__(
@@ -96,13 +97,14 @@ class ProgrammeSpace:
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
         tables: Tables | None = None,
+        host_bytes: int = UNBOUNDED,
     ) -> None:
         self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
         self.tables = tables
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error)
+        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error, host_bytes=host_bytes)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
@@ -168,7 +170,7 @@ class ProgrammeSpace:
 
     def predict(self, plan: Plan) -> Cost:
         """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
-        times what measured plans of that layout took more or less; before any was measured it may win."""
+        times what measured plans of that layout took more or less; it may win where none was."""
         cost = predict(self.graph, plan, self.slots, self.profile)
         if plan.layout == "contiguous":
             return cost
