@@ -7,7 +7,8 @@
     ├── PlanError           5   a plan that is unreadable, or made for something else
     ├── DivergedError       6   a loss that is not a number any more
     ├── EnginesDifferError  7   recorded calls and the schedule that made them do not agree: a fault of ours
-    └── RanksError          8   one of several processes lost another
+    ├── RanksError          8   one of several processes lost another
+    └── GradientError       9   stores that round cost more than the plan allows
 
 A message states the rule, the actual value and the way out, in one line.
 """
@@ -64,6 +65,12 @@ class RanksError(RowtuneError):
     """One of several processes that train together lost another."""
 
     exit_code = 8
+
+
+class GradientError(RowtuneError):
+    """`run --check-error-every`: gradients are off by more than the plan allows; no exact one is there."""
+
+    exit_code = 9
 
 
 def meant(word: str, known: Iterable[str]) -> str:

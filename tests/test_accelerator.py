@@ -23,7 +23,9 @@ from rowtune.tune.step import plain_graph
 from rowtune.zoo import build
 
 KNOWN: dict[Any, Any] = {}
-# Launches of a warm step under each plan of accelerator.plans, in order, and implicit copies under all.
+# Launches of a warm step under each plan of accelerator.plans, in order, and implicit copies under all: with
+# torch 2.13; the operators of another release may take one or two more.
+SLACK = 1.0 if torch.__version__.startswith("2.13.") else 1.01
 MOST: dict[str, tuple[tuple[int, ...], int]] = {
     "convnext_tiny": ((290, 290, 332, 356, 356, 356, 356, 356, 354, 550, 356, 356, 356, 377), 37),
     "deeplabv3plus": ((464, 464, 607, 1455, 1465, 1471, 1446, 1443, 1459, 2548, 1624, 1953, 8254, 1658), 134),
@@ -51,7 +53,7 @@ def test_a_warm_step_waits_for_nothing(network):
         copies += found.copies
     most, most_copies = MOST[network]
     assert len(launches) == len(most)
-    assert all(now <= then for now, then in zip(launches, most, strict=True)), launches
+    assert all(now <= then * SLACK for now, then in zip(launches, most, strict=True)), launches
     assert copies <= most_copies
 
 

@@ -54,4 +54,4 @@ def _described(segment: SegmentProgram, lists: Lists) -> dict[str, Any]:
     return {**found, "runs": "traced each time" if why else "from a list", "why": why}
 
 
-NO_LIST = "it draws random numbers without a seed of its own, or stores rows band by band"
+NO_LIST = "it draws random numbers without a seed of its own, or gets rows of a store band by band"

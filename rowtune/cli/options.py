@@ -77,6 +77,14 @@ MaxGradError = Annotated[
         "rounded (fp16, int8); 0: not at all.",
     ),
 ]
+HostBudget = Annotated[
+    str,
+    typer.Option(
+        "--host-budget",
+        metavar="SIZE",
+        help="What plans may keep in the host's memory meanwhile (offload); half of what is free by default.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -10,6 +10,7 @@ from rich.text import Text
 from rowtune.cli.charts import Point, gauge, legend, scatter
 from rowtune.cli.drawn import memory_chart, strip
 from rowtune.cli.screen import BAD, GOOD, MARKS, SOFT, Screen, facts, plain_table
+from rowtune.tune.savers import SAVERS
 from rowtune.tune.sizes import format_both, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def _facts(page: Page) -> Table:
         rows.append(("plain PyTorch", "does not fit on this machine"))
     if measured.get("allocator_peak_bytes"):
         rows.append(("with kernels", f"{format_bytes(measured['allocator_peak_bytes'])} allocator's peak"))
+    if page.host_bytes:
+        rows.append(("on the host", f"{format_bytes(page.host_bytes)} from forward to backward (predicted)"))
     if page.note:
         rows.append(("note", page.note))
     return facts(rows)
@@ -128,6 +131,16 @@ def _held(curve: Curve) -> str:
         names.append(f"{h.name}{count} {format_bytes(h.bytes)}")
     found = f": {', '.join(names)}" if names else ""
     return f"{format_bytes(curve.peak_bytes)} in the {curve.where}{found}"
+
+
+def _savings(screen: Screen, page: Page, title: str) -> None:
+    if not page.savings:
+        return
+    heading(screen, title)
+    table = plain_table(("saver", "left"), ("", "right"), ("", "left"))
+    for s in page.savings:
+        table.add_row(s.name, format_bytes(s.bytes) if s.bytes > 0 else "nothing", Text(SAVERS[s.name], SOFT))
+    screen.out.print(table)
 
 
 def _scatter(screen: Screen, page: Page, title: str) -> None:
@@ -260,6 +273,7 @@ def certificate_rows(c: Certificate) -> list[tuple[str, str | Text]]:
 SECTIONS: tuple[tuple[str, Callable[[Screen, Page, str], None]], ...] = (
     ("The plan along the network", _segments),
     ("Memory over the step", _memory),
+    ("What each saver takes off the peak, the others in place (predicted)", _savings),
     ("Memory and time of every plan measured", _scatter),
     ("Plans tried, the fastest that fit first", _trials),
     ("Knobs that mattered (share of the spread of times)", _knobs),

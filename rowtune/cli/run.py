@@ -50,6 +50,8 @@ def command(
     force: options.Force = False,
     engine: flags.Engine = flags.EngineName.listed,
     verify_every: flags.VerifyEvery = 0,
+    check_error_every: flags.CheckErrorEvery = 100,
+    host_budget: options.HostBudget = "",
     fsdp: flags.Fsdp = False,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
@@ -62,6 +64,7 @@ def command(
     with joined(team):
         file = chosen_plan(plan, budget, save, force)
         from rowtune.train.options import Options, Shard
+        from rowtune.tune.sizes import parse_size
 
         wanted = Options(
             steps=steps, epochs=epochs, data=data, val=val, fit=fit.value if fit else "", workers=workers,
@@ -69,7 +72,8 @@ def command(
             ema=ema, save=save, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume,
             metrics=metrics, tensorboard=tensorboard, force=force, keep_going=keep_going,
             engine=engine.value, verify_every=verify_every, shard=Shard(team.rank, team.size),
-            fsdp=fsdp,
+            fsdp=fsdp, check_error_every=check_error_every,
+            host_budget=parse_size(host_budget, "--host-budget") if host_budget else None,
         )  # fmt: skip
         trained = train_shown(
             screen, file, wanted, team.device(device, file.problem.device), shape or [], seed

@@ -179,6 +179,16 @@ VerifyEvery = Annotated[
     int,
     typer.Option("--verify-every", min=0, help="Compare both engines every so many steps; 0: never."),
 ]
+CheckErrorEvery = Annotated[
+    int,
+    typer.Option(
+        "--check-error-every",
+        min=0,
+        metavar="STEPS",
+        help="Measure how far gradients are off every so many steps, on the batch at hand, where stores "
+        "round; 0: never.",
+    ),
+]
 Fsdp = Annotated[
     bool,
     typer.Option(

@@ -35,6 +35,7 @@ def command(
     savers: options.Savers = "",
     max_grad_error: options.MaxGradError = 0.0,
     reserve: options.Reserve = "",
+    host_budget: options.HostBudget = "",
     origin: flags.From = None,
     predict_only: flags.PredictOnly = False,
     device_profile: options.DeviceProfile = "",
@@ -57,7 +58,7 @@ def command(
     screen = Screen(as_json, quiet, verbose)
     wanted = Wanted(
         budget, reserve, savers, max_grad_error, trials, timeout, out, fresh, force, origin, storage, workers,
-        seed,
+        seed, host_budget,
     )  # fmt: skip
     made = wanted.checked(device_profile, predict_only)
     profile = _profile(device_profile, device) if predict_only else None
@@ -87,6 +88,7 @@ class Wanted(NamedTuple):
     storage: str
     workers: int
     seed: int
+    host_budget: str
 
     def checked(self, device_profile: str, predict_only: bool) -> Callable[[Workload], Request]:
         """The request, once there is a workload; what makes no sense is said before a model is opened."""
@@ -98,6 +100,7 @@ class Wanted(NamedTuple):
         size = parse_budget(self.budget)
         allowed = with_error(parse(self.savers), self.max_grad_error)
         kept = parse_size(self.reserve, "--reserve") if self.reserve else 0
+        host = parse_size(self.host_budget, "--host-budget") if self.host_budget else None
         if self.trials < 1 and self.origin is None:
             raise UsageError(
                 f"--trials {self.trials}: nothing was measured before; --from a plan it may be 0"
@@ -113,7 +116,7 @@ class Wanted(NamedTuple):
             storage = _storage(self.storage, self.workers, self.out, self.fresh, work.problem.device)
             return Request(
                 work, size, self.out, self.trials, limit, self.seed, kept, self.fresh, self.force,
-                allowed, self.origin, storage, self.workers, self.max_grad_error,
+                allowed, self.origin, storage, self.workers, self.max_grad_error, host,
             )  # fmt: skip
 
         return request
@@ -278,7 +281,9 @@ def _say(screen: Screen, found: Found) -> None:
     else:
         lines.append(("plain", "does not fit on this machine"))
     if m["max_relative_error"] is not None:
-        lines.append(("gradients", f"equal to plain's within {m['max_relative_error']:.1e}"))
+        allowed = found.file.plan.allowed_error
+        more = f", where {allowed:g} is allowed" if allowed else ""
+        lines.append(("gradients", f"equal to plain's within {m['max_relative_error']:.1e}{more}"))
     if found.file.threads:
         lines.append(("threads", f"{found.file.threads}: faster than torch's own number"))
     screen.out.print(facts(lines))

@@ -90,12 +90,13 @@ class TrainDisplay(Shown):
         self.losses: list[float] = []
         self.steps: list[int] = []
         self.now: StepReport | None = None
+        self.error: float | None = None
         self.validations: list[ValReport] = []
         self.began = time.monotonic()
         self.rates: list[float] = []
         self.before = 0
         self.stopping = False
-        self.stepped_down: Text | None = None
+        self.changed: Text | None = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,7 +106,7 @@ class TrainDisplay(Shown):
         super().__exit__(kind, error, trace)
 
     def update(self, report: Report) -> None:
-        from rowtune.train.options import SteppedDown, StepReport, Stopping
+        from rowtune.train.options import MadeExact, SteppedDown, StepReport, Stopping
 
         if isinstance(report, StepReport):
             self.before = self.before if self.losses else report.step - 1
@@ -113,10 +114,11 @@ class TrainDisplay(Shown):
             self.steps.append(report.step)
             self.rates = [*self.rates[-19:], report.images_per_second]
             self.now = report
+            self.error = self.error if report.gradient_error is None else report.gradient_error
             line = self._line(report)
-        elif isinstance(report, SteppedDown):
+        elif isinstance(report, SteppedDown | MadeExact):
             line = Text(str(report))
-            self.stepped_down = line
+            self.changed = line
         elif isinstance(report, Stopping):
             self.stopping = True
             line = Text(STOPPING)
@@ -132,6 +134,8 @@ class TrainDisplay(Shown):
 
         of = f"/{report.steps}" if report.steps else ""
         peak = f"  peak {format_bytes(report.peak_bytes)}" if report.peak_bytes else ""
+        if report.gradient_error is not None:
+            peak += f"  gradients off by {report.gradient_error:.2g}"
         return Text(
             f"step {report.step}{of}  loss {report.loss:.5g}  {format_seconds(report.seconds)}"
             f"  {report.images_per_second:.3g} images/s  lr {report.lr:.3g}{peak}"
@@ -148,8 +152,8 @@ class TrainDisplay(Shown):
         grid.add_row("loss", self._curve(self.now, width))
         grid.add_row("speed", self._speed(self.now))
         grid.add_row("memory", self._memory(self.now, width))
-        if self.stepped_down is not None:
-            grid.add_row("plan", Text(self.stepped_down.plain, BAD, overflow="fold", no_wrap=False))
+        if self.changed is not None:
+            grid.add_row("plan", Text(self.changed.plain, BAD, overflow="fold", no_wrap=False))
         if self.stopping:
             grid.add_row("", Text(STOPPING, BAD))
         if self.validations:
@@ -197,6 +201,8 @@ class TrainDisplay(Shown):
         parts = [f"{rate:.3g} images/s", f"{format_seconds(now.seconds)} a step", f"lr {now.lr:.3g}"]
         if now.gradient_norm is not None:
             parts.append(f"gradient {now.gradient_norm:.3g}")
+        if self.error is not None:
+            parts.append(f"gradients off by {self.error:.2g}")
         return Text("   ".join(parts))
 
     def _memory(self, now: StepReport, width: int) -> Text:

@@ -29,12 +29,13 @@ class Way(NamedTuple):
 class After(NamedTuple):
     """What options do behind states that hold on to the same tensors, ordered by where they lead. By option:
     its place in `Leaving.options`, the most that is alive in it beyond what the states keep apart from those
-    tensors, what it keeps, and seconds."""
+    tensors, what it keeps, seconds, and what it keeps on the host."""
 
     order: Ints
     most: Ints
     kept: Ints
     seconds: NDArray[np.float64]
+    host: Ints
     ways: tuple[Way, ...]
     held_bytes: int
 
@@ -63,6 +64,7 @@ class Leaving:
         self.options, self.entering = tuple(options), entering
         self._seconds = np.array(seconds, np.float64)
         self._kept = _column(o.kept for o in options)
+        self._host = _column(o.host_bytes for o in options)
         self._forward = _spans([o.forward for o in options])
         self._backward = _spans([o.backward for o in options]) + _column(later[o.stop] for o in options)
         self._crossers, self._sizes = crossers, sizes
@@ -86,7 +88,7 @@ class Leaving:
             ways.append(Way(at, at + count, cut, now))
             at += count
         index = np.array(order, np.int64)
-        columns = most[index], (self._kept + fresh)[index], self._seconds[index]
+        columns = most[index], (self._kept + fresh)[index], self._seconds[index], self._host[index]
         return After(index, *columns, tuple(ways), held_bytes)
 
     def _held(self, option: Option, held: Held) -> Held:

@@ -30,27 +30,28 @@ class Path(NamedTuple):
 
 class _States(NamedTuple):
     """Ways to reach a cut. By way: bytes that options up to it left for backward, seconds, the peak so far,
-    the number of the state before (of those that were kept, in the order of the cuts), and the last option's
-    place among those that leave its cut."""
+    bytes on the host, the number of the state before (of those that were kept, in the order of the cuts), and
+    the last option's place among those that leave its cut."""
 
     kept: Ints
     seconds: NDArray[np.float64]
     peak: Ints
+    host: Ints
     before: Ints
     option: Ints
 
     def at(self, chosen: Any) -> _States:
         """Those that an index array or a slice says."""
-        kept, seconds, peak, before, option = (column[chosen] for column in self)
-        return _States(kept, seconds, peak, before, option)
+        kept, seconds, peak, host, before, option = (column[chosen] for column in self)
+        return _States(kept, seconds, peak, host, before, option)
 
 
 def fastest(table: Table, limit: int, allowed: Restriction = lambda _: True) -> Path | None:
-    """The fastest path whose peak, parameters and optimizer's state apart, is at most `limit`; None where
-    there is none."""
+    """The fastest path whose peak, parameters and optimizer's state apart, is at most `limit`, and that keeps
+    no more on the host than plans of the table may; None where there is none."""
     last, leaving = len(table.cuts) - 1, table.leaving
     nought = np.zeros(1, np.int64)
-    start = _States(nought, np.zeros(1), nought, nought, nought)
+    start = _States(nought, np.zeros(1), nought, nought, nought, nought)
     arrived: list[dict[Held, list[_States]]] = [{} for _ in table.cuts]
     arrived[0][frozenset()] = [start]
     trail: list[tuple[int, _States]] = []
@@ -62,7 +63,7 @@ def fastest(table: Table, limit: int, allowed: Restriction = lambda _: True) -> 
         for held, states in _undominated(arrived[cut]).items():
             trail.append((cut, states))
             after = leaving[cut].after(held)
-            _leave(states, after, may[after.order], limit, count, arrived)
+            _leave(states, after, may[after.order], (limit, table.host_bytes), count, arrived)
             count += len(states.kept)
     ended = [_joined(group) for group in arrived[last].values()]
     best = min(ended, key=lambda states: float(states.seconds.min()), default=None)
@@ -73,18 +74,21 @@ def _leave(
     states: _States,
     after: After,
     may: NDArray[np.bool_],
-    limit: int,
+    limits: tuple[int, int],
     count: int,
     arrived: list[dict[Held, list[_States]]],
 ) -> None:
-    """Add the states that these lead to within the limit; `count` were kept before them."""
+    """Add the states that these lead to within the limits, of the device and of the host; `count` were kept
+    before them."""
     base = states.kept - after.held_bytes
     peak = np.maximum(base + after.most[:, None], states.peak)
-    option, at = np.nonzero((peak <= limit) & may[:, None])
+    host = states.host + after.host[:, None]
+    option, at = np.nonzero((peak <= limits[0]) & (host <= limits[1]) & may[:, None])
     found = _States(
         states.kept[at] + after.kept[option],
         states.seconds[at] + after.seconds[option],
         peak[option, at],
+        host[option, at],
         at + count,
         after.order[option],
     )
@@ -95,19 +99,31 @@ def _leave(
 
 
 def _undominated(arrived: dict[Held, list[_States]]) -> dict[Held, _States]:
-    """States that no other with the same tensors held beats in both bytes and seconds, thinned out where
-    there are many."""
+    """States that no other with the same tensors held beats in bytes, seconds and bytes on the host, thinned
+    out where there are many."""
     kept: dict[Held, _States] = {}
     for held, parts in arrived.items():
         states = _joined(parts)
-        states = states.at(np.lexsort((states.seconds, states.kept)))
-        least = np.minimum.accumulate(states.seconds)
-        better = np.concatenate(([True], states.seconds[1:] < least[:-1]))
-        kept[held] = states.at(np.flatnonzero(better))
+        states = states.at(np.lexsort((states.host, states.seconds, states.kept)))
+        kept[held] = states.at(np.flatnonzero(_better(states)))
     many = sum(len(states.kept) for states in kept.values())
     if many <= MOST_STATES:
         return kept
     return {held: _thinned(states, MOST_STATES / many) for held, states in kept.items()}
+
+
+def _better(states: _States) -> NDArray[np.bool_]:
+    """Whether no state before one, of those by increasing bytes, takes as little of all the rest."""
+    if not states.host.any():
+        least = np.minimum.accumulate(states.seconds)
+        return np.concatenate(([True], states.seconds[1:] < least[:-1]))
+    found = np.zeros(len(states.seconds), np.bool_)
+    best: list[tuple[float, int]] = []
+    for i, (seconds, host) in enumerate(zip(states.seconds.tolist(), states.host.tolist(), strict=True)):
+        found[i] = not any(s <= seconds and h <= host for s, h in best)
+        if found[i]:
+            best = [*((s, h) for s, h in best if s < seconds or h < host), (seconds, host)]
+    return found
 
 
 def _thinned(states: _States, share: float) -> _States:
@@ -118,8 +134,9 @@ def _thinned(states: _States, share: float) -> _States:
 
 
 def _joined(parts: list[_States]) -> _States:
-    kept, seconds, peak, before, option = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return _States(kept, seconds, peak, before, option)
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    kept, seconds, peak, host, before, option = columns
+    return _States(kept, seconds, peak, host, before, option)
 
 
 def _path(table: Table, end: _States, trail: list[tuple[int, _States]]) -> Path:

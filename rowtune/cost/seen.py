@@ -187,9 +187,10 @@ class Seen:
 
 
 def _listed(segment: SegmentProgram) -> bool:
-    """Whether the segment runs from lists: where bands are stashed in a store, its schedule runs."""
-    stashed = segment.decision.halo == "cache" and segment.decision.store != "device"
-    return (segment.banded is not None or segment.passes is not None) and not stashed
+    """Whether the segment runs from lists: what lies in a store is got band by band, by its schedule."""
+    if segment.banded is not None and segment.banded.single_sweep:
+        return True
+    return (segment.banded is not None or segment.passes is not None) and segment.decision.store == "device"
 
 
 class _Unlike(Exception):

@@ -27,6 +27,7 @@ from rowtune.runtime.blank import Signature
 from rowtune.runtime.segment_recording import Work
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+UNBOUNDED = 1 << 62
 CUTS = 20
 """Places where segments may end."""
 
@@ -51,7 +52,7 @@ class Part(NamedTuple):
 class Option:
     """Segments from cut `start` to cut `stop`. For backward they leave `kept`, and hold on to tensors that
     cross a cut, `holds` with their bytes. `forward` and `backward` are what is alive in them meanwhile, the
-    gradients of later parameters apart."""
+    gradients of later parameters apart; `host_bytes` are kept on the host."""
 
     start: int
     stop: int
@@ -61,6 +62,7 @@ class Option:
     forward: Span
     backward: Span
     parts: tuple[Part, ...] = field(repr=False, compare=False)
+    host_bytes: int = 0
 
     @property
     def main(self) -> Segment:
@@ -74,11 +76,12 @@ Key = tuple[int, int, tuple[Segment, ...]]
 
 class Kept(NamedTuple):
     """All that a table knows: options (None: it cannot be lowered), bytes of tensors that they hold on to
-    across cuts, bytes that cross cuts."""
+    across cuts, bytes that cross cuts; and the seconds that were spent on it, by what was looked for."""
 
     known: dict[Key, Option | None]
     sizes: dict[str, int]
     crossing: dict[int, int]
+    spent: dict[str, float]
 
 
 class Table:
@@ -88,6 +91,7 @@ class Table:
         graph: with its loss.
         whole: what holds for all of a plan beside its segments: dtype, say, or step_in_backward.
         max_grad_error: that stores which round may cost, in plans that have some.
+        host_bytes: that a plan may keep on the host.
     """
 
     def __init__(
@@ -96,11 +100,14 @@ class Table:
         axis: int = 2,
         whole: Mapping[str, Any] = NOTHING,
         max_grad_error: float = 0.0,
+        host_bytes: int = UNBOUNDED,
     ) -> None:
         self.graph, self.axis, self.whole, self.max_grad_error = graph, axis, dict(whole), max_grad_error
+        self.host_bytes = host_bytes
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
+        self.spent: dict[str, float] = {}
         self._clock = Clock(Profile())
         self._seconds: dict[Option, float] = {}
         self._leaving: tuple[Leaving, ...] = ()
@@ -176,13 +183,14 @@ class Table:
 
     @property
     def kept(self) -> Kept:
-        return Kept(self.known, self.sizes, self._crossing)
+        return Kept(self.known, self.sizes, self._crossing, self.spent)
 
     def take(self, kept: Kept) -> None:
         """Know what a table of the same graph knew."""
         self.known |= kept.known
         self.sizes |= kept.sizes
         self._crossing |= kept.crossing
+        self.spent |= kept.spent
         self._leaving = ()
 
     # -- recording -------------------------------------------------------------------------------------------
@@ -236,6 +244,7 @@ class Table:
                   for peak in (alone, held))
             ),
             tuple(Part(s.policy, s.footprint.work, s.footprint.host) for s in step.segments[own]),
+            sum(s.footprint.host_bytes for s in step.segments[own]),
         )  # fmt: skip
 
     def _named(self, step: Step, cut: int) -> dict[str, int]:

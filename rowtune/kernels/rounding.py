@@ -7,7 +7,7 @@ its state, and the same tensor is rounded the same way again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Codes(NamedTuple):
 def rounded(t: Tensor, most: int) -> Codes:
     """Codes of -most to most. Every element obeys |kept - x| <= max|x| / most, the maximum over its block (a
     channel of an image; of tensors of two dimensions or less, a row); signs are kept, and zeros are zeros."""
-    order = _order(t)
+    order = order_of(t.stride())
     inner = tuple(range(2, t.dim())) or (t.dim() - 1,)
     size = torch.maximum(t.amax(inner, keepdim=True), -t.amin(inner, keepdim=True))
     wide = size.to(torch.promote_types(t.dtype, torch.float32))
@@ -47,8 +47,13 @@ def rounded(t: Tensor, most: int) -> Codes:
 def restored(kept: Codes) -> Tensor:
     """The tensor that the codes stand for, dense in the order that it had."""
     found = kept.codes.to(kept.scale.dtype).mul_(kept.scale).to(kept.dtype)
-    back = [kept.order.index(d) for d in range(found.dim())]
-    return found.permute(back)
+    return found.permute(_back(kept.order))
+
+
+def in_place(kept: Codes) -> tuple[Tensor, Tensor]:
+    """Codes and scale with the dimensions in the order that the tensor had."""
+    back = _back(kept.order)
+    return kept.codes.permute(back), kept.scale.permute(back)
 
 
 def _codes(t: Tensor, scale: Tensor, most: int) -> Tensor:
@@ -73,9 +78,13 @@ def _chunks(t: Tensor, scale: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, T
         yield t.narrow(dim, start, some), by, codes.narrow(dim, start, some)
 
 
-def _order(t: Tensor) -> tuple[int, ...]:
+def order_of(stride: Sequence[int]) -> tuple[int, ...]:
     """Dimensions from the outermost in memory to the innermost."""
-    return tuple(sorted(range(t.dim()), key=lambda d: (-int(t.stride()[d]), d)))
+    return tuple(sorted(range(len(stride)), key=lambda d: (-int(stride[d]), d)))
+
+
+def _back(order: tuple[int, ...]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]
 
 
 def halved(codes: Tensor) -> Tensor:

@@ -269,6 +269,24 @@ def smaller(file: PlanFile, may: Callable[[Plan], bool] = lambda _: True) -> Pla
     return None
 
 
+def exact_one(file: PlanFile, may: Callable[[Plan], bool] = lambda _: True) -> PlanFile | None:
+    """The same with the fastest plan of its front, within its budget, that rounds nothing, computes in the
+    same precision and `may` be taken. None: there is none."""
+    room = file.budget_bytes - file.reserve_bytes
+    for member in sorted(file.front, key=_seconds):
+        plan = Plan.from_dict(member["decisions"])
+        fits = member["peak_bytes"] <= room and plan.dtype == file.plan.dtype
+        if fits and not plan.allowed_error and may(plan):
+            return _with(file, member)
+    return None
+
+
+def figures(file: PlanFile) -> tuple[int, float | None]:
+    """Peak and seconds of a file's plan: measured, or else as predicted."""
+    known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
+    return known["peak_bytes"], known.get("step_seconds", known.get("seconds"))
+
+
 def _with(file: PlanFile, member: Mapping[str, Any]) -> PlanFile:
     """Another plan of its front."""
     known = () if member.get("predicted") else ("peak_bytes", "step_seconds")

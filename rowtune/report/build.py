@@ -76,6 +76,8 @@ def make_page(file: PlanFile, records: Sequence[Record], name: str, step: StepCo
         advice=advice(study),
         certificate=certificate(file, records, mattered),
         versions=dict(file.versions),
+        savings=() if isinstance(step, Unknown) else step.savings,
+        host_bytes=0 if isinstance(step, Unknown) else step.host_bytes,
     )
 
 

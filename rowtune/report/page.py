@@ -115,6 +115,14 @@ class Knob:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What a saver takes off the predicted peak: that of the same plan without it is `bytes` higher."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Failure:
     """Plans that ended alike, or were not run for the like reason."""
 
@@ -157,7 +165,7 @@ class Certificate:
 @dataclass(frozen=True)
 class Page:
     """All of it. `words` is the plan in a few words; `note` says why there is no memory over the step, or why
-    times are rough."""
+    times are rough; `host_bytes` is what the plan keeps in the host's memory, as predicted."""
 
     plan: str
     model: str
@@ -178,6 +186,8 @@ class Page:
     advice: tuple[Advice, ...]
     certificate: Certificate
     versions: Mapping[str, str]
+    savings: tuple[Saving, ...] = ()
+    host_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: what `rowtune report --json` prints and the HTML page holds."""

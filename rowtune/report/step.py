@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from rowtune.cost.compose import Peak
-from rowtune.cost.predict import composed
+from rowtune.cost.predict import composed, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import Step
 from rowtune.cost.state import state_bytes
@@ -20,7 +20,8 @@ from rowtune.plan.file import PlanFile
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
-from rowtune.report.page import Curve, Held, Memory
+from rowtune.report.page import Curve, Held, Memory, Saving
+from rowtune.report.savings import savings
 from rowtune.runtime.recorder import record
 from rowtune.runtime.recording import Recording
 from rowtune.tune.device import resolve_device
@@ -52,6 +53,8 @@ class StepCost:
     segments: tuple[SegmentCost, ...]
     memory: Memory
     timed: bool
+    savings: tuple[Saving, ...] = ()
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def step_cost(file: PlanFile) -> StepCost | Unknown:
     profile = _profile(work.problem.device)
     costs = segment_costs(graph, file.plan, slots, Clock(profile or Profile()))
     memory = Memory(curve(graph, file.plan, slots), curve(graph, uniform_plan(graph, "keep"), slots))
-    return StepCost(costs, memory, profile is not None)
+    taken_off, host = savings(graph, file.plan, slots), predict(graph, file.plan, slots).host_bytes
+    return StepCost(costs, memory, profile is not None, taken_off, host)
 
 
 def segment_costs(

@@ -32,7 +32,8 @@ def _segment(s: Mapping[str, Any]) -> str:
     elif "inside" in s:
         inside = (policies({"segments": [one]}) for one in s["inside"])
         word = f"in turns ({', '.join(dict.fromkeys(inside))})"
-    return word
+    store = s.get("store", "device")
+    return word if store == "device" else f"{word}, on the host" if store == "host" else f"{word}, in {store}"
 
 
 def kind(decisions: Mapping[str, Any] | None) -> str:

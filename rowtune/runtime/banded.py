@@ -27,6 +27,7 @@ from rowtune.runtime.gradients import Gradients, InputGradients, add, apart, fin
 from rowtune.runtime.layout import differs
 from rowtune.runtime.lines import Lines, PieceGradients
 from rowtune.runtime.stores.keeping import Keeping, Kept
+from rowtune.runtime.stores.shelf import Shelf, Shelves
 from rowtune.runtime.sums import Sums
 from rowtune.runtime.tapes import Tape, tape_of
 from rowtune.runtime.weights import WeightSums, cast_once, last_channels
@@ -39,7 +40,7 @@ class BandedRun:
 
     Args:
         segment: what to run.
-        tensors: segment inputs and weights by name, detached.
+        tensors: segment inputs and weights by name, detached; in backward inputs may be on shelves.
         wanted: which of them need a gradient.
         seed: of this step's random masks.
         keeping: where stashes are kept; None: where they are.
@@ -49,7 +50,7 @@ class BandedRun:
         self,
         graph: Graph,
         segment: SegmentProgram,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor | Shelf],
         wanted: frozenset[str],
         seed: Seed,
         *,
@@ -67,17 +68,20 @@ class BandedRun:
         self.token = torch.zeros((), requires_grad=True)
         self.dims = self.program.bands.dims
         self.outputs: dict[str, Tensor] = {}
-        self.sums = Sums(graph, self.program, tensors, seed, totals)
+        self.sums = Sums(graph, self.program, {}, seed, totals)
         self.recall(tensors)
         self.carriers: frozenset[str] = frozenset()
         self.stash: dict[int, list[tuple[str, Rows, Tensor | Kept]]] = {}
         self.stashes: list[dict[int, list[tuple[str, Rows, Tensor | Kept]]]] = []
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
+    def recall(self, tensors: Mapping[str, Tensor | Shelf]) -> None:
         """Segment inputs and weights, for the backward of a call that let go of them."""
-        self.tensors = self.sums.tensors = tensors
+        self.tensors = tensors
+        here = {n: t for n, t in tensors.items() if isinstance(t, Tensor)}
+        self.sums.tensors = here
         weights = self.segment.part.weights
-        self.whole = {n: t for n, t in tensors.items() if n in weights or n == NORMS}
+        self.whole = {n: t for n, t in here.items() if n in weights or n == NORMS}
+        self.shelved = {n: t for n, t in tensors.items() if isinstance(t, Shelf)}
 
     def forget(self) -> None:
         """Let go of all tensors but those that forward kept for backward; autograd holds the inputs, or under
@@ -169,13 +173,14 @@ class BandedRun:
         """What is used whole, as convolutions use it."""
         nodes = [node for group in self.program.groups for node in group.nodes]
         found = cast_once(self.whole, nodes)
-        lie_so = any(differs(self.tensors[n]) for n in self.segment.part.inputs if n in self.tensors)
+        lie_so = any(_differs(self.tensors[n]) for n in self.segment.part.inputs if n in self.tensors)
         return last_channels(found, nodes) if lie_so else found
 
     def _images(self, images: Rows) -> None:
         total = images.lo == 0 and len(self.program.image_ranges) == 1
         self.images = ALL_IMAGES if total else images
-        self.lines = Lines(self.dims)
+        some = None if self.images == ALL_IMAGES else self.images
+        self.lines = Lines(self.dims, Shelves(self.shelved, self.dims, self.program.images.dims, some))
         self.tapes: dict[int, Tape] = {}
         self.shares = PieceGradients(self.dims, homes_of(self.program))
         self.stash = {}
@@ -311,8 +316,9 @@ class BandedRun:
 
     def _slab(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
         """(rows of a value, whether they are fresh memory)."""
-        if name in self.tensors:
-            return self._part(name, self.tensors[name], rows), False
+        there = self.tensors.get(name)
+        if isinstance(there, Tensor):
+            return self._part(name, there, rows), False
         if not rows.size:  # a window that lies in padding altogether
             return self.evaluator.empty(name, self.images), False
         return self.lines.get(name, rows)
@@ -382,6 +388,10 @@ class BandedRun:
         """Where a value's images lie, if that is another dimension than that of its rows."""
         at = self.program.images.dims[name]
         return at if at != self.dims[name] else None
+
+
+def _differs(t: Tensor | Shelf) -> bool:
+    return differs(t) if isinstance(t, Tensor) else t.differs
 
 
 def _itself(t: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from rowtune.kernels.moments import add_processes
 from rowtune.plan.program import SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import grad_dtype
+from rowtune.runtime.stores.shelf import Shelf
+from rowtune.runtime.stores.store import cut
 from rowtune.torch_private import storage_of
 
 Part = Callable[[Tensor, Rows], Tensor]
@@ -71,13 +73,20 @@ class InputGradients:
         self.filled[name] = Rows(0, 1 if dim is None else grad.shape[dim])
 
     def add(
-        self, name: str, like: Tensor, dim: int | None, rows: Rows, grad: Tensor, part: Part, split: bool
+        self,
+        name: str,
+        like: Tensor | Shelf,
+        dim: int | None,
+        rows: Rows,
+        grad: Tensor,
+        part: Part,
+        split: bool,
     ) -> None:
         """Rows `rows` of the gradient of a tensor `like`; `part` takes those of the images at work, of which
         the value has rows of its own with `split`."""
         if name not in self.sums:
-            blank = torch.zeros_like if dim is None or (split and self.later) else torch.empty_like
-            self.sums[name] = blank(like, dtype=grad.dtype)
+            made = blank_like(like, grad.dtype)
+            self.sums[name] = made.zero_() if dim is None or (split and self.later) else made
         total = self.sums[name]
         if dim is None:
             self.filled[name] = Rows(0, 1)
@@ -129,7 +138,7 @@ class InputGradients:
 def finish(
     graph: Graph,
     segment: SegmentProgram,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Shelf],
     gradients: Gradients,
     wanted: Collection[str],
 ) -> None:
@@ -139,9 +148,19 @@ def finish(
         if grad is None or source not in wanted:
             continue
         assert reduction.add_gradient is not None
-        x = tensors[source]
+        x, finished = tensors[source], tensors[total]
+        assert isinstance(finished, Tensor)
         if source not in gradients.inputs:
-            gradients.inputs[source] = torch.zeros_like(x, dtype=grad_dtype(x.dtype))
+            gradients.inputs[source] = blank_like(x, grad_dtype(x.dtype)).zero_()
         grad = add_processes(grad) if reduction.shared else grad
-        node = graph.nodes[graph.index[total]]
-        reduction.add_gradient(node, x, tensors[total], grad, gradients.inputs[source])
+        node, into = graph.nodes[graph.index[total]], gradients.inputs[source]
+        if isinstance(x, Tensor):
+            reduction.add_gradient(node, x, finished, grad, into)
+            continue
+        for band in x.bands():
+            reduction.add_gradient(node, x.get(band), finished, grad, cut(into, band))
+
+
+def blank_like(like: Tensor | Shelf, dtype: torch.dtype) -> Tensor:
+    """New memory of a tensor's size and order."""
+    return torch.empty_like(like, dtype=dtype) if isinstance(like, Tensor) else like.blank(dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rowtune.plan.homes import Homes, wasteful
 from rowtune.rows import Rows
+from rowtune.runtime.stores.shelf import Shelves
 
 
 class Chunk(NamedTuple):
@@ -23,10 +24,11 @@ class Chunk(NamedTuple):
 
 
 class Lines:
-    """Live rows by value; `dims` tells each value's band dimension (None: one chunk, used whole)."""
+    """Live rows by value; `dims` tells each value's band dimension (None: one chunk, used whole). What is not
+    made here is on `shelves`."""
 
-    def __init__(self, dims: dict[str, int | None]) -> None:
-        self.dims = dims
+    def __init__(self, dims: dict[str, int | None], shelves: Shelves) -> None:
+        self.dims, self.shelves = dims, shelves
         self.chunks: dict[str, list[Chunk]] = {}
         self.moved: dict[str, int] = {}
         """Rows by which those of each value were said to lie further down (`runtime/moved.py`)."""
@@ -36,7 +38,9 @@ class Lines:
 
     def get(self, name: str, rows: Rows) -> tuple[Tensor, bool]:
         """(these rows, whether they had to be joined into new memory)."""
-        found = self.chunks[name]
+        found = self.chunks.get(name)
+        if found is None:
+            return self.shelves.get(name, rows), True
         dim = self.dims[name]
         if dim is None:
             return found[-1].tensor, False

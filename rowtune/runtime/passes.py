@@ -11,6 +11,7 @@ from rowtune.plan.program import SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.gradients import Gradients, add, apart, finish, gather
+from rowtune.runtime.stores.shelf import Shelf
 
 
 class PassesRun:
@@ -20,7 +21,7 @@ class PassesRun:
         self,
         graph: Graph,
         segment: SegmentProgram,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor | Shelf],
         wanted: frozenset[str],
         seed: Seed,
         *,
@@ -33,7 +34,7 @@ class PassesRun:
         self.known: dict[str, Tensor] = {}
         self.runs: list[BandedRun] = []
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
+    def recall(self, tensors: Mapping[str, Tensor | Shelf]) -> None:
         self.tensors = tensors
         for one, run in zip(self.program.forward, self.runs, strict=True):
             run.recall(self._given(one))
@@ -83,7 +84,7 @@ class PassesRun:
     def _finished(self) -> set[str]:
         return {n for names in self.program.levels for n in names}
 
-    def _given(self, one: SegmentProgram) -> dict[str, Tensor]:
+    def _given(self, one: SegmentProgram) -> dict[str, Tensor | Shelf]:
         read = {*one.part.inputs, *one.part.weights}
         return {n: t for n, t in {**self.tensors, **self.known}.items() if n in read}
 

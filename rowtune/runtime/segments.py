@@ -18,7 +18,7 @@ from rowtune.plan.program import Program, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.dropout import draws
 from rowtune.runtime.evaluate import run_whole
-from rowtune.runtime.gradients import Gradients
+from rowtune.runtime.gradients import Gradients, blank_like
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.passes import PassesRun
@@ -27,6 +27,7 @@ from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.stores.keeping import Keeping, saving
 from rowtune.runtime.stores.remade import Remaking
+from rowtune.runtime.stores.shelf import Shelf, banded_inputs
 from rowtune.runtime.stores.wanted import not_kept
 from rowtune.runtime.sums import changed_buffers
 
@@ -140,7 +141,7 @@ def _run_banded(step: Step, segment: SegmentProgram, env: Env, keeping: Keeping 
     call = _Call(step, segment, names, changed, tensors[0].device, keeping)
     if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
         with saving(keeping):
-            call.saved = _Inputs.apply(call.token, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
+            call.save(tensors)
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
@@ -182,6 +183,7 @@ class _Call:
         self.run: Traced | None = None
         self.token = torch.zeros((), requires_grad=True)
         self.saved: Tensor | None = None
+        self.shelves: dict[str, Shelf] = {}
 
     def forward(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> dict[str, Tensor]:
         """`changed` are the buffers that effects write: no inputs of autograd's node, which would find them
@@ -221,8 +223,8 @@ class _Call:
             return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
 
         nodes = segment.part.nodes
-        stashed = keeping is not None and segment.decision.halo == "cache"  # put and got band by band
-        if step.lists is None or stashed or any(n.random and n.op != "dropout" for n in nodes):
+        in_store = keeping is not None and not (segment.banded and segment.banded.single_sweep)
+        if step.lists is None or in_store or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
         begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale, casts)
@@ -248,18 +250,33 @@ class _Call:
         """What needs a gradient, of all that the segment reads."""
         return frozenset(n for n, need in zip(self.names, needs, strict=True) if need)
 
-    def recalled(self) -> tuple[Tensor, ...]:
+    def save(self, tensors: Iterable[Tensor]) -> None:
+        """What backward reads: band by band, where a store takes it."""
+        places = banded_inputs(self.step.program.graph, self.segment) if self.keeping is not None else {}
+        rest = []
+        for name, t in zip(self.names, tensors, strict=True):
+            shelf = self.keeping.shelved(t, *places[name]) if self.keeping and name in places else None
+            if shelf is None:
+                rest.append(t.detach())
+            else:
+                self.shelves[name] = shelf
+        self.saved = _Inputs.apply(self.token, *rest)  # type: ignore[no-untyped-call]
+
+    def recalled(self) -> tuple[Tensor | Shelf, ...]:
         """What the segment read; raises if that was changed in place since forward."""
         assert self.saved is not None and self.saved.grad_fn is not None
-        tensors: tuple[Tensor, ...] = self.saved.grad_fn.saved_tensors  # type: ignore[attr-defined]
-        return tensors
+        rest = iter(self.saved.grad_fn.saved_tensors)  # type: ignore[attr-defined]
+        return tuple(self.shelves[n] if n in self.shelves else next(rest) for n in self.names)
 
     def done(self) -> None:
         self.run = self.saved = None
+        self.shelves = {}
         self.earlier.pop(id(self.segment), None)
 
-    def detached(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-        found = {n: t.detach() for n, t in zip(self.names, tensors, strict=True)} | self.changed
+    def detached(self, tensors: Iterable[Tensor | Shelf]) -> dict[str, Any]:
+        """What the segment reads by name, and the buffers that it changes."""
+        given = zip(self.names, tensors, strict=True)
+        found = {n: t if isinstance(t, Shelf) else t.detach() for n, t in given} | self.changed
         return found if self.seed is None else {**found, SEED: self.seed}
 
 
@@ -332,7 +349,11 @@ def _finished(call: _Call) -> set[str]:
 
 
 def _in_order(
-    call: _Call, made: Gradients, tensors: tuple[Tensor, ...], needs: tuple[bool, ...], reached: set[str]
+    call: _Call,
+    made: Gradients,
+    tensors: tuple[Tensor | Shelf, ...],
+    needs: tuple[bool, ...],
+    reached: set[str],
 ) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for name, tensor, need in zip(call.names, tensors, needs, strict=True):
@@ -340,7 +361,7 @@ def _in_order(
         if not need or name not in reached:
             found.append(None)
         elif g is None:
-            found.append(torch.zeros_like(tensor))
+            found.append(blank_like(tensor, tensor.dtype).zero_())
         else:
             found.append(g.to(tensor.dtype))
     return found

@@ -19,17 +19,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rowtune.errors import (
     DivergedError,
     EnginesDifferError,
+    GradientError,
     InfeasibleError,
     ModelError,
     RowtuneError,
     UsageError,
 )
-from rowtune.plan.file import PlanFile, smaller
+from rowtune.plan.file import PlanFile, exact_one, figures, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, RowtuneModule, apply
 from rowtune.train import ranks, sharded
-from rowtune.train.options import Options, SteppedDown, StepReport
+from rowtune.train.gradient_error import Watch, refusal
+from rowtune.train.options import Changed, MadeExact, Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.undo import Before, is_atomic
 from rowtune.tune.device import release, synchronize
@@ -66,6 +68,7 @@ class Learner:
         self.done = self.here = 0
         self.loss: float | None = None
         self.times: list[float] = []
+        self.error: float | None = None
 
     def take(self, file: PlanFile) -> None:
         """Train by this file's plan from now on."""
@@ -86,6 +89,8 @@ class Learner:
         self.runner.lists.after = 0  # what was measured: a step of the schedule itself may take more
         other: Engine = "traced" if options.engine == "listed" else "listed"
         self.second = apply(self.model, file.plan, loss, graph=graph, engine=other)
+        watched = file.plan.allowed_error > 0 < options.check_error_every
+        self.watch = Watch(self.runner, file.plan, loss, graph) if watched else None
         self.averaged = self.runner  # what is validated
         if self.average is not None:
             self.averaged = apply(self.average.module, file.plan, loss, engine=options.engine)
@@ -107,15 +112,17 @@ class Learner:
         return [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
 
     def step(
-        self, batches: Iterator[Batch], epoch: int, tell: Callable[[SteppedDown], None] = lambda _: None
+        self, batches: Iterator[Batch], epoch: int, tell: Callable[[Changed], None] = lambda _: None
     ) -> tuple[StepReport, int] | None:
         """One optimizer step on the next batches, and how many it took; None where there are none left. Where
-        memory runs out, it is made with the next smaller plan of the front, which `tell` is told.
+        memory runs out, it is made with the next smaller plan of the front; where gradients are off by more
+        than the plan allows, with an exact one. `tell` is told.
 
         Raises:
             InfeasibleError: memory ran out, and the front has no smaller plan.
             DivergedError: the loss is not finite any more.
             EnginesDifferError: `verify_every` found the two engines to differ.
+            GradientError: gradients are off by more than the plan allows, and the front has no exact plan.
         """
         began = time.perf_counter()
         first = next(batches, None)
@@ -128,14 +135,17 @@ class Learner:
         self.loss = float(ranks.total(step.total)) / step.count
         report = StepReport(
             self.done, self.total, self.loss, seconds, self.peak, step.lr, epoch, self.options.epochs,
-            step.images * ranks.count() / (time.perf_counter() - began), step.norm,
+            step.images * ranks.count() / (time.perf_counter() - began), step.norm, self.error,
         )  # fmt: skip
         return report, step.count
 
-    def _try(self, step: _Step, tell: Callable[[SteppedDown], None]) -> float:
-        """Make a step, with smaller plans where it runs out of memory; how long the one that did it took."""
+    def _try(self, step: _Step, tell: Callable[[Changed], None]) -> float:
+        """Make a step, with other plans where it has to be; how long the one that did it took."""
+        self.error = None
         while True:
             try:
+                if (now := self._checked(step)) is not None:
+                    tell(now)
                 return self._made(step)
             except OutOfMemory as error:
                 reason = str(error)
@@ -144,7 +154,7 @@ class Learner:
 
     def _made(self, step: _Step) -> float:
         last = self.total is not None and self.done + 1 == self.total
-        fresh = step.count == 0 and step.before is None  # and not what is left of one
+        fresh = step.fresh
         with guarded(self.model, self.device):
             if fresh and last and not self.here:
                 outcome(self.model, self.runner, *step.first)  # lowers the plan: not the step's memory
@@ -160,6 +170,21 @@ class Learner:
         synchronize(self.device)
         return time.perf_counter() - start
 
+    def _checked(self, step: _Step) -> MadeExact | None:
+        """Measure the error of gradients, if it is time to; take an exact plan where it is too large."""
+        if self.watch is None or not step.fresh or self.done % self.options.check_error_every:
+            return None
+        with guarded(self.model, self.device):
+            check = self.watch.check(self.model, step.first)
+        at, allowed, self.error = self.done + 1, self.file.plan.allowed_error, check.max_relative_error
+        if not ranks.any_of(not check.ok, self.device):
+            return None
+        if (file := exact_one(self.file, self._may)) is None:
+            raise GradientError(refusal(at, check, self.file))
+        self.take(file)
+        release(self.device)
+        return MadeExact(at, check.max_relative_error, check.worst, allowed, *figures(file))
+
     def step_down(self, reason: str, step: int) -> SteppedDown:
         """Take the next smaller plan of the front.
 
@@ -174,8 +199,7 @@ class Learner:
             )
         self.take(file)
         release(self.device)
-        known = {**file.predicted, **{k: v for k, v in file.measured.items() if v is not None}}
-        return SteppedDown(step, reason, known["peak_bytes"], known.get("step_seconds", known.get("seconds")))
+        return SteppedDown(step, reason, *figures(file))
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""
@@ -227,6 +251,11 @@ class _Step:
     def first(self) -> Batch:
         """The batch at hand."""
         return self.batch
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of it was tried yet."""
+        return self.count == 0 and self.before is None
 
     def run(self) -> None:
         learner = self.learner

@@ -19,9 +19,9 @@ from rowtune.train.data import open_data
 from rowtune.train.launch import launched
 from rowtune.train.learner import Learner, OutOfMemory, guarded
 from rowtune.train.log import Log
-from rowtune.train.options import Options, Report, SteppedDown, Stopping, Trained, ValReport
+from rowtune.train.options import Changed, Options, Report, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore, seed_of
-from rowtune.train.setup import check, feed_of, open_checkpoints, settings
+from rowtune.train.setup import check, check_host, feed_of, open_checkpoints, settings
 from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
 from rowtune.train.weights import writer_for
@@ -40,12 +40,16 @@ def train(
     front, and so are all after it: no step is lost.
 
     Raises:
-        InfeasibleError: memory ran out, and there is no smaller plan.
+        InfeasibleError: memory ran out, and there is no smaller plan; or the plan keeps more on the host than
+            it may.
         UsageError: a flag, a file or a folder makes no sense; found before the first step where possible.
         DivergedError: the loss is not finite any more; nothing is saved, checkpoints stay.
         EnginesDifferError: `verify_every` found the two engines to differ; nothing is saved.
+        GradientError: stores that round cost more than the plan allows, and the front has no exact plan that
+            fits; nothing is saved, checkpoints stay.
     """
     check(options)
+    check_host(file, work, options)
     if ranks.rank():  # one process writes for all
         options = replace(options, save=None, metrics=None, tensorboard=None)
     device = work.problem.device
@@ -114,7 +118,7 @@ class _Run:
         self.saved_step = 0
         self.random: Any = None
         self.interrupted = False
-        self.steps_down: list[str] = []
+        self.changes: list[str] = []
         if found is not None:
             self._resume(found)
         self.log = Log(options, self.learner.done, again=self.batch > 0)
@@ -149,7 +153,7 @@ class _Run:
             self.random = None
         every = self.options.checkpoint_every
         while not (self._asked(stop) or self._finished()):
-            made = self.learner.step(batches, self.epoch + 1, lambda now: self._stepped_down(now, watch))
+            made = self.learner.step(batches, self.epoch + 1, lambda now: self._changed(now, watch))
             if made is None:
                 return True
             report, count = made
@@ -198,10 +202,10 @@ class _Run:
             except OutOfMemory as error:
                 reason = str(error)
             validator.peak = None
-            self._stepped_down(learner.step_down(reason, learner.done), watch)
+            self._changed(learner.step_down(reason, learner.done), watch)
 
-    def _stepped_down(self, now: SteppedDown, watch: Callable[[Report], None]) -> None:
-        self.steps_down.append(str(now))
+    def _changed(self, now: Changed, watch: Callable[[Report], None]) -> None:
+        self.changes.append(str(now))
         cap_memory(self.device, self.limit)  # what was cached is free now
         watch(now)
 
@@ -264,4 +268,4 @@ class _Run:
 
     def notes(self) -> tuple[str, ...]:
         """What went wrong without ending the run."""
-        return tuple(text for text in (*self.steps_down, self.unsaved, self.log.unwritten) if text)
+        return tuple(text for text in (*self.changes, self.unsaved, self.log.unwritten) if text)

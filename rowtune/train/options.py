@@ -33,6 +33,9 @@ class Options:
         checkpoint_every: steps; 0: at the end of every epoch.
         force: files of an earlier run may be replaced.
         engine: what runs rows segments (see `apply`); `verify_every` compares both ways.
+        check_error_every: steps after which gradients are compared with exact ones, from the first step on,
+            where a plan's stores round; 0: never.
+        host_budget: bytes that the plan may keep in the host's memory; None: half of what is free.
         shard: which of the batches of `data` are this process's; all of them, by default.
         fsdp: weights, gradients and the optimizer's state lie in parts, one with each process.
     """
@@ -60,6 +63,8 @@ class Options:
     keep_going: bool = False
     engine: Engine = "listed"
     verify_every: int = 0
+    check_error_every: int = 100
+    host_budget: int | None = None
     shard: Shard = ALL
     fsdp: bool = False
 
@@ -67,7 +72,7 @@ class Options:
 @dataclass(frozen=True)
 class StepReport:
     """After each step. `peak_bytes` is known from the metered step on; `images_per_second` counts the reading
-    of the batch as well, `seconds` do not."""
+    of the batch as well, `seconds` do not. `gradient_error` is there after steps that measured it."""
 
     step: int
     steps: int | None
@@ -79,6 +84,7 @@ class StepReport:
     epochs: int | None = None
     images_per_second: float = 0.0
     gradient_norm: float | None = None
+    gradient_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,33 @@ class SteppedDown:
         )
 
 
-Report = StepReport | ValReport | Stopping | SteppedDown
+@dataclass(frozen=True)
+class MadeExact:
+    """On the batch of step `step` gradients were off by `error` in `worst`, more than `allowed`: it and all
+    after it run by an exact plan of the front, which takes `peak_bytes` and `step_seconds`."""
+
+    step: int
+    error: float
+    worst: str
+    allowed: float
+    peak_bytes: int | None
+    step_seconds: float | None
+
+    def __str__(self) -> str:
+        from rowtune.tune.sizes import format_bytes, format_seconds
+
+        size, time = format_bytes(self.peak_bytes), format_seconds(self.step_seconds)
+        return (
+            f"at step {self.step} gradients are off by {self.error:.2g} ({self.worst}), more than the "
+            f"{self.allowed:g} that the plan allows: it and all that follow run by the front's fastest exact "
+            f"plan, {size} and {time} a step"
+        )
+
+
+Changed = SteppedDown | MadeExact
+"""The run goes on by another plan."""
+
+Report = StepReport | ValReport | Stopping | Changed
 
 
 @dataclass(frozen=True)

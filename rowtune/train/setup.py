@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rowtune.cost.predict import predict
 from rowtune.errors import UsageError
 from rowtune.plan.file import PlanFile
 from rowtune.train import checkpoint, ranks
 from rowtune.train.data import Feed, open_data, synthetic
 from rowtune.train.options import Options
 from rowtune.train.schedule import parse_schedule
+from rowtune.tune.host import half_of_free, on_host
 from rowtune.tune.output import ROOM, check_writable
 from rowtune.tune.step import OptimizerSpec, Workload
 
@@ -34,6 +36,13 @@ def check(options: Options) -> None:
         flag = "--resume" if options.resume else "--checkpoint-every"
         raise UsageError(f"{flag} needs --checkpoint DIR, where the checkpoints are")
     parse_schedule(options.schedule, options.warmup)
+
+
+def check_host(file: PlanFile, work: Workload, options: Options) -> None:
+    """InfeasibleError for a plan that keeps more on the host than it may."""
+    if any(s.store == "host" for s in file.plan.segments):
+        limit = half_of_free() if options.host_budget is None else options.host_budget
+        on_host(predict(work.graph, file.plan, work.optimizer.slots), limit)
 
 
 def open_checkpoints(options: Options, size: int) -> checkpoint.Checkpoint | None:

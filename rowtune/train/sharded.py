@@ -30,7 +30,9 @@ def check(options: Options, plan: Plan) -> None:
             "run ... --fsdp"
         )
     wants = {"--ema": options.ema > 0, "--verify-every": options.verify_every > 0,
-             "a plan of fp16 (take bf16)": plan.dtype == "fp16"}  # fmt: skip
+             "a plan of fp16 (take bf16)": plan.dtype == "fp16",
+             "a plan that rounds and --check-error-every": plan.allowed_error > 0 < options.check_error_every,
+            }  # fmt: skip
     for what in (name for name, wanted in wants.items() if wanted):
         raise UsageError(f"--fsdp does not go with {what}: it needs whole weights; leave out one of the two")
 

@@ -19,6 +19,7 @@ from rowtune.plan.plan import Plan
 from rowtune.tune.device import device_name
 from rowtune.tune.front import joined, measured_point, pace, predicted_points
 from rowtune.tune.helpers import Helpers
+from rowtune.tune.host import half_of_free, on_host
 from rowtune.tune.inherit import inherit
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.profiles import calibration
@@ -39,7 +40,8 @@ from rowtune.tune.task import Progress, SearchResult, Task
 class Request:
     """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float; `origin` is
     a plan file whose measurements are taken over, and then `trials` are new ones.
-    `storage` is where other processes and machines work on the same study, `workers` of them here."""
+    `storage` is where other processes and machines work on the same study, `workers` of them here.
+    `host_budget` is what plans may keep in the host's memory; None: half of what is free."""
 
     work: Workload
     budget: int | float
@@ -55,6 +57,7 @@ class Request:
     storage: str = ""
     workers: int = 1
     max_grad_error: float = 0.0
+    host_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def find(request: Request, progress: Callable[[Progress], None] = lambda _: None
     check_state(work, limit)
     origin = request.origin
     inherited = frozenset() if origin is None else inherit(origin, records, study_identity(work))
+    request = replace(request, host_budget=host_bytes(request))
     shared = _shared(request, budget)
     helpers = Helpers(request, budget, request.workers - 1)
     with Worker(work.problem, limit) as worker, helpers:
@@ -172,7 +176,13 @@ def _space(request: Request, worker: Worker) -> ProgrammeSpace:
         request.savers,
         request.max_grad_error,
         CachedTables(device),
+        host_bytes(request),
     )
+
+
+def host_bytes(request: Request) -> int:
+    """What a plan may keep in the host's memory."""
+    return half_of_free(request.workers) if request.host_budget is None else request.host_budget
 
 
 def _task(
@@ -186,7 +196,7 @@ def _task(
     cpu = request.work.problem.device == "cpu"
     return Task(
         space=space,
-        predict=space.predict,
+        predict=lambda plan: on_host(space.predict(plan), host_bytes(request)),
         measure=worker.measure,
         records=records,
         limit=limit,
@@ -197,10 +207,18 @@ def _task(
         trials=request.trials,
         timeout=request.timeout,
         seed=request.seed,
-        may=lambda p: used(p) <= request.savers and p.allowed_error <= request.max_grad_error,
+        may=lambda p: _may(request, space, p),
         shared=shared,
         tell=space.tell,
     )
+
+
+def _may(request: Request, space: ProgrammeSpace, plan: Plan) -> bool:
+    """Whether a plan that was measured for another search may win this one."""
+    names = used(plan)
+    if not names <= request.savers or plan.allowed_error > request.max_grad_error:
+        return False
+    return "offload" not in names or space.predict(plan).host_bytes <= host_bytes(request)
 
 
 def _shared(request: Request, budget: int) -> Shared | None:

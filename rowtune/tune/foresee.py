@@ -7,8 +7,9 @@ from dataclasses import replace
 from rowtune.cost.profile import Profile
 from rowtune.errors import InfeasibleError
 from rowtune.plan.file import PlanFile, save_plan
-from rowtune.tune.find import Request, budget_bytes, check_state, unmeasured
+from rowtune.tune.find import Request, budget_bytes, check_state, host_bytes, unmeasured
 from rowtune.tune.front import joined, predicted_points
+from rowtune.tune.host import on_host
 from rowtune.tune.infeasible import round_up
 from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.sizes import format_bytes
@@ -41,11 +42,12 @@ def foresee(request: Request, profile: Profile) -> tuple[PlanFile, str]:
         request.savers,
         request.max_grad_error,
         CachedTables(work.problem.device),
+        host_bytes(request),
     )
     space.tell(Situation(limit, None, (), request.timeout))
     guess = {knob.name: knob.choices[0] for knob in space.knobs}
     plan = space.plan(guess)
-    cost = space.predict(plan)
+    cost = on_host(space.predict(plan), host_bytes(request))
     if cost.peak_bytes > limit:
         raise InfeasibleError(
             f"no plan fits {format_bytes(limit)}: the smallest is predicted to need "

@@ -27,7 +27,7 @@ def main() -> None:
     request = Request(
         prepare(Problem.from_dict(asked["problem"])), asked["budget"], Path("plan.json"), asked["trials"],
         timeout, asked["seed"], asked["reserve"], savers=frozenset(asked["savers"]), storage=asked["storage"],
-        max_grad_error=asked["max_grad_error"],
+        max_grad_error=asked["max_grad_error"], host_budget=asked["host_budget"],
     )  # fmt: skip
     explored(request)
 

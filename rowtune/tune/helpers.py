@@ -67,7 +67,7 @@ def _asked(request: Request, budget: int, number: int) -> dict[str, Any]:
         "problem": problem.to_dict(), "budget": budget, "reserve": request.reserve, "trials": request.trials,
         "timeout": None if request.timeout == float("inf") else request.timeout,
         "seed": request.seed + 1000 * number, "savers": sorted(request.savers), "storage": request.storage,
-        "max_grad_error": request.max_grad_error,
+        "max_grad_error": request.max_grad_error, "host_budget": request.host_budget,
     }  # fmt: skip
 
 

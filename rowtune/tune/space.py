@@ -23,7 +23,7 @@ from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, off
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
-from rowtune.cost.table import Key, Option, Table, within
+from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
@@ -56,6 +56,8 @@ LEAST, MOST, STEPS = 4.0, 45.0, 80.0
 """Planning takes as long as so many plain steps, and so many seconds at least and at most."""
 FIRST, TIMES, LATER = 0.4, 0.25, 0.35
 """The shares of that: recording the first options, timing calls, recording those around the best paths."""
+AGAIN = 0.1
+"""The share of it that a search takes at least which finds what others recorded."""
 FRONT = 8
 """Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
 TRIES, CLOSE = 8, 0.01
@@ -84,6 +86,7 @@ class ProgrammeSpace:
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
         tables: of earlier searches; without them all options are recorded anew.
+        host_bytes: that a plan may keep on the host.
     """
 
     def __init__(
@@ -94,13 +97,14 @@ class ProgrammeSpace:
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
         tables: Tables | None = None,
+        host_bytes: int = UNBOUNDED,
     ) -> None:
         self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
         self.tables = tables
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error)
+        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error, host_bytes=host_bytes)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
@@ -166,7 +170,7 @@ class ProgrammeSpace:
 
     def predict(self, plan: Plan) -> Cost:
         """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
-        times what measured plans of that layout took more or less; before any was measured it may win."""
+        times what measured plans of that layout took more or less; it may win where none was."""
         cost = predict(self.graph, plan, self.slots, self.profile)
         if plan.layout == "contiguous":
             return cost
@@ -193,9 +197,11 @@ class ProgrammeSpace:
     def _prepare(self, now: Situation) -> None:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
-        box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
+        box, begun = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left), time.monotonic()
+        wanted = ",".join(sorted(self.savers))
         if self.tables is not None:
             self.tables.recall(self.table)
+            box = max(box - self.table.spent.get(wanted, 0.0), AGAIN * box)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
             offloaded(self.table) if "offload" in self.savers else (),
@@ -212,6 +218,7 @@ class ProgrammeSpace:
         ):
             pass
         self._until_one_fits(coarse, now)
+        self.table.spent[wanted] = self.table.spent.get(wanted, 0.0) + time.monotonic() - begun
         if self.tables is not None:
             self.tables.remember(self.table)
         self._correct(now)

@@ -78,7 +78,7 @@ RULES: dict[str, Callable[[Question], RowRule | Opaque]] = {
     **dict.fromkeys(
         (
             *("hardswish", "rsub", "log_sigmoid", "relu6", "elu", "celu", "selu", "where"),
-            *("__and__", "__or__", "__xor__"),
+            *("leaky_relu", "__and__", "__or__", "__xor__"),
         ),
         elementwise,
     ),

@@ -150,6 +150,15 @@ function knobs() {
   return section("Knobs that mattered", "share of the spread of step times that goes with a knob's value", table(columns, rows));
 }
 
+function savings() {
+  const shown = report.savings || [];
+  if (!shown.length) return null;
+  const columns = [["saver"], [""], ["", "n"]], most = Math.max(...shown.map((s) => s.bytes), 1);
+  const rows = shown.map((s) => cells(columns, [s.name, el("i", { class: "bar", style: `width: ${Math.max(0, 90 * s.bytes / most)}px` }), s.bytes > 0 ? bytes(s.bytes) : "nothing"]));
+  const host = report.host_bytes ? `; ${bytes(report.host_bytes)} wait on the host` : "";
+  return section("What each saver takes off the peak", `the same plan without it, as predicted, the others in place${host}`, table(columns, rows));
+}
+
 function failures() {
   if (!report.failures.length) return null;
   const columns = [["", "n"], [""], ["why"], ["for example"]];
@@ -205,5 +214,5 @@ function footer() {
 }
 
 const two = (...parts) => { const found = parts.filter(Boolean); return found.length > 1 ? el("div", { class: "two" }, found) : found[0]; };
-root.append(...[...heading(), tiles(), comparison(), ...pages.map(strip), memory(), scatter(), two(knobs(), failures()), advice(), certificate(), trials(), footer()].filter(Boolean));
+root.append(...[...heading(), tiles(), comparison(), ...pages.map(strip), memory(), savings(), scatter(), two(knobs(), failures()), advice(), certificate(), trials(), footer()].filter(Boolean));
 document.body.dataset.ready = "yes";

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rowtune.runtime.stores.store import Part, cut
+
 
 class Rounded(NamedTuple):
     tensor: Tensor
@@ -27,6 +29,9 @@ class BF16:
 
     def get(self, handle: Rounded) -> Tensor:
         return handle.tensor.to(handle.dtype)
+
+    def rows(self, handle: Rounded, part: Part, out: Tensor) -> None:
+        out.copy_(cut(handle.tensor, part))
 
     def bytes(self, handle: Rounded) -> int:
         return handle.tensor.numel() * handle.tensor.itemsize

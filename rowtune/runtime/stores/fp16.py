@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rowtune.runtime.stores.store import Part, cut
+
 LARGEST = 2.0**15
 
 
@@ -34,6 +36,9 @@ class FP16:
 
     def get(self, handle: Scaled) -> Tensor:
         return handle.tensor.to(handle.dtype).div_(handle.scale)
+
+    def rows(self, handle: Scaled, part: Part, out: Tensor) -> None:
+        out.copy_(cut(handle.tensor, part)).div_(handle.scale)
 
     def bytes(self, handle: Scaled) -> int:
         return handle.tensor.numel() * handle.tensor.itemsize + handle.scale.itemsize

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rowtune.runtime.stores.store import Part, cut
 from rowtune.torch_private import FakeTensor, without_modes
 
 
@@ -88,6 +89,10 @@ class Host:
             return handle.blank()
         return self.pool.lane(handle.device).fetch(handle)
 
+    def rows(self, handle: _Held, part: Part, out: Tensor) -> None:
+        if handle.host is not None:
+            self.pool.lane(handle.device).fetch_rows(handle, part, out)
+
     def bytes(self, handle: _Held) -> int:
         return 0
 
@@ -104,6 +109,11 @@ class _Lane:
         with without_modes():
             found.copy_(held.host)
         return found
+
+    def fetch_rows(self, held: _Held, part: Part, out: Tensor) -> None:
+        assert held.host is not None
+        with without_modes():
+            out.copy_(cut(held.host, part))
 
 
 class _Way(NamedTuple):
@@ -132,15 +142,29 @@ class _CardLane(_Lane):
         self.leaving = _Way(t, self.stream.record_event())
 
     def fetch(self, held: _Held) -> Tensor:
-        if self.leaving is not None:  # forward is over, or waits for what it needs again
-            torch.cuda.current_stream(held.device).wait_event(self.leaving.done)
-            self.leaving = None
-        way = self.coming.pop(held, None) or self._start(held)
+        way = self._way(held)
+        self._start_before(held)
+        torch.cuda.current_stream(held.device).wait_event(way.done)
+        return way.tensor
+
+    def fetch_rows(self, held: _Held, part: Part, out: Tensor) -> None:
+        """By way of all that was put at once: some rows of it are in many places on the host, and copies from
+        there that are no single block would be made by the host, and waited for."""
+        way = self._way(held)
+        torch.cuda.current_stream(held.device).wait_event(way.done)
+        out.copy_(cut(way.tensor, part))
+
+    def _start_before(self, held: _Held) -> None:
+        """Backward mostly wants next what was put before."""
         before = held.before() if held.before is not None else None
         if before is not None and before.device == held.device and before not in self.coming:
             self.coming[before] = self._start(before)
-        torch.cuda.current_stream(held.device).wait_event(way.done)
-        return way.tensor
+
+    def _way(self, held: _Held) -> _Way:
+        if self.leaving is not None:  # forward is over, or waits for what it needs again
+            torch.cuda.current_stream(held.device).wait_event(self.leaving.done)
+            self.leaving = None
+        return self.coming.pop(held, None) or self._start(held)
 
     def _start(self, held: _Held) -> _Way:
         """The memory comes from the stream at work, whose earlier readers of it have to be done."""

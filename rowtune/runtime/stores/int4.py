@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rowtune.kernels.rounding import Codes, doubled, halved, restored, rounded
+from rowtune.kernels.rounding import Codes, doubled, halved, in_place, restored, rounded
+from rowtune.runtime.stores.store import Part, cut
 
 MOST = 7
 
@@ -34,7 +35,14 @@ class Int4:
         return Halves(halved(made.codes), made.codes.shape, made._replace(codes=empty))
 
     def get(self, handle: Halves) -> Tensor:
-        return restored(handle.rest._replace(codes=doubled(handle.halves, handle.shape)))
+        return restored(self._codes(handle))
+
+    def rows(self, handle: Halves, part: Part, out: Tensor) -> None:
+        codes, scale = in_place(self._codes(handle))
+        out.copy_(cut(codes, part)).mul_(cut(scale, part))
+
+    def _codes(self, handle: Halves) -> Codes:
+        return handle.rest._replace(codes=doubled(handle.halves, handle.shape))
 
     def bytes(self, handle: Halves) -> int:
         return handle.halves.numel() + handle.rest.scale.numel() * handle.rest.scale.itemsize

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rowtune.kernels.rounding import Codes, restored, rounded
+from rowtune.kernels.rounding import Codes, in_place, restored, rounded
+from rowtune.runtime.stores.store import Part, cut
 
 MOST = 127
 
@@ -22,6 +23,10 @@ class Int8:
 
     def get(self, handle: Codes) -> Tensor:
         return restored(handle)
+
+    def rows(self, handle: Codes, part: Part, out: Tensor) -> None:
+        codes, scale = in_place(handle)
+        out.copy_(cut(codes, part)).mul_(cut(scale, part))
 
     def bytes(self, handle: Codes) -> int:
         return handle.codes.numel() + handle.scale.numel() * handle.scale.itemsize

@@ -21,6 +21,7 @@ from rowtune.kernels.rounding import packed, unpacked
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.precision import as_it_was, autocast_key
 from rowtune.runtime.stores import keeping as limits
+from rowtune.runtime.stores.branches import Branched, Edge, Saved, edges_of
 from rowtune.runtime.stores.keeping import Keeping, Kept
 from rowtune.torch_private import storage_of
 
@@ -37,7 +38,7 @@ class Remaking:
         names: the nodes whose outputs are not kept.
         seed: of this step's random masks.
         keeping: where the rest is kept; None: where it is.
-        rounded: whether that gives back something else. Signs that decide branches are then kept as bits.
+        rounded: whether that gives back something else. What decides branches is then kept as bits.
     """
 
     def __init__(
@@ -48,23 +49,32 @@ class Remaking:
         self.known: dict[int, _Known] = {}
         self.fresh: list[_Fresh] = []
         self.largest_index = 0
+        self.edges: tuple[Edge, ...] = ()
 
     # -- what autograd asks --------------------------------------------------------------------------------
 
-    def pack(self, t: Tensor) -> Tensor | _Fresh | View | _Narrow:
+    def pack(self, t: Tensor) -> Tensor | Saved:
         size = t.numel() * t.itemsize
         if size < limits.LEAST_BYTES or t.layout != torch.strided:
             return t
         known = self._known(t)
         if known is not None:
             known.readers += 1
-            return View(known, t)
+            return self._on_its_sides(View(known, t), t)
         if t.dtype == torch.int64 and 0 < self.largest_index < 1 << 31:
             return _Narrow(t.to(torch.int16 if self.largest_index < 1 << 15 else torch.int32))
         self.fresh.append(_Fresh(t))
-        return self.fresh[-1]
+        return self._on_its_sides(self.fresh[-1], t) if self._is_rounded(t) else self.fresh[-1]
 
-    def unpack(self, kept: Tensor | _Fresh | View | _Narrow) -> Tensor:
+    def _is_rounded(self, t: Tensor) -> bool:
+        """Whether a tensor that is kept comes back on the other side of an edge. Stores keep signs."""
+        outside = self.keeping is None or storage_of(t) in self.keeping.outside
+        return not outside and any(edge.at for edge in self.edges)
+
+    def _on_its_sides(self, saved: Saved, t: Tensor) -> Saved:
+        return Branched(saved, t, self.edges) if self.edges and t.is_floating_point() else saved
+
+    def unpack(self, kept: Tensor | Saved) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept.get()
 
     def forget(self) -> None:
@@ -78,8 +88,9 @@ class Remaking:
     def run(self, node: Node, lookup: Lookup) -> Any:
         """The node's output, now and in backward."""
         self.largest_index = _plane(node, lookup)
+        self.edges = edges_of(node) if self.rounded else ()
         out = run_whole(node, lookup, self.seed)
-        self.largest_index = 0
+        self.largest_index, self.edges = 0, ()
         if isinstance(out, Tensor) and node.name in self.names and out.requires_grad:
             sources = {n: self._source(lookup(n)) for n in node.inputs}
             made = Made(self._again(node, out), sources, out)

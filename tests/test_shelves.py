@@ -1,0 +1,135 @@
+"""What a rows segment keeps in a store is got back a band at a time, from every store alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from exactness import TOLERANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from savers import case
+from test_exact_barriers import LAYOUTS
+from test_savers import WAYS, stored, uniform
+
+import rowtune
+from rowtune.graph.cuts import legal_cut
+from rowtune.graph.graph import Graph
+from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.runtime.stores import STORES
+from rowtune.runtime.stores.host import Host, HostPool
+from rowtune.runtime.stores.shelf import MOST_CHUNKS, Shelf
+from rowtune.runtime.stores.store import cut
+
+BANDED = ["recompute", "cache", "sweep", "late", "passes"]
+
+
+@st.composite
+def parts(draw: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    found = []
+    for dim in draw(st.sets(st.integers(0, len(shape) - 1), max_size=2)):
+        first = draw(st.integers(0, shape[dim] - 1))
+        found.append((dim, first, draw(st.integers(1, shape[dim] - first))))
+    return tuple(found)
+
+
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from(sorted(STORES)),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    shape=st.tuples(*(st.integers(1, 7) for _ in range(4))),
+    data=st.data(),
+)
+def test_a_part_is_what_the_whole_has_there(name, layout, shape, data):
+    dim, band = data.draw(st.sampled_from([0, 2, 3])), data.draw(st.integers(1, 8))
+    x = LAYOUTS[layout](torch.randn(shape))
+    shelf = Shelf(STORES[name](HostPool()), x, dim, band)
+    whole = shelf.get(())
+    assert whole.shape == x.shape and whole.dtype == x.dtype
+    if name in LOSSY:
+        bound = x.abs().amax((2, 3), keepdim=True) * {"int8": 1 / 127, "int4": 1 / 7}.get(name, 1 / 256)
+        assert ((whole - x).abs() <= bound * (1 + 1e-5)).all()
+        assert torch.equal(whole.sign(), x.sign())
+    else:
+        assert torch.equal(whole, x)
+    part = data.draw(parts(tuple(x.shape)))
+    found = shelf.get(part)
+    assert torch.equal(found, cut(whole, part))
+    assert found.stride() == torch.empty_like(cut(x, part)).stride() or 1 in found.shape
+    bands = [*shelf.bands()]
+    assert torch.equal(torch.cat([shelf.get(b) for b in bands], dim), whole)
+    assert all(size <= max(band, 1) for ((_, _, size),) in bands)
+
+
+def test_no_more_chunks_than_a_few():
+    shelf = Shelf(STORES["host"](HostPool()), torch.randn(1, 1, 1000, 2), 2, 1)
+    assert len([*shelf.bands()]) <= MOST_CHUNKS
+    assert shelf.bytes == 0
+    small = Shelf(STORES["int8"](HostPool()), torch.randn(1, 1, 1000, 2), 2, 1)
+    assert small.bytes <= 2000 + 4 * MOST_CHUNKS
+
+
+def in_two(graph: Graph, how: dict[str, Any]) -> Plan:
+    """Two such segments: the second reads what the first made."""
+    nodes = graph.nodes
+    at = next(at for at in range(len(nodes) // 3, len(nodes)) if legal_cut(graph, at))
+    ends = (nodes[0], nodes[at - 1]), (nodes[at], nodes[-1])
+    return Plan(tuple(Segment(first.name, last.name, **how) for first, last in ends))
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The sizes of all that is got of shelves, as shares of the whole."""
+    monkeypatch.setattr("rowtune.runtime.stores.keeping.LEAST_BYTES", 256)
+    found: list[float] = []
+    get = Shelf.get
+
+    def noted(self: Shelf, part: Any) -> torch.Tensor:
+        made = get(self, part)
+        found.append(made.numel() / self.shape.numel())
+        return made
+
+    monkeypatch.setattr(Shelf, "get", noted)
+    return found
+
+
+@pytest.mark.parametrize("way", BANDED)
+def test_no_stored_tensor_is_whole_again(way, read, monkeypatch):
+    """Neither what a segment reads nor what lies at its barriers; whole ones are not even asked for."""
+
+    whole = Host.get
+
+    def refused(self: Host, handle: Any) -> torch.Tensor:
+        assert len(handle.shape) < 3, "a whole feature map is got"
+        return whole(self, handle)
+
+    made = case("unet_bn", shape=(1, 3, 32, 8))
+    plan = stored(in_two(made.training, {**WAYS[way], "band_rows": 8 if way == "passes" else 4}), "host")
+    if way != "cache":  # whose stashes are some rows each
+        monkeypatch.setattr(Host, "get", refused)
+    assert made.error(plan) < TOLERANCE
+    assert read and max(read) < 1
+    found = made.memory(plan)
+    assert found.error < 0.01
+
+
+def test_images_alone_come_back_some_at_a_time(read):
+    made = case("edsr", shape=(4, 3, 12, 10))
+    plan = stored(rowtune.uniform_plan(made.training, "rows", images=1, halo="recompute"), "host")
+    assert made.error(plan) < TOLERANCE
+    assert made.memory(plan).error < 0.01
+    both = stored(rowtune.uniform_plan(made.training, "rows", 3, "cache", images=2), "host")
+    assert made.error(both) < TOLERANCE
+    assert made.memory(both).error < 0.01
+
+
+def test_less_is_on_the_device_than_with_whole_tensors(read, monkeypatch):
+    """By about a tensor at a barrier: its gradient and that of the next are then the most there is."""
+    made = case("unet_bn", torch.float32, (1, 3, 32, 16))
+    plan = stored(uniform(made.training, "sweep"), "host")
+    banded = made.memory(plan)
+    monkeypatch.setattr("rowtune.runtime.segments.banded_inputs", lambda graph, segment: {})
+    whole = made.memory(replace(plan))
+    assert banded.real_activations < 0.85 * whole.real_activations
