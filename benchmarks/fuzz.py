@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -101,7 +102,10 @@ def some_plan(rng: random.Random, good: bytes) -> bytes:
         return any_bytes(rng, good)
     data = json.loads(good)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        places = _places(data, [])
+        try:
+            places = _places(data, [])
+        except RecursionError:  # deep in deep
+            break
         if not places:
             break
         (holder, key), (other, place) = rng.choice(places), rng.choice(places)
@@ -117,7 +121,7 @@ def some_plan(rng: random.Random, good: bytes) -> bytes:
         elif way == 3 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
             holder[key] = rng.choice((-holder[key], holder[key] * 2, holder[key] + 1, holder[key] / 3, 0))
         else:
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = copy.deepcopy(rng.choice(HOSTILE))  # later changes are in this file alone
     text = json.dumps(data)
     if rng.random() < 0.1:
         key = rng.choice(list(json.loads(good)))

@@ -25,6 +25,8 @@ MOST = 2**60
 """Bytes, seconds, whatever a plan counts: there is nothing larger."""
 MOST_THREADS = 1024
 """A library that is told to start more than there can be ends the process."""
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 LARGEST = 64 << 20
 """Bytes of a plan's file."""
 UNSURE = 1.1
@@ -110,8 +112,8 @@ class PlanFile:
         if data["threads"] > MOST_THREADS:
             raise PlanError(f"threads is at most {MOST_THREADS}, not {data['threads']}")
         study = typed(data, "study", str)
-        if Path(study).name != study:
-            raise PlanError(f"study is the name of a file beside the plan, not {study!r}")
+        if Path(study).name != study or len(study.encode()) > LONGEST_NAME:
+            raise PlanError(f"study is the name of a file beside the plan, not {study[:80]!r}")
         return PlanFile(
             problem=Problem.from_dict(data),
             fingerprint=typed(data, "fingerprint", str),
@@ -185,12 +187,18 @@ def load_plan(path: Path) -> PlanFile:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise PlanError(f"{path}: decisions of the wrong type: {error}") from error
     source = file.problem.model
+    if source.kind not in ("onnx", "pt2"):
+        return file
     beside = path.parent / source.text
-    if source.kind in ("onnx", "pt2") and beside.exists():
-        return replace(file, problem=replace(file.problem, model=replace(source, text=str(beside))))
-    if source.kind in ("onnx", "pt2") and not Path(source.text).exists():
+    try:
+        here = [place for place in (beside, Path(source.text)) if place.exists()]
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise PlanError(f"{path}: its model has no name of a file: {error}") from error
+    if not here:
         raise PlanError(f"{path}: its model {source.text} is neither beside the plan nor here")
-    return file
+    if here[0] != beside:
+        return file
+    return replace(file, problem=replace(file.problem, model=replace(source, text=str(beside))))
 
 
 def _no_constant(text: str) -> float:
