@@ -372,6 +372,8 @@ def main() -> None:
         for verdict in verdicts(folder, kind, range(given.first, given.first + count)):
             kinds[verdict.kind] += 1
             codes[verdict.code] += 1
+            if sum(kinds.values()) % 500 == 0:
+                print(f"... {verdict.name}: {dict(kinds)}", flush=True)
             if verdict.kind != "fine":
                 print(verdict.name, verdict.kind, verdict.code, verdict.said[-1500:], flush=True)
         seconds = time.monotonic() - began

@@ -46,7 +46,7 @@ def test_damaged_files(fuzz: Any, folder: Path, kind: str, seeds: Any) -> None:
     assert sum(v.code == {"plan": 5, "model": 3}[kind] for v in found) > len(found) / 2
 
 
-FAULTS = {"plan": (45, 99, 201, 245, 260, 3123, 5083, 5323, 5499, 20136), "model": (1244,)}
+FAULTS = {"plan": (45, 99, 201, 245, 260, 3123, 5083, 5323, 5499, 20136), "model": (1244, 2607)}
 
 
 @pytest.mark.parametrize("kind", FAULTS)

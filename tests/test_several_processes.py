@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import rowtune
 from rowtune.cli.app import app
+from rowtune.errors import UsageError
 from rowtune.importers.synced import share_statistics
 from rowtune.plan.file import save_plan
 from rowtune.train.data import Stream
@@ -66,9 +67,7 @@ EACH = """
 import contextlib, json, sys
 from pathlib import Path
 import rowtune.cli.run as run
-import rowtune
 from rowtune.cli.app import app
-from rowtune.importers.synced import share_statistics
 from rowtune.errors import RowtuneError
 from rowtune.train.launch import joined, launched
 
@@ -181,7 +180,6 @@ def test_a_killed_rank_is_said_by_the_other(folder: Path) -> None:
 
 def test_one_process_of_two_s_run_is_refused(folder: Path) -> None:
     """What was trained by two is not gone on with by one."""
-    from rowtune.errors import UsageError
     from rowtune.train.checkpoint import PROCESSES, check_same
 
     check_same({}, {PROCESSES: 1}, folder)  # made before there were several
@@ -231,7 +229,13 @@ def test_who_started_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**said, "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert launched() == Team(3, 4, 1, 2)
+    team = launched()
+    assert team == Team(3, 4, 1, 2)
+    assert team.device("auto", "cuda:0") == team.device("cuda", "cuda:0") == "cuda:1"
+    assert team.device("auto", "cpu") == "auto" and team.device("cpu", "cuda:0") == "cpu"
+    assert Team().device("cuda:3", "cuda:0") == "cuda:3"
+    with pytest.raises(UsageError, match="a card each; give --device cuda"):
+        team.device("cuda:0", "cuda:0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert launched() == Team()
 

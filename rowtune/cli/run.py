@@ -75,7 +75,9 @@ def command(
             fsdp=fsdp, check_error_every=check_error_every,
             host_budget=parse_size(host_budget, "--host-budget") if host_budget else None,
         )  # fmt: skip
-        trained = train_shown(screen, file, wanted, team.device(device), shape or [], seed)
+        trained = train_shown(
+            screen, file, wanted, team.device(device, file.problem.device), shape or [], seed
+        )
         files = {"weights": trained.weights, "checkpoint": trained.checkpoint}
         screen.json({**asdict(trained), **{k: str(v) if v else None for k, v in files.items()}})
         return EXIT[trained.status]

@@ -76,11 +76,12 @@ Key = tuple[int, int, tuple[Segment, ...]]
 
 class Kept(NamedTuple):
     """All that a table knows: options (None: it cannot be lowered), bytes of tensors that they hold on to
-    across cuts, bytes that cross cuts."""
+    across cuts, bytes that cross cuts; and the seconds that were spent on it, by what was looked for."""
 
     known: dict[Key, Option | None]
     sizes: dict[str, int]
     crossing: dict[int, int]
+    spent: dict[str, float]
 
 
 class Table:
@@ -106,6 +107,7 @@ class Table:
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
+        self.spent: dict[str, float] = {}
         self._clock = Clock(Profile())
         self._seconds: dict[Option, float] = {}
         self._leaving: tuple[Leaving, ...] = ()
@@ -181,13 +183,14 @@ class Table:
 
     @property
     def kept(self) -> Kept:
-        return Kept(self.known, self.sizes, self._crossing)
+        return Kept(self.known, self.sizes, self._crossing, self.spent)
 
     def take(self, kept: Kept) -> None:
         """Know what a table of the same graph knew."""
         self.known |= kept.known
         self.sizes |= kept.sizes
         self._crossing |= kept.crossing
+        self.spent |= kept.spent
         self._leaving = ()
 
     # -- recording -------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ def batch_norm(
     if node.outputs > 3:
         raise node.error("its saved statistics are used by the graph, which older opsets alone allowed")
     scale, bias, mean, var = (tensor(v, x) for v in (scale, bias, mean, var))
+    for held in (x, scale, bias, mean, var):
+        if not held.is_floating_point():
+            raise node.error(f"it has numbers of {held.dtype} where floating ones belong; export it again")
     # ONNX weighs the old statistics, PyTorch the new ones; rounding undoes the subtraction's noise.
     momentum = round(1.0 - node.get("momentum", 0.9), 7)
     y = F.batch_norm(x, mean, var, scale, bias, mode.training, momentum, node.get("epsilon", 1e-5))

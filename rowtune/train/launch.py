@@ -32,15 +32,13 @@ class Team:
     local: int = 0
     here: int = 1
 
-    def device(self, text: str) -> str:
-        """This process's own card, where the run is on cards.
+    def device(self, text: str, planned: str) -> str:
+        """What --device says (`text`), and in a team of a plan for cards this process's own card.
 
         Raises:
             UsageError: a single card was named for all.
         """
-        import torch
-
-        if self.size == 1 or text == "cpu" or not torch.cuda.is_available():
+        if self.size == 1 or text == "cpu" or not planned.startswith("cuda"):
             return text
         if text not in ("auto", "cuda"):
             raise UsageError(

@@ -56,6 +56,8 @@ LEAST, MOST, STEPS = 4.0, 45.0, 80.0
 """Planning takes as long as so many plain steps, and so many seconds at least and at most."""
 FIRST, TIMES, LATER = 0.4, 0.25, 0.35
 """The shares of that: recording the first options, timing calls, recording those around the best paths."""
+AGAIN = 0.1
+"""The share of it that a search takes at least which finds what others recorded."""
 FRONT = 8
 """Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
 TRIES, CLOSE = 8, 0.01
@@ -195,9 +197,11 @@ class ProgrammeSpace:
     def _prepare(self, now: Situation) -> None:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
-        box = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left)
+        box, begun = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left), time.monotonic()
+        wanted = ",".join(sorted(self.savers))
         if self.tables is not None:
             self.tables.recall(self.table)
+            box = max(box - self.table.spent.get(wanted, 0.0), AGAIN * box)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
             offloaded(self.table) if "offload" in self.savers else (),
@@ -214,6 +218,7 @@ class ProgrammeSpace:
         ):
             pass
         self._until_one_fits(coarse, now)
+        self.table.spent[wanted] = self.table.spent.get(wanted, 0.0) + time.monotonic() - begun
         if self.tables is not None:
             self.tables.remember(self.table)
         self._correct(now)
