@@ -42,6 +42,9 @@ def test_saved_flags_run_the_same_command(here: Path) -> None:
         }
     }  # fmt: skip
     again = json.loads(run("inspect", "--config", "c.toml", "--json").stdout)
+    # How small a plan may be is looked for as long as there is time.
+    peaks = first.pop("predicted_peaks"), again.pop("predicted_peaks")
+    assert peaks[0].keys() == peaks[1].keys() and peaks[0]["plain"] == peaks[1]["plain"]
     assert again == first
 
 
