@@ -56,7 +56,7 @@ def test_search_verify_and_run_under_a_cap(monkeypatch: pytest.MonkeyPatch, name
             records=RecordFile(None, {}),
             limit=limit,
             trials=3,
-            tell=space.tell,
+            tell=lambda now: space.tell(now._replace(left=20.0)),  # planning takes a third of that
         )
         result = search(task)
         best = Plan.from_dict(dict(result.best.decisions or {}))

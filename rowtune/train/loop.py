@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,8 +55,7 @@ def train(
     spec = parse_optimizer(options.optimizer) if options.optimizer else work.optimizer
     spec = spec if options.lr is None else spec.with_lr(options.lr)
     if file.threads and device == "cpu":
-        most = os.cpu_count() or file.threads  # the plan may be of a larger machine
-        torch.set_num_threads(max(1, min(file.threads, most) // launched().here))
+        torch.set_num_threads(max(1, file.threads // launched().here))
     weights = sum(t.numel() * t.itemsize for t in work.module.state_dict().values())
     write = None
     if options.save is not None:
