@@ -284,6 +284,10 @@ def test_demo_goes_the_whole_way(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         "plan.records.jsonl",
     }
     assert call("verify", "rowtune-demo/plan.json")["status"] == "ok"
+    shown = CliRunner().invoke(app, ["demo", "--trials", "1", "--steps", "1", "--budget", "75%"])
+    assert shown.exit_code == 0, shown.output
+    # The report finds the model that the plan names.
+    assert "Memory over the step" in shown.output and "there is no file" not in shown.output
 
 
 def start_search(folder: Path, out: str) -> subprocess.Popen[str]:

@@ -56,7 +56,7 @@ def command(
     _heading(screen, 3, f"rowtune run {plan} --steps {steps}")
     trained = train_shown(screen, read_plan(plan), Options(steps=steps), "auto", [])
     _heading(screen, 4, f"rowtune report {plan}")
-    show_page(screen, read_page(screen, found.file, plan, False))
+    show_page(screen, read_page(screen, read_plan(plan), plan, False))
     screen.json(
         {**as_dict(found, plan), "status": trained.status, "steps": trained.steps, "loss": trained.loss}
     )
