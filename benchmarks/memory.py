@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from times import CASES, plans
 
 import rowtune
 from rowtune.cost.candidates import first
-from rowtune.cost.table import Table, within
+from rowtune.cost.table import Table
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.tune.meter import measure_memory
 from rowtune.zoo import build
+
+OPTIONS = 200
 
 
 def measure(name: str, count: int, engine: Any) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def measure(name: str, count: int, engine: Any) -> dict[str, Any]:
     target = synthetic_target(loss, output.shape, torch.float32, 1)
     graph = with_loss(traced, loss)
     table = Table(graph)
-    table.add(first(table), within(60.0))
+    table.add(islice(first(table), OPTIONS), math.inf)
     rows = []
     for plan in plans(table, count):
         module = rowtune.apply(model, plan, loss, graph=traced, engine=engine)
@@ -62,6 +66,13 @@ def measure(name: str, count: int, engine: Any) -> dict[str, Any]:
             }
         )
     return {"network": name, "shape": list(shape), "rows": rows}
+
+
+def save(out: Path, made: dict[str, Any]) -> None:
+    """One more network in the day's file."""
+    before = json.loads(out.read_text())["networks"] if out.exists() else []
+    networks = [one for one in before if one["network"] != made["network"]] + [made]
+    out.write_text(json.dumps({"torch": torch.__version__, "networks": networks}, indent=1) + "\n")
 
 
 def errors(found: dict[str, Any], which: int) -> list[float]:
@@ -90,7 +101,7 @@ def main() -> None:
             flush=True,
         )
         if given.save:
-            out.write_text(json.dumps({"torch": torch.__version__, "networks": found}, indent=1) + "\n")
+            save(out, made)
     every = [e for made in found for e in errors(made, 1)]
     print(f"{len(every)} plans: activations {statistics.median(every):.3%} off, {max(every):.3%} at worst")
 
