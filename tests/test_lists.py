@@ -342,6 +342,7 @@ def test_a_kind_is_written_down_when_it_comes_again() -> None:
     assert sum(map(len, module.lists.kinds.values())) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11's
 def test_fewer_calls_and_no_more_memory() -> None:
     model, x, target, plan = per_pixel()
     counts = {}
