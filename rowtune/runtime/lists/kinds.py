@@ -21,8 +21,9 @@ from rowtune.plan.lower import uncollected
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.alike import NotAlike
 from rowtune.runtime.lists.code import Function, compiled
-from rowtune.runtime.lists.loops import rolled
-from rowtune.runtime.lists.rewrites import rewritten
+from rowtune.runtime.lists.listing import Listing, check
+from rowtune.runtime.lists.loops import Rolled, rolled
+from rowtune.runtime.lists.rewrites import REWRITES, rewritten
 from rowtune.runtime.lists.tracer import Key, Listed, NotListed, Tracer
 from rowtune.runtime.lists.turns import Way, each, in_turns
 from rowtune.runtime.recording import View
@@ -74,9 +75,19 @@ def _step(listed: Listed) -> Step:
     whole = rolled(listed.listing)
     try:
         shorter = rolled(rewritten(listed.listing), whole)
-    except NotAlike:  # a turn that is listed was rewritten in another way than those that are not would be
-        shorter = whole
+    except NotAlike:
+        shorter = _one_by_one(listed.listing, whole)
     return Step(compiled(shorter), *listed[1:])
+
+
+def _one_by_one(listing: Listing, whole: Rolled) -> Rolled:
+    """After those rewrites that treat a turn that is listed as they would those that it stands for."""
+    shorter = whole
+    for rewrite in REWRITES:
+        made = check(rewrite(listing))
+        with contextlib.suppress(NotAlike):
+            shorter, listing = rolled(made, whole), made
+    return shorter
 
 
 Place = tuple[Life, Any]
