@@ -21,27 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from times import CASES, plans
+from times import CASES, plans, prepared
 
 import rowtune
 from rowtune.cost.candidates import first
 from rowtune.cost.table import Table
-from rowtune.graph.losses import default_name, parse
-from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.tune.meter import measure_memory
-from rowtune.zoo import build
 
 OPTIONS = 200
 
 
 def measure(name: str, count: int, engine: Any) -> dict[str, Any]:
-    options, shape = CASES[name]
-    model, x = build(name, **options), torch.randn(shape)
-    traced = rowtune.trace(model, (x,))
-    output = traced.values[traced.outputs[0]]
-    loss = parse(default_name(output.shape, shape))
-    target = synthetic_target(loss, output.shape, torch.float32, 1)
-    graph = with_loss(traced, loss)
+    model, x, target, loss, traced, graph = prepared(name)
     table = Table(graph)
     table.add(islice(first(table), OPTIONS), math.inf)
     rows = []
@@ -65,7 +56,7 @@ def measure(name: str, count: int, engine: Any) -> dict[str, Any]:
                 "measured": [real.peak_bytes, real.activation_bytes],
             }
         )
-    return {"network": name, "shape": list(shape), "rows": rows}
+    return {"network": name, "shape": list(x.shape), "rows": rows}
 
 
 def save(out: Path, made: dict[str, Any]) -> None:

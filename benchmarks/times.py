@@ -26,10 +26,11 @@ import random
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import rowtune
 from rowtune.cost.candidates import first
@@ -38,7 +39,8 @@ from rowtune.cost.profile import Profile
 from rowtune.cost.programme import Path as Way
 from rowtune.cost.programme import fastest, plan_of, smallest
 from rowtune.cost.table import Option, Table, within
-from rowtune.graph.losses import default_name, parse
+from rowtune.graph.graph import Graph
+from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
 from rowtune.tune.calibrate import calibrated
@@ -82,14 +84,29 @@ def plans(table: Table, count: int) -> list[Plan]:
     return list(dict.fromkeys(plan_of(table, way) for way in ways))[:count]
 
 
-def measure(name: str, count: int, seconds: float, given: Profile | None = None) -> dict[str, Any]:
+class Prepared(NamedTuple):
+    """A network with a batch, and its graphs: as it is, and with its loss."""
+
+    model: nn.Module
+    x: Tensor
+    target: Tensor
+    loss: Loss
+    traced: Graph
+    graph: Graph
+
+
+def prepared(name: str) -> Prepared:
     options, shape = CASES[name]
     model, x = build(name, **options), torch.randn(shape)
     traced = rowtune.trace(model, (x,))
     output = traced.values[traced.outputs[0]]
     loss = parse(default_name(output.shape, shape))
     target = synthetic_target(loss, output.shape, torch.float32, 1)
-    graph = with_loss(traced, loss)
+    return Prepared(model, x, target, loss, traced, with_loss(traced, loss))
+
+
+def measure(name: str, count: int, seconds: float, given: Profile | None = None) -> dict[str, Any]:
+    model, x, target, loss, traced, graph = prepared(name)
     table = Table(graph)
     start = time.perf_counter()
     table.add(first(table), within(30.0))
@@ -117,7 +134,7 @@ def measure(name: str, count: int, seconds: float, given: Profile | None = None)
     ranks = [np.argsort(np.argsort(column)) for column in (real, ours)]
     return {
         "network": name,
-        "shape": list(shape),
+        "shape": list(x.shape),
         "plans": len(rows),
         "recording_seconds": recorded,
         "calibration_seconds": timed,

@@ -10,12 +10,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from rowtune.torch_private import FakeTensor, fake_mode_is_on, without_modes
+
+T = TypeVar("T")
 
 
 class Tracing(Protocol):
@@ -41,13 +43,18 @@ STANDS_FOR: ContextVar[str] = ContextVar("STANDS_FOR", default="meta")
 
 
 @contextlib.contextmanager
-def standing_for(device: str) -> Iterator[None]:
-    """Kernels are those of this kind of device meanwhile ("meta": of none)."""
-    token = STANDS_FOR.set(device)
+def during(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """A context variable has this value meanwhile."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        STANDS_FOR.reset(token)
+        variable.reset(token)
+
+
+def standing_for(device: str) -> contextlib.AbstractContextManager[None]:
+    """Kernels are those of this kind of device meanwhile ("meta": of none)."""
+    return during(STANDS_FOR, device)
 
 
 def device_of(t: Tensor) -> torch.device:

@@ -95,10 +95,13 @@ class Use(NamedTuple):
 
 
 @cache
-def writes(op: OpOverload) -> bool:
-    """Whether an operator writes to an argument."""
-    found = (argument.alias_info for argument in op._schema.arguments)
-    return any(alias is not None and alias.is_write for alias in found)
+def written_arguments(op: OpOverload) -> tuple[Any, ...]:
+    """Positions and names of the arguments that an operator writes to."""
+    found: list[Any] = []
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [i, argument.name]
+    return tuple(found)
 
 
 @dataclass(frozen=True)

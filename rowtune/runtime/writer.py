@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from rowtune.runtime.blank import Answers
-from rowtune.runtime.recording import At, Buffer, Call, Recording, Role, Turn, Use, View, Way, writes
+from rowtune.runtime.recording import (
+    At,
+    Buffer,
+    Call,
+    Recording,
+    Role,
+    Turn,
+    Use,
+    View,
+    Way,
+    written_arguments,
+)
 from rowtune.torch_private import TorchDispatchMode, key_of
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -141,7 +152,8 @@ class Counted(Lives):  # type: ignore[no-untyped-call]
         if not func.is_view or asked is not None:
             reads = tuple(self._numbers((*args, *kwargs.values()) if kwargs else args))
             made = tuple(self._numbers((out,)))
-            self.uses.append(Use(self.calls - 1, reads, made, writes(func), asked, self.times))
+            writes = bool(written_arguments(func))
+            self.uses.append(Use(self.calls - 1, reads, made, writes, asked, self.times))
         return out
 
 

@@ -167,5 +167,5 @@ def together(work: Workload) -> Workload:
     if not ranks.several() or not has_statistics(work.traced):
         return work
     share_statistics(work.module)
-    graph = plain_graph(work.module, work.problem.inputs)
+    graph = replace(plain_graph(work.module, work.problem.inputs), device=work.graph.device)
     return replace(work, traced=graph, graph=with_loss(graph, work.loss))

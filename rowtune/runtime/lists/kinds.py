@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from rowtune.kernels.constants import TRACING
+from rowtune.kernels.constants import TRACING, during
 from rowtune.plan.lower import uncollected
 from rowtune.runtime.gradients import Gradients
 from rowtune.runtime.lists.alike import NotAlike
@@ -193,7 +193,7 @@ def _traced(
         if casts:
             stack.enter_context(FakeTensorMode())
         stack.enter_context(saved_tensors_hooks(_itself, _itself))  # a checkpoint around counts what is saved
-        stack.enter_context(_tracing(tracer))
+        stack.enter_context(during(TRACING, tracer))
         stack.enter_context(uncollected())
         given = _stand_ins(tensors, blank)
         run = begin.run(given, True)
@@ -269,12 +269,3 @@ def _stand_ins(tensors: Mapping[str, Tensor], blank: torch.device) -> dict[str, 
             raise NotListed("one memory is looked at in two types")
         found[name] = memory[key].as_strided(t.shape, t.stride(), t.storage_offset()).detach()
     return found
-
-
-@contextlib.contextmanager
-def _tracing(tracer: Tracer) -> Iterator[None]:
-    token = TRACING.set(tracer)
-    try:
-        yield
-    finally:
-        TRACING.reset(token)

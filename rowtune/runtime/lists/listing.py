@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowtune.runtime.recording import At, Call, View
+from rowtune.runtime.recording import At, Call, View, written_arguments
 from rowtune.torch_private import OpOverload
 
 
@@ -61,7 +61,7 @@ def swapped(argument: Any, kind: type, other: Callable[[Any], Any]) -> Any:
 
 def written(call: Call) -> Iterator[int]:
     """The views that a call writes to."""
-    for where in _written(call.op):
+    for where in written_arguments(call.op):
         at = call.args[where] if isinstance(where, int) and where < len(call.args) else call.kwargs.get(where)
         if isinstance(at, At):
             yield at.view
@@ -70,19 +70,9 @@ def written(call: Call) -> Iterator[int]:
 
 
 @cache
-def _written(op: OpOverload) -> tuple[Any, ...]:
-    """Positions and names of the arguments that an operator writes to."""
-    found: list[Any] = []
-    for i, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += [i, argument.name]
-    return tuple(found)
-
-
-@cache
 def is_pure(op: OpOverload) -> bool:
     """Whether an operator does nothing but return tensors, the same ones for the same arguments."""
-    return not _written(op) and torch.Tag.nondeterministic_seeded not in op.tags
+    return not written_arguments(op) and torch.Tag.nondeterministic_seeded not in op.tags
 
 
 def check(listing: Listing) -> Listing:
