@@ -34,6 +34,9 @@ from typing import Any
 CHUNK = 100
 """Files to a process: what ends the process itself costs no more than the rest of its chunk's time."""
 SECONDS, BYTES = 30, 6 << 30
+"""Of the processor, for a command on one file (a busy machine is no hang), and of memory."""
+BY_THE_CLOCK = 20
+"""As many times the seconds pass by the clock at most: what sleeps hangs as well."""
 DOCUMENTED = {0, 2, 3, 4, 5, 6}
 NETWORK = """
 from torch import nn
@@ -291,17 +294,27 @@ def _called(words: list[str], seconds: float) -> tuple[str, int, str]:
 
     from rowtune.cli.app import app
 
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise Late("".join(traceback.format_stack(frame)[-6:]))
+    rang = []
 
+    def ring(number: int, frame: FrameType | None) -> None:
+        rang.append("".join(traceback.format_stack(frame)[-6:]))
+        raise Late
+
+    signal.signal(signal.SIGPROF, ring)
     signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again after a second: raised in a destructor, the first one is only printed.
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+    signal.setitimer(signal.ITIMER_REAL, BY_THE_CLOCK * seconds, 1)
+    result: Any = None
     try:
         result = CliRunner().invoke(app, words)
-    except Late as late:
-        return "hang", -1, str(late)
+    except Late:
+        pass
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if rang:
+        return "hang", -1, rang[0]
     said, error = result.stderr, result.exception
     lines = [line for line in said.splitlines() if line.startswith("rowtune: ")]
     if "Traceback" in said or (error is not None and not isinstance(error, SystemExit)):
