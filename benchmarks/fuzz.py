@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -384,19 +385,25 @@ def main() -> None:
         kind, _, seed = given.only.partition(":")
         print(folder, tried(folder, kind, int(seed)))
         return
-    for kind, count in (("plan", given.plans), ("model", given.models)):
-        began, kinds, codes = time.monotonic(), Counter[str](), Counter[int]()
-        for verdict in verdicts(folder, kind, range(given.first, given.first + count)):
-            kinds[verdict.kind] += 1
-            codes[verdict.code] += 1
-            if sum(kinds.values()) % 500 == 0:
-                print(f"... {verdict.name}: {dict(kinds)}", flush=True)
-            if verdict.kind != "fine":
-                print(verdict.name, verdict.kind, verdict.code, verdict.said[-1500:], flush=True)
-        seconds = time.monotonic() - began
-        print(
-            f"{kind}s: {dict(kinds)}, exit codes {dict(sorted(codes.items()))}, {seconds:.0f} s", flush=True
-        )
+    try:
+        for kind, count in (("plan", given.plans), ("model", given.models)):
+            told(folder, kind, range(given.first, given.first + count))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def told(folder: Path, kind: str, seeds: range) -> None:
+    """What each of these files did, where it was not fine, and their sums."""
+    began, kinds, codes = time.monotonic(), Counter[str](), Counter[int]()
+    for verdict in verdicts(folder, kind, seeds):
+        kinds[verdict.kind] += 1
+        codes[verdict.code] += 1
+        if sum(kinds.values()) % 500 == 0:
+            print(f"... {verdict.name}: {dict(kinds)}", flush=True)
+        if verdict.kind != "fine":
+            print(verdict.name, verdict.kind, verdict.code, verdict.said[-1500:], flush=True)
+    seconds = time.monotonic() - began
+    print(f"{kind}s: {dict(kinds)}, exit codes {dict(sorted(codes.items()))}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
