@@ -1,6 +1,6 @@
-"""nnU-Net's own networks and its own trainer by plans, where these packages are installed.
+"""nnU-Net's own networks and its own trainer by plans, and MONAI's, where these packages are installed.
 
-pip install dynamic-network-architectures nnunetv2 (timm and torchvision come with them)
+pip install nnunetv2 monai (dynamic-network-architectures, timm and torchvision come with the first)
 """
 
 from __future__ import annotations
@@ -61,6 +61,29 @@ def test_their_networks_with_deep_supervision(kind: str, rank: int, policy: str)
     module.decoder.deep_supervision = False  # as nnU-Net does to validate and to predict
     with torch.no_grad():
         assert torch.equal(module(x), model(x)) or torch.allclose(module(x), model(x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_dynunet_of_monai_with_deep_supervision(inside: bool) -> None:
+    """It hands its heads on through a list, and out stacked: rows lie along another axis than the input's.
+    `inside`: the loss is computed in bands."""
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    torch.manual_seed(0)
+    model = nets.DynUNet(
+        spatial_dims=3, in_channels=1, out_channels=2, kernel_size=[3] * 4, strides=[1, 2, 2, 2],
+        upsample_kernel_size=[2] * 3, filters=[4, 6, 8, 8], deep_supervision=True, deep_supr_num=2,
+    ).double()  # fmt: skip
+    x = torch.randn(1, 1, 32, 16, 16, dtype=torch.float64, requires_grad=True)
+    graph = rowtune.trace(model, (x,))
+    module = rowtune.apply(model, rowtune.uniform_plan(graph, "rows", 8), "mse" if inside else None)
+    target = torch.randn_like(model(x))
+
+    def loss(outputs: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, target)
+
+    plain = step(model, lambda: loss(model(x)), {"x": x})
+    ours = step(model, lambda: module(x, targets=target) if inside else loss(module(x)), {"x": x})
+    assert error(ours, plain) < TOLERANCE
 
 
 @pytest.fixture
