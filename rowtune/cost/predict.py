@@ -14,7 +14,7 @@ import torch
 
 from rowtune.cost.compose import Peak, compose
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import GIVEN, Seen, Step
+from rowtune.cost.seen import GIVEN, RecordedStep, Seen
 from rowtune.cost.state import state_bytes
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan
@@ -69,7 +69,7 @@ def composed(
     plan: Plan,
     optimizer: torch.optim.Optimizer | int | None = None,
     engine: Engine = "listed",
-) -> tuple[Step, Peak]:
+) -> tuple[RecordedStep, Peak]:
     """A step's segments, and what is alive while they run."""
     step = seen(graph, engine).step(graph, plan)
     return step, alive(graph, step, optimizer)
@@ -77,7 +77,7 @@ def composed(
 
 def alive(
     graph: Graph,
-    step: Step,
+    step: RecordedStep,
     optimizer: torch.optim.Optimizer | int | None = None,
     held: frozenset[int] = frozenset(),
 ) -> Peak:

@@ -28,7 +28,7 @@ from rowtune.runtime.writer import Counted
 GIVEN = ("input", "target", "norms")
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """A training step: its segments, linked, and the names of the memory that they share."""
 
     segments: list[Linked]
@@ -115,7 +115,7 @@ class Seen:
         self._digests: dict[int, tuple[object, str]] = {}
         self._alike: dict[str, Alike] = {}
 
-    def step(self, graph: Graph, plan: Plan) -> Step:
+    def step(self, graph: Graph, plan: Plan) -> RecordedStep:
         while True:
             program = lower(graph, plan, self._schedule, self.lowered)
             try:
@@ -224,7 +224,7 @@ class _Linker:
         self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
         self.gradients: dict[str, _At] = {}
 
-    def step(self) -> Step:
+    def step(self) -> RecordedStep:
         segments = self.program.segments
         digests = [self.seen.digest(s) for s in segments]
         shared = _shared(self.graph, segments)
@@ -235,7 +235,7 @@ class _Linker:
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
         blocks = {name: at.block for name, at in self.values.items() if at.block is not None}
-        return Step(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
+        return RecordedStep(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
 
     def _given(self, value: Value) -> _At:
         found, block = _dense(value), self._block(value.name)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rowtune.cost.leaving import Leaving
 from rowtune.cost.predict import alive, composed, seen
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import Step
+from rowtune.cost.seen import RecordedStep
 from rowtune.errors import RowtuneError
 from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
@@ -247,7 +247,7 @@ class Table:
             sum(s.footprint.host_bytes for s in step.segments[own]),
         )  # fmt: skip
 
-    def _named(self, step: Step, cut: int) -> dict[str, int]:
+    def _named(self, step: RecordedStep, cut: int) -> dict[str, int]:
         """The memory of tensors that cross a cut, each by the name of the first that lies in it."""
         found: dict[int, str] = {}
         for name in self.crossers(cut):

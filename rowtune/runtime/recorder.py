@@ -16,7 +16,7 @@ from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recording import Recording, Role, check
-from rowtune.runtime.segments import Engine, Step, run_segment
+from rowtune.runtime.segments import Engine, StepRun, run_segment
 from rowtune.runtime.writer import Recorder
 from rowtune.torch_private import storage_of
 
@@ -72,7 +72,8 @@ class _Step:
         env: dict[str, Any] = dict(self.given)
         inputs = self.graph.inputs
         env |= zip(inputs, arranged((env[n] for n in inputs), self.program.plan.layout), strict=True)
-        step = Step(self.program, lists=self.lists, outside=frozenset(map(storage_of, self.given.values())))
+        outside = frozenset(map(storage_of, self.given.values()))
+        step = StepRun(self.program, lists=self.lists, outside=outside)
         with self.cast:
             for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
                 self.recorder.place = (i, "forward")

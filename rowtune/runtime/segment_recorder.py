@@ -27,7 +27,7 @@ from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, let_go_of_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
-from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.segments import StepRun, run_segment
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.writer import Counted, Lives, Recorder
 from rowtune.torch_private import storage_of
@@ -80,7 +80,7 @@ class SegmentRun:
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
             outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
-            step = Step(one, outside=outside, host=host)
+            step = StepRun(one, outside=outside, host=host)
             with self.recorder, autocast(how.dtype, self.blank.type):
                 run_segment(step, one.segments[0], env)
             self.host_bytes = self.left_out.host_bytes

@@ -41,7 +41,7 @@ None for segments without rows."""
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRun:
     """One forward call of a program, and its backward.
 
     `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
@@ -67,7 +67,7 @@ class Step:
         return Keeping(STORES[store](self.host), self.outside)
 
 
-def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
+def run_segment(step: StepRun, segment: SegmentProgram, env: Env) -> None:
     """Add the segment's outputs to `env`."""
     keeping = step.keeping(segment)
     match segment.how:
@@ -82,7 +82,7 @@ def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
             _run_kept(step, segment, run, env, keeping)
 
 
-def _run_kept(step: Step, segment: SegmentProgram, run: Whole, env: Env, keeping: Keeping | None) -> None:
+def _run_kept(step: StepRun, segment: SegmentProgram, run: Whole, env: Env, keeping: Keeping | None) -> None:
     """Every node in order, values dropped after their last reader."""
     first_time = id(segment) not in step.earlier
     step.earlier[id(segment)] = None
@@ -106,7 +106,7 @@ def _run_kept(step: Step, segment: SegmentProgram, run: Whole, env: Env, keeping
     env |= {o: made[o] for o in segment.part.outputs}
 
 
-def _run_parts(step: Step, segment: SegmentProgram, run: Checkpoint, env: Env) -> Env:
+def _run_parts(step: StepRun, segment: SegmentProgram, run: Checkpoint, env: Env) -> Env:
     """The outputs of the parts, one after another."""
     made = {n: env[n] for n in (*segment.part.inputs, *segment.part.weights) if n in env}
     for part, dead in zip(run.parts, run.dead, strict=True):
@@ -116,7 +116,7 @@ def _run_parts(step: Step, segment: SegmentProgram, run: Checkpoint, env: Env) -
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_checkpoint(step: Step, segment: SegmentProgram, how: Checkpoint, env: Env) -> None:
+def _run_checkpoint(step: StepRun, segment: SegmentProgram, how: Checkpoint, env: Env) -> None:
     """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
@@ -132,7 +132,7 @@ def _run_checkpoint(step: Step, segment: SegmentProgram, how: Checkpoint, env: E
     env |= dict(zip(segment.part.outputs, outputs, strict=True))
 
 
-def _run_banded(step: Step, segment: SegmentProgram, env: Env, keeping: Keeping | None) -> None:
+def _run_banded(step: StepRun, segment: SegmentProgram, env: Env, keeping: Keeping | None) -> None:
     changed = {n: env[n] for n in changed_buffers(segment.part)}
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
@@ -163,7 +163,7 @@ class _Call:
 
     def __init__(
         self,
-        step: Step,
+        step: StepRun,
         segment: SegmentProgram,
         names: list[str],
         changed: Env,
