@@ -343,6 +343,15 @@ def test_gradients_are_not_all_there_at_once(name):
         assert costs[1].peak_bytes <= costs[0].peak_bytes
 
 
+def test_lists_make_gradients_that_are_let_go_of_at_once():
+    """They are no results that nobody reads: of a rows segment that is no single sweep all of backward was."""
+    made = case("per_pixel", shape=(1, 3, 256, 256))
+    nodes = [n.name for n in made.training.nodes]
+    rows = Segment(nodes[0], nodes[-2], "rows", 64, tapes="replay")
+    plan = Plan((rows, Segment(nodes[-1], nodes[-1])), step_in_backward=True)
+    assert made.memory(plan, "listed").error < 0.01
+
+
 def test_what_the_step_in_backward_is_not_for():
     made = case("edsr")
     plan = replace(uniform(made.training, "keep"), step_in_backward=True)

@@ -131,9 +131,16 @@ class SegmentRun:
         """The recording, with these gradients of its outputs and of inputs that later segments read too."""
         assert self.recorder.calls == self.forward, "a backward is recorded once"
         self.recorder.place = (0, "backward")
+        used: set[int] = set()
+
+        def use(weight: Tensor) -> None:
+            assert weight.grad is not None
+            used.add(self.recorder.buffer_of(weight.grad, "", "gradient"))
+            let_go_of_gradient(weight)
+
         for weight in self.weights.values() if self.how.step_in_backward else ():
             if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
+                weight.register_post_accumulate_grad_hook(use)  # type: ignore[no-untyped-call]
         with self.mode, standing_for(self.graph.device), uncollected():
             handed = self._hand_over(outer)
             roots = [self.tails[c.name].root for c in outer]
@@ -159,7 +166,7 @@ class SegmentRun:
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
             uses=tuple(counted.uses) if counted else (), work=work_of(counted.uses) if counted else (),
-            host=counted.host if counted else 0,
+            host=counted.host if counted else 0, used=frozenset(used),
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:
