@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from rowtune.errors import UsageError
 from rowtune.graph.graph import Graph
+from rowtune.runtime.recorder import Brought
 
 
 def state_bytes(graph: Graph, optimizer: torch.optim.Optimizer | int | None) -> int:
@@ -23,11 +24,25 @@ def state_bytes(graph: Graph, optimizer: torch.optim.Optimizer | int | None) -> 
     """
     if optimizer is None or isinstance(optimizer, int):
         return (optimizer or 0) * sum(v.bytes for v in graph.parameters() if v.requires_grad)
-    return _bytes(optimizer) if optimizer.state else _bytes(_stepped(optimizer))
+    made = optimizer if optimizer.state else _stepped(optimizer)
+    return sum(map(_bytes, made.state.values()))
 
 
-def _bytes(optimizer: torch.optim.Optimizer) -> int:
-    leaves = pytree.tree_leaves(list(optimizer.state.values()))
+def states(graph: Graph, optimizer: torch.optim.Optimizer | int | None) -> Brought:
+    """What it keeps for one parameter of each size.
+
+    Raises:
+        UsageError: as `state_bytes`.
+    """
+    if optimizer is None or isinstance(optimizer, int):
+        trained = [v for v in graph.parameters() if v.requires_grad]
+        return tuple({(v.shape, v.dtype): (optimizer or 0) * v.bytes for v in trained}.items())
+    made = optimizer if optimizer.state else _stepped(optimizer)
+    return tuple({(tuple(p.shape), p.dtype): _bytes(s) for p, s in made.state.items()}.items())
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    leaves = pytree.tree_leaves(state)
     return sum(t.untyped_storage().nbytes() for t in leaves if isinstance(t, Tensor))
 
 

@@ -13,7 +13,7 @@ from rowtune.cost.compose import Peak
 from rowtune.cost.predict import composed, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import Step
-from rowtune.cost.state import state_bytes
+from rowtune.cost.state import state_bytes, states
 from rowtune.errors import RowtuneError, UsageError
 from rowtune.graph.graph import Graph
 from rowtune.plan.file import PlanFile
@@ -131,7 +131,9 @@ def curve(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | Non
     if sum(linked.footprint.host for linked in step.segments) > MOST_CALLS:
         return _by_segment(peak, sum(linked.footprint.host for linked in step.segments))
     titles = [linked.title for linked in step.segments]
-    return _by_call(record(lower(graph, plan)), titles, state_bytes(graph, optimizer))
+    away = plan.optimizer_state == "host"
+    recording = record(lower(graph, plan), brought=states(graph, optimizer) if away else ())
+    return _by_call(recording, titles, 0 if away else state_bytes(graph, optimizer))
 
 
 def _by_call(recording: Recording, titles: list[str], state: int) -> Curve:

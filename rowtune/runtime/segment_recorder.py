@@ -25,7 +25,7 @@ from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import differs
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
-from rowtune.runtime.recorder import ROLES, let_go_of_gradient
+from rowtune.runtime.recorder import ROLES, Brought, use_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.stores.host import HostPool
@@ -36,10 +36,12 @@ NOTHING: Mapping[str, bool] = {}
 
 
 class How(NamedTuple):
-    """What of a plan holds for the whole step, and how its segments are recorded."""
+    """What of a plan holds for the whole step, and how its segments are recorded. `brought` is what the
+    optimizer brings to the device to use a gradient in backward."""
 
     dtype: Precision = "as given"
     step_in_backward: bool = False
+    brought: Brought = ()
 
 
 AS_GIVEN = How()
@@ -132,11 +134,13 @@ class SegmentRun:
         assert self.recorder.calls == self.forward, "a backward is recorded once"
         self.recorder.place = (0, "backward")
         used: set[int] = set()
+        brought = dict(self.how.brought)
 
         def use(weight: Tensor) -> None:
             assert weight.grad is not None
             used.add(self.recorder.buffer_of(weight.grad, "", "gradient"))
-            let_go_of_gradient(weight)
+            made = use_gradient(weight, brought)
+            used.update(() if made is None else [self.recorder.named(made, "the state of the optimizer")])
 
         for weight in self.weights.values() if self.how.step_in_backward else ():
             if weight.requires_grad:

@@ -21,10 +21,11 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers import source
 from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
-from rowtune.plan.plan import Plan
+from rowtune.plan.plan import Home, Plan
 from rowtune.problem import Problem, Source, TensorSpec
 from rowtune.runtime.in_backward import step_in_backward
 from rowtune.runtime.module import RowtuneModule
+from rowtune.runtime.optimizer_state import settle, step_from_host
 from rowtune.torch_private import pytree
 
 DEFAULT_OPTIMIZER = "sgd:lr=0.01,momentum=0.9"
@@ -234,8 +235,13 @@ def run_step(
     """One training step; the loss, detached."""
     optimizer.zero_grad(set_to_none=True)
     loss = run_backward(module, optimizer, inputs, target, scaler)
-    use_gradients(optimizer, scaler)
+    use_gradients(module, optimizer, scaler)
     return loss
+
+
+def state_home(module: nn.Module) -> Home:
+    """Where the module's plan has the optimizer's state."""
+    return module.plan.optimizer_state if isinstance(module, RowtuneModule) else "device"
 
 
 def run_backward(
@@ -247,22 +253,27 @@ def run_backward(
 ) -> Tensor:
     """Forward and backward, as a plan has them if `module` has one; the loss, detached. With a `scaler` it
     has: a single sweep makes gradients before there is a loss to be scaled."""
+    settle(optimizer, state_home(module))
     if scaler is not None:
         module.loss_scale = scaler.scale(torch.ones((), device=target.device))
     loss: Tensor = module(*inputs, targets=target)
     if scaler is not None:
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     elif isinstance(module, RowtuneModule) and module.plan.step_in_backward:
-        with step_in_backward(optimizer):
+        with step_in_backward(optimizer, module.plan.optimizer_state):
             loss.backward()  # type: ignore[no-untyped-call]
     else:
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
-def use_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+def use_gradients(
+    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> None:
     """The optimizer's step: on no gradients at all where backward used them."""
-    if scaler is None:
+    if state_home(module) == "host":
+        step_from_host(optimizer)
+    elif scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
