@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from training import plan_file, workload
 
 import rowtune
-from rowtune.errors import PlanError, UsageError
+from rowtune.errors import PlanError, RowtuneError, UsageError
+from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan, Segment, Store
 from rowtune.plan.repeat import shortened
@@ -176,6 +178,7 @@ def test_fp16_is_trained_with_a_scaled_loss():
 def small(monkeypatch):
     """Tensors of these networks are small enough to stay where they are."""
     monkeypatch.setattr("rowtune.runtime.stores.keeping.LEAST_BYTES", 256)
+    monkeypatch.setattr("rowtune.plan.waiting.LEAST_BYTES", 256)
 
 
 def stored(plan: Plan, store: Store, **whole: Any) -> Plan:
@@ -353,6 +356,42 @@ def test_lists_make_gradients_that_are_let_go_of_at_once():
     assert made.memory(plan, "listed").error < 0.01
 
 
+# -- gradients that wait on the host -----------------------------------------------------------------------
+
+SKIPS = ["unet_bn", "unet3d", "resnet50", "edsr"]
+
+
+def one_by_one(graph: Graph, policy: str) -> Plan:
+    """A segment for each stretch between legal cuts, so that skips cross many."""
+    plan = uniform(graph, "keep")
+    places = [0, *(p for p in range(1, len(graph.nodes)) if legal_cut(graph, p)), len(graph.nodes)]
+    names = [(graph.nodes[a].name, graph.nodes[b - 1].name) for a, b in pairwise(places)]
+    return replace(plan, segments=tuple(Segment(a, b, policy) for a, b in names))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SKIPS)
+@pytest.mark.parametrize("policy", ["keep", "checkpoint"])
+def test_gradients_of_skips_wait_on_the_host(name, policy, small):
+    made = case(name)
+    plan = one_by_one(made.training, policy)
+    waits = replace(plan, waiting_gradients="host")
+    assert made.error(waits) < TOLERANCE
+    memory = made.memory(waits)
+    assert memory.error < 0.01
+    before, after = (rowtune.predict(made.training, p, 1) for p in (plan, waits))
+    assert after.peak_bytes <= before.peak_bytes and after.host_bytes > 0
+    module = made.apply(waits)
+    made.step(module)
+    assert 0 < module.host.peak_bytes <= after.host_bytes and module.host.bytes == 0
+
+
+def test_second_derivatives_would_miss_what_waits(small):
+    made = case("edsr")
+    module = made.apply(replace(one_by_one(made.training, "keep"), waiting_gradients="host"))
+    with pytest.raises(RowtuneError, match="second derivatives are not supported by a plan with waiting_"):
+        torch.autograd.grad(module(made.x, targets=made.target), [*made.net.parameters()], create_graph=True)
+
+
 # -- the optimizer's state on the host ---------------------------------------------------------------------
 
 
@@ -462,7 +501,8 @@ def test_combinations(name, data, small):
     layout = data.draw(st.sampled_from(["contiguous", "channels_last"]))
     dtype = data.draw(st.sampled_from(["as given", "bf16"]))
     whole: dict[str, Any] = {"layout": layout, "dtype": dtype, "step_in_backward": data.draw(st.booleans())}
-    plan = replace(plan, **whole, optimizer_state=data.draw(st.sampled_from(["device", "host"])))
+    homes = st.sampled_from(["device", "host"])
+    plan = replace(plan, **whole, optimizer_state=data.draw(homes), waiting_gradients=data.draw(homes))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert made.error(plan) < TOLERANCE
     assert made.memory(plan).error < 0.01
@@ -489,6 +529,7 @@ REFUSED = [
     ({"step_in_backward": 1}, "step_in_backward is true or false, not 1"),
     ({"step_in_backward": True, "dtype": "fp16"}, "does not go with dtype fp16: loss scaling looks at all"),
     ({"max_grad_error": True}, "max_grad_error is a number"),
+    ({"waiting_gradients": True}, "waiting_gradients is one of device, host, not True"),
     ({"optimizer_state": "disk"}, "optimizer_state is one of device, host"),
     ({"optimizer_state": "host", "dtype": "fp16"}, "optimizer_state host does not go with dtype fp16"),
 ]

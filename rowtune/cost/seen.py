@@ -140,6 +140,9 @@ class Seen:
 
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
+        if segment.leaves or segment.returns:
+            bare = replace(segment, leaves=(), returns=())
+            return digest([self.digest(bare), segment.leaves, segment.returns])
         if segment.inner:
             how = segment.decision.policy, segment.decision.store
             return digest([how, _finishes(segment), *map(self.digest, segment.inner)])
@@ -152,8 +155,8 @@ class Seen:
         run = segment.banded
         found = self._digests.get(id(run.pieces))
         if found is None or found[0] is not run.pieces:
-            bare = replace(run, spared=frozenset(), unread=frozenset())
-            steps = steps_of(replace(segment, banded=bare, finishes=()))
+            banded = replace(run, spared=frozenset(), unread=frozenset())
+            steps = steps_of(replace(segment, banded=banded, finishes=()))
             found = self._digests[id(run.pieces)] = run.pieces, digest(steps)
         return digest(
             [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]

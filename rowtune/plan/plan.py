@@ -92,6 +92,8 @@ class Plan:
     optimizer_state
             where it stays between updates. host: each parameter's is brought to the device for its own
             update and put back (rowtune.step_from_host; step_in_backward likewise, a parameter at a time)
+    waiting_gradients
+            where gradients of what skips over segments are until backward comes to its maker
     max_grad_error
             of gradients, relative, that stores which round may cost; 0: none of them is allowed
     """
@@ -102,6 +104,7 @@ class Plan:
     dtype: Precision = "as given"
     step_in_backward: bool = False
     optimizer_state: Home = "device"
+    waiting_gradients: Home = "device"
     max_grad_error: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def checked(plan: Any) -> Plan:
     """The plan, if a file could hold it: PlanError names the first value out of range."""
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
-    _check_choices(plan, {"layout": Layout, "dtype": Precision, "optimizer_state": Home})
+    _check_choices(plan, WHOLE)
     if type(plan.axis) is not int or plan.axis < 2:
         raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
     if type(plan.step_in_backward) is not bool:
@@ -161,6 +164,9 @@ def checked(plan: Any) -> Plan:
                 "the plan allows no error of gradients; give it max_grad_error, or take store host"
             )
     return plan
+
+
+WHOLE = {"layout": Layout, "dtype": Precision, "optimizer_state": Home, "waiting_gradients": Home}
 
 
 def _leaves(segment: Segment) -> list[Segment]:

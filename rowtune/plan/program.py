@@ -142,7 +142,8 @@ class SegmentProgram:
     `drops[i]` names the values that nothing reads after node i (keep and checkpoint). `banded` tells how the
     bands of a rows segment run. `inner` are the rows segments between the barriers of a segment that is
     computed again as a whole, `dead` what is not read after each; `passes` streams it several times. At the
-    end of its backward it `finishes` gradients of statistics that it reads.
+    end of its backward it `finishes` gradients of statistics that it reads. Gradients of what it reads from
+    further away are in `leaves`: they wait on the host; of what it makes so many come back as `returns` say.
     """
 
     decision: Segment
@@ -153,6 +154,8 @@ class SegmentProgram:
     dead: tuple[tuple[str, ...], ...] = ()
     passes: Passes | None = None
     finishes: tuple[Finish, ...] = ()
+    leaves: tuple[str, ...] = ()
+    returns: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ class Program:
 
 def steps_of(segment: SegmentProgram, called: Callable[[str], str] = str) -> Any:
     """All that decides what a segment runs and keeps, with values `called` by other names."""
-    return segment.decision.store, segment.decision.cheap, _steps_of(segment, called)
+    waits = [*map(called, segment.leaves)], [(called(n), many) for n, many in segment.returns]
+    return segment.decision.store, segment.decision.cheap, waits, _steps_of(segment, called)
 
 
 def _steps_of(segment: SegmentProgram, called: Callable[[str], str]) -> Any:

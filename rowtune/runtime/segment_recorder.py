@@ -29,6 +29,7 @@ from rowtune.runtime.recorder import ROLES, Brought, use_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
 from rowtune.runtime.segments import Step, run_segment
 from rowtune.runtime.stores.host import HostPool
+from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Counted, Lives, Recorder
 from rowtune.torch_private import storage_of
 
@@ -82,11 +83,17 @@ class SegmentRun:
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
             outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
-            step = Step(one, outside=outside, host=host)
+            skips = Skips(HostPool())
+            step = Step(one, outside=outside, host=host, skips=skips)
             with self.recorder, autocast(how.dtype, self.blank.type):
                 run_segment(step, one.segments[0], env)
-            self.host_bytes = self.left_out.host_bytes
-            del step
+            waits = sum(_bytes(env[n]) for n in segment.leaves if env[n].requires_grad)
+            self.host_bytes = self.left_out.host_bytes + waits
+            self.returning = [n for n, _ in segment.returns if env[n].requires_grad]
+            for name, many in segment.returns:  # what others put there
+                for _ in range(many):
+                    skips.put(name, torch.empty_like(env[name]))
+            del step, skips
             self.forward = self.recorder.calls
             self.outputs = tuple(self._crossing(n, n, env[n]) for n in segment.part.outputs)
             for name, tensor in env.items():
@@ -147,7 +154,7 @@ class SegmentRun:
                 weight.register_post_accumulate_grad_hook(use)  # type: ignore[no-untyped-call]
         with self.mode, standing_for(self.graph.device), uncollected():
             handed = self._hand_over(outer)
-            roots = [self.tails[c.name].root for c in outer]
+            roots = [self.tails[n].root for n in dict.fromkeys([*(c.name for c in outer), *self.returning])]
             ones = [torch.ones(()) for _ in roots]
             with self.recorder:
                 self.tails.clear()
@@ -188,6 +195,10 @@ class SegmentRun:
             memory[crossing.memory] = torch.empty(crossing.bytes, dtype=torch.uint8, device=self.blank)
         typed = memory[crossing.memory].view(crossing.dtype)
         return typed.as_strided(crossing.shape, crossing.stride, crossing.offset).detach()
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.itemsize
 
 
 def _gradient(name: str) -> str:
@@ -232,5 +243,5 @@ class _HandOver(torch.autograd.Function):
         return torch.zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.box.pop()
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor | None]:
+        return None, ctx.box.pop() if ctx.box else None
