@@ -65,7 +65,8 @@ Savers = Annotated[
         "--savers",
         metavar="NAMES",
         help="What plans may use: rows, checkpoint, turns, images, recompute, channels_last (these by "
-        "default), offload, bf16, step_in_backward; or changes to the default, as in +offload,-turns.",
+        "default), offload, offload_gradients, offload_state, step_in_backward (these where nothing fits "
+        "without), bf16; or changes to the default, as in +offload,-turns.",
     ),
 ]
 MaxGradError = Annotated[
@@ -82,7 +83,7 @@ HostBudget = Annotated[
     typer.Option(
         "--host-budget",
         metavar="SIZE",
-        help="What plans may keep in the host's memory meanwhile (offload); half of what is free by default.",
+        help="What plans may keep in the host's memory (savers offload...); half of what is free by default.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]

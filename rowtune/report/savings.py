@@ -62,6 +62,8 @@ WITHOUT: dict[str, Without] = {
     "offload": _each(lambda s: replace(s, store="device") if s.store == "host" else s),
     "rounding": _each(lambda s: replace(s, store="device") if s.store in LOSSY else s),
     "bf16": lambda plan: replace(plan, dtype="as given"),
+    "offload_gradients": lambda plan: replace(plan, waiting_gradients="device"),
+    "offload_state": lambda plan: replace(plan, optimizer_state="device"),
     "step_in_backward": lambda plan: replace(plan, step_in_backward=False),
 }
 """By name: the same plan without it. (`channels_last` is for time.)"""

@@ -19,16 +19,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, offloaded, rounded
+from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, offloaded, rounded, shelved
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
+from rowtune.cost.state import state_bytes, states
 from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import LOSSY, Plan
+from rowtune.plan.plan import LOSSY, Home, Plan
 from rowtune.runtime.blank import Signature
+from rowtune.runtime.recorder import Brought
 from rowtune.tune.savers import DEFAULT, of_segments
 from rowtune.tune.task import Situation
 
@@ -51,6 +53,9 @@ POLICIES = ("any", "keep", "checkpoint", "rows")
 MARGINS = ("1", "0.97", "0.93", "0.88", "0.8")
 """The share of the memory that the programme is told of."""
 BANDS = {"any": (0, 1 << 40), "low": (0, 12), "middle": (12, 48), "high": (48, 1 << 40)}
+
+HOMES = ("host", "device")
+"""Of the optimizer's state, where it may be on the host."""
 
 LEAST, MOST, STEPS = 4.0, 45.0, 80.0
 """Planning takes as long as so many plain steps, and so many seconds at least and at most."""
@@ -104,7 +109,14 @@ class ProgrammeSpace:
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error, host_bytes=host_bytes)
+        if "offload_gradients" in savers:
+            whole |= {"waiting_gradients": "host"}
+        self.home: Home = "host" if "offload_state" in savers else "device"
+        brought: Brought = ()
+        if self.home == "host":
+            whole |= {"optimizer_state": "host"}
+            brought, host_bytes = states(graph, slots), host_bytes - state_bytes(graph, slots)
+        self.table = Table(graph, 2, whole, max_grad_error, host_bytes, brought)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
@@ -124,6 +136,8 @@ class ProgrammeSpace:
             found.append(Knob("rounding", ("any", "none", *ROUNDING)))
         if "channels_last" in self.savers:
             found.append(Knob("layout", ("contiguous", "channels_last")))
+        if self.home == "host":
+            found.append(Knob("state", HOMES))
         return tuple(found)
 
     def guesses(self) -> list[dict[str, str]]:
@@ -132,6 +146,8 @@ class ProgrammeSpace:
         found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
         if "channels_last" in self.savers:
             found.insert(1, all_of | {"layout": "channels_last"})
+        if self.home == "host":
+            found.insert(1, all_of | {"state": "device"})
         if "rounding" in self.savers:  # whether its error is within bounds, only a measurement tells
             found[1:1] = [all_of | {"rounding": which} for which in (*ROUNDING, "none")]
         found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]
@@ -148,7 +164,8 @@ class ProgrammeSpace:
         found by halving.
         """
         most = min(float(values["margin"]) * self.most, 1 << 60)
-        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots), self._allowed(values)
+        home: Any = values.get("state", self.home)
+        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots, home), self._allowed(values)
         layout: Any = values.get("layout", "contiguous")
         best: Plan | None = None
         low, high = 0, limit
@@ -157,7 +174,7 @@ class ProgrammeSpace:
             if found is None:
                 low = limit
             else:
-                plan = replace(plan_of(self.table, found), layout=layout)
+                plan = replace(plan_of(self.table, found), layout=layout, optimizer_state=home)
                 over = composed(self.graph, plan, self.slots)[1].total - most
                 if over <= 0:
                     best, low = plan, limit
@@ -204,7 +221,7 @@ class ProgrammeSpace:
             box = max(box - self.table.spent.get(wanted, 0.0), AGAIN * box)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
-            offloaded(self.table) if "offload" in self.savers else (),
+            chain(offloaded(self.table), shelved(self.table)) if "offload" in self.savers else (),
             rounded(self.table) if "rounding" in self.savers else (),
         )
         coarse = chain(stores, first(self.table))
@@ -226,7 +243,8 @@ class ProgrammeSpace:
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
         """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
         options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit, until = now.most - fixed_bytes(self.graph, self.slots), within(min(MOST, 0.1 * now.left))
+        limit = now.most - fixed_bytes(self.graph, self.slots, self.home)
+        until = within(min(MOST, 0.1 * now.left))
         more = (key for key in coarse if of_segments(key[2]) <= self.savers)
         least, before = self.smallest(), math.inf
         while least.peak > limit and time.monotonic() < until:
@@ -249,7 +267,7 @@ class ProgrammeSpace:
         share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
         limits = [int(low * share**i) + 1 for i in range(FRONT)]
         if self.most < 1e300:
-            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots))
+            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots, self.home))
         found = [fastest(self.table, limit, self._may) for limit in limits]
         return [path for path in found if path is not None]
 
