@@ -48,7 +48,9 @@ LossName = Annotated[
 OptimizerName = Annotated[
     str,
     typer.Option(
-        "--optimizer", help="sgd, adam, adamw or rmsprop with options, as in sgd:lr=0.01,momentum=0.9."
+        "--optimizer",
+        help="sgd, adam, adamw, rmsprop, or torchao's adamw8bit, adamw4bit; with options, as in "
+        "sgd:lr=0.01,momentum=0.9.",
     ),
 ]
 DeviceProfile = Annotated[

@@ -10,12 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
-
 from rowtune.cost.compose import Peak, compose
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import GIVEN, Seen, Step
-from rowtune.cost.state import state_bytes, states
+from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Home, Plan
 from rowtune.runtime.recorder import Brought
@@ -40,7 +38,7 @@ class Cost:
 def predict(
     graph: Graph,
     plan: Plan,
-    optimizer: torch.optim.Optimizer | int | None = None,
+    optimizer: Stateful = None,
     profile: Profile | None = None,
     engine: Engine = "listed",
 ) -> Cost:
@@ -69,20 +67,22 @@ def predict(
 def composed(
     graph: Graph,
     plan: Plan,
-    optimizer: torch.optim.Optimizer | int | None = None,
+    optimizer: Stateful = None,
     engine: Engine = "listed",
 ) -> tuple[Step, Peak]:
     """A step's segments, and what is alive while they run."""
     away = plan.optimizer_state == "host"
-    brought = states(graph, optimizer) if away else ()
-    step = seen(graph, engine).step(graph, plan, brought)
+    meanwhile = brought(graph, optimizer, plan.optimizer_state)
+    step = seen(graph, engine).step(graph, plan, meanwhile)
     peak = alive(graph, step, None if away else optimizer)
-    return step, peak if plan.step_in_backward else _with_update(graph, peak, brought)
+    return step, peak if plan.step_in_backward else _with_update(graph, peak, meanwhile)
 
 
-def _with_update(graph: Graph, peak: Peak, brought: Brought) -> Peak:
-    """The optimizer's step after backward, when no activations are left: its state comes and goes."""
-    largest = max((size for _, size in brought), default=0)
+def _with_update(graph: Graph, peak: Peak, meanwhile: Brought) -> Peak:
+    """The optimizer's step after backward, when no activations are left: what it takes comes and goes."""
+    largest = max((size for _, size in meanwhile), default=0)
+    if not largest:
+        return peak
     batch = sum(v.bytes for v in graph.values.values() if v.kind in GIVEN)
     total, activations = peak.backward[0].after + largest, batch + largest
     at = peak.at if peak.total >= total else "the state of the optimizer, its step"
@@ -92,7 +92,7 @@ def _with_update(graph: Graph, peak: Peak, brought: Brought) -> Peak:
 def alive(
     graph: Graph,
     step: Step,
-    optimizer: torch.optim.Optimizer | int | None = None,
+    optimizer: Stateful = None,
     held: frozenset[int] = frozenset(),
 ) -> Peak:
     """What is alive while the step's segments run; see `compose`."""
@@ -102,7 +102,7 @@ def alive(
     return compose(step.segments, step.outer, batch, fixed, step.names, step.copies, held)
 
 
-def fixed_bytes(graph: Graph, optimizer: torch.optim.Optimizer | int | None, state: Home = "device") -> int:
+def fixed_bytes(graph: Graph, optimizer: Stateful, state: Home = "device") -> int:
     """What every plan takes: parameters, buffers, the batch, and the optimizer's state if it stays here."""
     here = sum(v.bytes for v in graph.values.values() if v.kind in (*_FIXED, *GIVEN))
     return here + (state_bytes(graph, optimizer) if state == "device" else 0)

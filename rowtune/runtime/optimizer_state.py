@@ -18,8 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from rowtune.errors import UsageError
 from rowtune.plan.plan import Home
-from rowtune.torch_private import pytree, without_modes
+from rowtune.torch_private import inner_tensors, pytree, without_modes
 
 Group = dict[str, Any]
 Held = dict[Tensor, dict[str, Tensor]]
@@ -79,7 +80,8 @@ def state_on_device(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         away = held.get(p, {})
         for name, value in state.items():
             if value is not away.get(name):
-                yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+                leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+                yield from (t for leaf in leaves for t in inner_tensors(leaf))
 
 
 def _moves(value: Any) -> bool:
@@ -100,6 +102,11 @@ def _bring(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
 def _put(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
     held, state = _HELD.setdefault(optimizer, {}).setdefault(p, {}), optimizer.state[p]
     for name, value in state.items():
+        if isinstance(value, Tensor) and len(inner_tensors(value)) > 1:
+            raise UsageError(
+                f"optimizer_state host moves tensors, and {type(optimizer).__name__} keeps a "
+                f"{type(value).__name__}, which is small already: take optimizer_state device"
+            )
         if not _moves(value) or value is held.get(name):
             continue
         with without_modes():

@@ -37,7 +37,8 @@ from rowtune.train.undo import Before, is_atomic
 from rowtune.tune.device import release, synchronize
 from rowtune.tune.measurement import first_line, out_of_memory
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.step import Batch, OptimizerSpec, Workload, run_backward, scaler_for, use_gradients
+from rowtune.tune.optimizers import OptimizerSpec
+from rowtune.tune.step import Batch, Workload, run_backward, scaler_for, use_gradients
 from rowtune.tune.verify import compare, outcome
 
 

@@ -96,8 +96,8 @@ def state_bytes(work: Workload, savers: frozenset[str] = frozenset()) -> int:
     trained = [p.numel() * p.itemsize for p in work.module.parameters() if p.requires_grad]
     fixed = sum(t.numel() * t.itemsize for t in (*work.module.parameters(), *work.module.buffers()))
     gradients = max(trained) if "step_in_backward" in savers else sum(trained)
-    slots = work.optimizer.slots * (max(trained) if "offload_state" in savers else sum(trained))
-    return fixed + gradients + slots
+    own = [work.optimizer.state(tuple(p.shape), p.dtype) for p in work.module.parameters() if p.requires_grad]
+    return fixed + gradients + (max(own) if "offload_state" in savers else sum(own))
 
 
 def check_state(work: Workload, limit: int, savers: frozenset[str]) -> None:
@@ -121,11 +121,15 @@ T = TypeVar("T")
 def with_last_resort(
     request: Request, found: Callable[[Request], T], note: Callable[[str], None] = lambda _: None
 ) -> T:
-    """What is found for a request; where no plan fits, with its last resort allowed. `note` is told.
+    """What is found for a request; where no plan fits, with its last resort allowed. `note` is told. (State
+    of few bits stays on the device.)
 
     Raises:
         InfeasibleError: no plan fits even then.
     """
+    if request.work.optimizer.low_bit:
+        stays = frozenset({"offload_state"})
+        request = replace(request, savers=request.savers - stays, resort=request.resort - stays)
     more = request.resort - request.savers
     try:
         return found(request)
@@ -213,7 +217,7 @@ def _space(request: Request, worker: Worker) -> ProgrammeSpace:
     device = work.problem.device
     return ProgrammeSpace(
         work.graph,
-        work.optimizer.slots,
+        work.optimizer,
         calibration(device, worker.calibrate),
         request.savers,
         request.max_grad_error,
@@ -301,7 +305,7 @@ def _plan_file(
     assert best.decisions is not None
     cpu = work.problem.device == "cpu"
     plan = Plan.from_dict(dict(best.decisions))
-    cost = predict(work.graph, plan, work.optimizer.slots, profile)
+    cost = predict(work.graph, plan, work.optimizer, profile)
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None

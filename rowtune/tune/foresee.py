@@ -44,7 +44,7 @@ def _foreseen(request: Request, profile: Profile) -> tuple[PlanFile, str]:
     check_state(work, limit, request.savers)
     space = ProgrammeSpace(
         work.graph,
-        work.optimizer.slots,
+        work.optimizer,
         lambda work, seconds: profile,
         request.savers,
         request.max_grad_error,

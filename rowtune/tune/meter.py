@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rowtune.runtime.optimizer_state import state_on_device
-from rowtune.torch_private import TorchDispatchMode, pytree, storage_of
+from rowtune.torch_private import TorchDispatchMode, inner_tensors, pytree, storage_of
 
 
 class Memory(NamedTuple):
@@ -80,6 +80,10 @@ class LiveMeter(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor) -> None:
+        for inner in inner_tensors(tensor):
+            self._see_one(inner)
+
+    def _see_one(self, tensor: Tensor) -> None:
         if tensor.device.type != self._device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()

@@ -23,14 +23,13 @@ from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, off
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
-from rowtune.cost.state import state_bytes, states
+from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import has_barriers
 from rowtune.plan.plan import LOSSY, Home, Plan
 from rowtune.runtime.blank import Signature
-from rowtune.runtime.recorder import Brought
 from rowtune.tune.savers import DEFAULT, of_segments
 from rowtune.tune.task import Situation
 
@@ -86,7 +85,7 @@ class ProgrammeSpace:
     """The programme's plans for a training graph (with its loss).
 
     Args:
-        slots: parameter-sized tensors that the optimizer keeps.
+        slots: what the optimizer keeps: so many parameter-sized tensors, say.
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
@@ -97,7 +96,7 @@ class ProgrammeSpace:
     def __init__(
         self,
         graph: Graph,
-        slots: int = 0,
+        slots: Stateful = 0,
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
@@ -112,11 +111,11 @@ class ProgrammeSpace:
         if "offload_gradients" in savers:
             whole |= {"waiting_gradients": "host"}
         self.home: Home = "host" if "offload_state" in savers else "device"
-        brought: Brought = ()
         if self.home == "host":
             whole |= {"optimizer_state": "host"}
-            brought, host_bytes = states(graph, slots), host_bytes - state_bytes(graph, slots)
-        self.table = Table(graph, 2, whole, max_grad_error, host_bytes, brought)
+            host_bytes -= state_bytes(graph, slots)
+        meanwhile = brought(graph, slots, self.home)
+        self.table = Table(graph, 2, whole, max_grad_error, host_bytes, meanwhile)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
