@@ -268,6 +268,22 @@ def test_measured_steps_correct_the_times():
         assert corrected == pytest.approx(factor * now, rel=0.15), plan
 
 
+def test_after_a_measurement_more_is_known_around_what_was_measured():
+    knobs = space("unet")
+    most = knobs.smallest().peak + fixed_bytes(graph("unet"), 1)
+    own, knobs.most = knobs.guesses()[0], most
+    plan = knobs.plan(own)
+    rows = {s.band_rows for s in plan.leaves() if s.policy == "rows"}
+    assert rows
+    before = set(knobs.table.known)
+    measured = replace(record(plan, 0.05), values=own, predicted_bytes=1)
+    knobs.box = 10.0
+    assert knobs.tell(Situation(most, None, (measured,), 1e9))
+    new = set(knobs.table.known) - before
+    near = {h for r in rows for h in (r // 2, r, 2 * r)}
+    assert any(s.policy == "rows" and s.band_rows in near for key in new for s in key[2])
+
+
 def test_a_space_prepares_itself_in_the_time_it_has():
     asked: list[float] = []
 

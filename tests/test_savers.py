@@ -22,6 +22,7 @@ from rowtune.errors import PlanError, RowtuneError, UsageError
 from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Plan, Segment, Store
+from rowtune.plan.program import Banded
 from rowtune.plan.repeat import shortened
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.layout import channels_last, has_channels_last, strides
@@ -206,7 +207,7 @@ def test_many_bands_that_are_like_others_are_counted_on_the_host(small):
     made = case("per_pixel", shape=(1, 3, 160, 4))
     plan = stored(rowtune.uniform_plan(made.training, "rows", 2, "cache"), "host")
     (segment,) = rowtune.lower(made.training, plan, shortened).segments
-    assert segment.banded is not None and segment.banded.repeat is not None
+    assert isinstance(segment.how, Banded) and segment.how.repeat is not None
     module = made.apply(plan)
     made.step(module)
     assert module.host.peak_bytes == rowtune.predict(made.training, plan).host_bytes

@@ -15,7 +15,7 @@ from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.program import Program, SegmentProgram, steps_of
+from rowtune.plan.program import Banded, Passes, Program, SegmentProgram, steps_of
 from rowtune.plan.repeat import shortened
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
@@ -141,22 +141,19 @@ class Seen:
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
         if segment.leaves or segment.returns:
-            bare = replace(segment, leaves=(), returns=())
-            return digest([self.digest(bare), segment.leaves, segment.returns])
-        if segment.inner:
-            how = segment.decision.policy, segment.decision.store
-            return digest([how, _finishes(segment), *map(self.digest, segment.inner)])
-        if segment.passes is not None:
-            passes = (*segment.passes.forward, *segment.passes.backward)
-            return digest([segment.decision.store, _finishes(segment), *map(self.digest, passes)])
-        if segment.banded is None:
+            here = replace(segment, leaves=(), returns=())
+            return digest([self.digest(here), segment.leaves, segment.returns])
+        run = segment.how
+        if segment.parts:
+            how = type(run).__name__, segment.decision.policy, segment.decision.store
+            return digest([how, _finishes(segment), *map(self.digest, segment.parts)])
+        if not isinstance(run, Banded):
             return digest(steps_of(segment))
         # Neighbours decide what is spared and finished; the bands are the same object all the while.
-        run = segment.banded
         found = self._digests.get(id(run.pieces))
         if found is None or found[0] is not run.pieces:
-            banded = replace(run, spared=frozenset(), unread=frozenset())
-            steps = steps_of(replace(segment, banded=banded, finishes=()))
+            bare = replace(run, spared=frozenset(), unread=frozenset())
+            steps = steps_of(replace(segment, how=bare, finishes=()))
             found = self._digests[id(run.pieces)] = run.pieces, digest(steps)
         return digest(
             [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]
@@ -193,9 +190,8 @@ class Seen:
 
 def _listed(segment: SegmentProgram) -> bool:
     """Whether the segment runs from lists: what lies in a store is got band by band, by its schedule."""
-    if segment.banded is not None and segment.banded.single_sweep:
-        return True
-    return (segment.banded is not None or segment.passes is not None) and segment.decision.store == "device"
+    by_rows = isinstance(segment.how, Banded | Passes) and segment.decision.store == "device"
+    return segment.single_sweep or by_rows
 
 
 class _Unlike(Exception):
@@ -212,12 +208,10 @@ def _unlike(segment: SegmentProgram, error: Exception) -> Exception:
 
 
 def _repeated(segment: SegmentProgram) -> Iterator[Segment]:
-    if segment.banded is not None and segment.banded.repeat is not None:
+    if isinstance(segment.how, Banded) and segment.how.repeat is not None:
         yield segment.decision
-    for inner in segment.inner:
-        yield from _repeated(inner)
-    for one in (*segment.passes.forward, *segment.passes.backward) if segment.passes else ():
-        yield from _repeated(one)
+    for part in segment.parts:
+        yield from _repeated(part)
 
 
 def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from rowtune.plan.finish import finished
 from rowtune.plan.narrow import divided
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.program import Banded, Checkpoint, Program, SegmentProgram, Whole
 from rowtune.plan.waiting import with_waits
 
 Lowered = dict[Any, list[SegmentProgram]]
@@ -157,9 +157,7 @@ def _segments(
         inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
     if decision.barriers == "store" or len(parts) == 1:
         return list(inner)
-    part = stretch(graph, start, stop)
-    inner = tuple(_twice(i) for i in inner)
-    return [SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))]
+    return [_checkpoint(graph, decision, stretch(graph, start, stop), tuple(map(_twice, inner)))]
 
 
 def _nested(
@@ -180,20 +178,26 @@ def _nested(
             )
     part = stretch(graph, start, stop)
     inner = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
-    inner = finished(graph, tuple(_twice(i) for i in inner))
-    return SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))
+    return _checkpoint(graph, decision, part, finished(graph, tuple(map(_twice, inner))))
+
+
+def _checkpoint(
+    graph: Graph, decision: Segment, part: Stretch, parts: tuple[SegmentProgram, ...]
+) -> SegmentProgram:
+    return SegmentProgram(decision, part, Checkpoint(parts, _dead_after(graph, parts, list(part.inputs))))
 
 
 def _streamed(
     graph: Graph, decision: Segment, start: int, stop: int, axis: int, scheduler: Scheduler
 ) -> SegmentProgram:
     part = stretch(graph, start, stop)
-    return SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, scheduler))
+    return SegmentProgram(decision, part, passes(graph, decision, part, axis, scheduler))
 
 
 def _twice(inner: SegmentProgram) -> SegmentProgram:
     """A part that runs again in backward computes no gradients in forward."""
-    return replace(inner, banded=replace(inner.banded, single_sweep=False)) if inner.banded else inner
+    how = inner.how
+    return replace(inner, how=replace(how, single_sweep=False)) if isinstance(how, Banded) else inner
 
 
 def _part(
@@ -208,12 +212,12 @@ def _part(
     if all(rule.dim is None and not reduces(rule) for rule in rules):  # nobody reads what has rows
         kept = Segment(decision.first, decision.last, "keep", store=decision.store)
         return _plain(graph, kept, part, scheduler)
-    return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
+    return SegmentProgram(decision, part, banded(graph, decision, part, bands, images, scheduler))
 
 
 def _nothing(decision: Segment, part: Stretch) -> SegmentProgram:
     """A segment of which nobody reads anything: a head that the loss leaves out."""
-    return SegmentProgram(Segment(decision.first, decision.last, "keep"), part)
+    return SegmentProgram(Segment(decision.first, decision.last, "keep"), part, Whole())
 
 
 def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler) -> SegmentProgram:
@@ -225,9 +229,12 @@ def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler)
         if not is_local(graph, part.start, part.stop, 0):
             raise PlanError(f"segment {decision.first}..{decision.last} mixes images; checkpoint it whole")
         images = banding(graph, 0)
-        return SegmentProgram(decision, part, banded=banded(graph, decision, part, images, images, scheduler))
+        return SegmentProgram(decision, part, banded(graph, decision, part, images, images, scheduler))
     part = restored(graph, part)
-    return SegmentProgram(decision, part, _drops(part))
+    if decision.policy == "keep":
+        return SegmentProgram(decision, part, Whole(_drops(part)))
+    kept = SegmentProgram(Segment(decision.first, decision.last, "keep"), part, Whole(_drops(part)))
+    return _checkpoint(graph, decision, part, (kept,))
 
 
 def _drops(part: Stretch) -> tuple[tuple[str, ...], ...]:

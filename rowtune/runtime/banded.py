@@ -19,7 +19,7 @@ from rowtune.graph.training import NORMS
 from rowtune.kernels.constants import TRACING
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
-from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Banded, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
@@ -58,9 +58,9 @@ class BandedRun:
         totals: Mapping[str, Tensor] | None = None,
         keeping: Keeping | None = None,
     ) -> None:
-        assert segment.banded is not None
+        assert isinstance(segment.how, Banded)
         self.keeping = keeping
-        self.graph, self.segment, self.program = graph, segment, segment.banded
+        self.graph, self.segment, self.program = graph, segment, segment.how
         self.wanted, self.first_time = wanted, first_time
         self.settled: frozenset[str] = frozenset()
         device = next(iter(tensors.values())).device

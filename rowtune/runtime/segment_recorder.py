@@ -20,7 +20,7 @@ from rowtune.graph.graph import Graph
 from rowtune.kernels.constants import standing_for
 from rowtune.plan.lower import uncollected
 from rowtune.plan.plan import Plan, Precision
-from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.program import Checkpoint, Program, SegmentProgram
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import differs
 from rowtune.runtime.left_out import LeftOut
@@ -209,8 +209,9 @@ def _model(segment: SegmentProgram) -> list[str]:
     """Parameters, buffers and constants that a segment reads, also by operators that were put back."""
     own = {node.name for node in segment.part.nodes}
     read = dict.fromkeys(n for node in segment.part.nodes for n in node.inputs if n not in own)
-    read |= dict.fromkeys(n for inner in segment.inner for n in _model(inner))
-    made = own | {*segment.part.inputs} | {o for inner in segment.inner for o in inner.part.outputs}
+    inside = segment.how.parts if isinstance(segment.how, Checkpoint) else ()
+    read |= dict.fromkeys(n for part in inside for n in _model(part))
+    made = own | {*segment.part.inputs} | {o for part in inside for o in part.part.outputs}
     return [n for n in dict.fromkeys([*segment.part.weights, *read]) if n not in made]
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Node, carried
 from rowtune.plan.plan import LOSSY
-from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.program import Banded, Checkpoint, Passes, Program, SegmentProgram, Whole
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.dropout import draws
 from rowtune.runtime.evaluate import run_whole
@@ -84,54 +84,53 @@ def run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
 
 def _run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
     keeping = step.keeping(segment)
-    again = segment.inner or segment.decision.policy == "checkpoint"
+    match segment.how:
+        case Banded() | Passes():
+            _run_banded(step, segment, env, keeping)
+        case Checkpoint() as run if torch.is_grad_enabled():
+            with saving(keeping):
+                _run_checkpoint(step, segment, run, env)
+        case Checkpoint() as run:
+            env |= _run_parts(step, segment, run, env)
+        case Whole() as run:
+            _run_kept(step, segment, run, env, keeping)
+
+
+def _run_kept(step: Step, segment: SegmentProgram, run: Whole, env: Env, keeping: Keeping | None) -> None:
+    """Every node in order, values dropped after their last reader."""
+    first_time = id(segment) not in step.earlier
+    step.earlier[id(segment)] = None
+    made: Env = {}
+
+    def lookup(name: str) -> Any:
+        return made[name] if name in made else env[name]
+
+    hooks: Keeping | Remaking | None = keeping
+    run_node: Callable[[Node, Callable[[str], Any]], Any]
+    run_node = partial(run_whole, seed=step.seed, first_time=first_time)
     if segment.decision.cheap == "recompute" and torch.is_grad_enabled():
-        remaking = Remaking(
-            not_kept(segment, env, step.seed), step.seed, keeping, segment.decision.store in LOSSY
-        )
-        with saving(remaking):
-            env |= _run_nodes(segment, env, {}, remaking.run)
-    elif segment.banded is not None or segment.passes is not None:
-        _run_banded(step, segment, env, keeping)
-    elif again and torch.is_grad_enabled():
-        with saving(keeping):
-            _run_checkpoint(step, segment, env)
-    else:
-        with saving(keeping):
-            env |= _run_inside(step, segment, env, {})
+        spared = not_kept(segment, env, step.seed)
+        hooks = remaking = Remaking(spared, step.seed, keeping, segment.decision.store in LOSSY)
+        run_node = remaking.run
+    with saving(hooks):
+        for node, drops in zip(segment.part.nodes, run.drops, strict=True):
+            made[node.name] = run_node(node, lookup)
+            for name in drops:
+                made.pop(name, None)
+    env |= {o: made[o] for o in segment.part.outputs}
 
 
-def _run_inside(step: Step, segment: SegmentProgram, env: Env, inputs: Env) -> Env:
-    """The outputs of a segment: those inside it one after another, or node by node."""
-    if not segment.inner:
-        first_time = id(segment) not in step.earlier
-        step.earlier[id(segment)] = None
-        return _run_nodes(segment, env, inputs, partial(run_whole, seed=step.seed, first_time=first_time))
-    made = {n: env[n] for n in (*segment.part.inputs, *segment.part.weights) if n in env} | inputs
-    for inner, dead in zip(segment.inner, segment.dead, strict=True):
-        run_segment(step, inner, made)
+def _run_parts(step: Step, segment: SegmentProgram, run: Checkpoint, env: Env) -> Env:
+    """The outputs of the parts, one after another."""
+    made = {n: env[n] for n in (*segment.part.inputs, *segment.part.weights) if n in env}
+    for part, dead in zip(run.parts, run.dead, strict=True):
+        run_segment(step, part, made)
         for name in dead:
             made.pop(name, None)
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_nodes(
-    segment: SegmentProgram, env: Env, inputs: Env, run: Callable[[Node, Callable[[str], Any]], Any]
-) -> Env:
-    """Every node in order, values dropped after their last reader."""
-    made: Env = dict(inputs)
-
-    def lookup(name: str) -> Any:
-        return made[name] if name in made else env[name]
-
-    for node, drops in zip(segment.part.nodes, segment.drops, strict=True):
-        made[node.name] = run(node, lookup)
-        for name in drops:
-            made.pop(name, None)
-    return {o: made[o] for o in segment.part.outputs}
-
-
-def _run_checkpoint(step: Step, segment: SegmentProgram, env: Env) -> None:
+def _run_checkpoint(step: Step, segment: SegmentProgram, how: Checkpoint, env: Env) -> None:
     """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
@@ -139,8 +138,7 @@ def _run_checkpoint(step: Step, segment: SegmentProgram, env: Env) -> None:
     step = replace(step, twice=True)
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
-        given = dict(zip(names, tensors, strict=True))
-        made = _run_inside(step, segment, weights, given)
+        made = _run_parts(step, segment, how, weights | dict(zip(names, tensors, strict=True)))
         return tuple(made[o] for o in segment.part.outputs)
 
     inputs = [env[n] for n in names]
@@ -153,7 +151,7 @@ def _run_banded(step: Step, segment: SegmentProgram, env: Env, keeping: Keeping 
     names = [n for n in (*segment.part.inputs, *segment.part.weights) if n not in changed]
     tensors = [env[n] for n in names]
     call = _Call(step, segment, names, changed, tensors[0].device, keeping)
-    if torch.is_grad_enabled() and not (segment.banded and segment.banded.single_sweep):
+    if torch.is_grad_enabled() and not segment.single_sweep:
         with saving(keeping):
             call.save(tensors)
     outputs = _BandedSegment.apply(call, *tensors)  # type: ignore[no-untyped-call]
@@ -195,21 +193,21 @@ class _Call:
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
         self.run: Traced | None = None
-        self.token = torch.zeros((), requires_grad=True)
+        self.token = torch.empty(0, requires_grad=True)
         self.saved: Tensor | None = None
         self.shelves: dict[str, Shelf] = {}
 
     def forward(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> dict[str, Tensor]:
         """`changed` are the buffers that effects write: no inputs of autograd's node, which would find them
         changed since."""
-        given, banded, key = self.detached(tensors), self.segment.banded, id(self.segment)
+        given, key = self.detached(tensors), id(self.segment)
         run = self.earlier.get(key)
         if run is not None:
             run.recall(given)
             outputs = run.again()
         else:
             run = self.begun(given, needs)
-            if banded and banded.single_sweep and any(needs):
+            if self.segment.single_sweep and any(needs):
                 outputs, self.stored = run.single_sweep(self.step.scale)
                 self.complete(self.stored, given, needs)
                 return outputs
@@ -232,12 +230,12 @@ class _Call:
 
         def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
             own = tensors.get(SEED, seed)
-            if segment.passes:
+            if isinstance(segment.how, Passes):
                 return PassesRun(graph, segment, tensors, wanted, own, first_time=first_time)
             return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
 
         nodes = segment.part.nodes
-        in_store = keeping is not None and not (segment.banded and segment.banded.single_sweep)
+        in_store = keeping is not None and not segment.single_sweep
         if step.lists is None or in_store or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
@@ -250,7 +248,7 @@ class _Call:
         """What a run may do."""
         if not needs:
             return (("forward",),)
-        if self.segment.banded and self.segment.banded.single_sweep:
+        if self.segment.single_sweep:
             return (("sweep",),)
         once = ("forward", "backward")
         return (once, ("forward", "again", "backward")) if self.step.twice else (once,)
@@ -258,7 +256,7 @@ class _Call:
     def carried(self, wanted: frozenset[str]) -> frozenset[str]:
         """What may have a gradient: not outputs whose gradients others finish."""
         found = carried(self.segment.part.nodes, wanted)
-        return found - self.segment.banded.spared if self.segment.banded else found
+        return found - self.segment.how.spared if isinstance(self.segment.how, Banded) else found
 
     def wanted(self, needs: tuple[bool, ...]) -> frozenset[str]:
         """What needs a gradient, of all that the segment reads."""

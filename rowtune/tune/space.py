@@ -62,6 +62,8 @@ FIRST, TIMES, LATER = 0.4, 0.25, 0.35
 """The shares of that: recording the first options, timing calls, recording those around the best paths."""
 AGAIN = 0.1
 """The share of it that a search takes at least which finds what others recorded."""
+LOOK = 0.05
+"""The share of it that is spent after each measurement on options around what now looks best."""
 FRONT = 8
 """Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
 TRIES, CLOSE = 8, 0.01
@@ -120,6 +122,7 @@ class ProgrammeSpace:
         self.profile = Profile()
         self.most = float("inf")
         self.prepared = False
+        self.box = 0.0
 
     @cached_property
     def knobs(self) -> tuple[Knob, ...]:
@@ -201,19 +204,22 @@ class ProgrammeSpace:
 
     # -- what is learnt ------------------------------------------------------------------------------------
 
-    def tell(self, now: Situation) -> None:
-        """Called before the first plan is asked for, and after each measurement."""
+    def tell(self, now: Situation) -> bool:
+        """Called before the first plan is asked for, and after each measurement. Whether there are more
+        options now."""
         self.most = now.most
-        if not self.prepared:
-            self.prepared = True
-            self._prepare(now)
-        else:
+        if self.prepared:
             self._correct(now)
+            return self._look_around(now)
+        self.prepared = True
+        self._prepare(now)
+        return True
 
     def _prepare(self, now: Situation) -> None:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box, begun = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left), time.monotonic()
+        self.box = box
         wanted = ",".join(sorted(self.savers))
         if self.tables is not None:
             self.tables.recall(self.table)
@@ -238,6 +244,20 @@ class ProgrammeSpace:
         if self.tables is not None:
             self.tables.remember(self.table)
         self._correct(now)
+
+    def _look_around(self, now: Situation) -> bool:
+        """Measurements move what looks best to where fewer options are known: record some around the plan
+        that was measured last, and around the best of all."""
+        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots)
+        asked = [r.values for r in now.records if r.ok and self._usable(r.values)][-1:]
+        ways = [*map(self._allowed, asked), self._may]
+        found = [fastest(self.table, limit, way) for way in ways]
+        near = around(self.table, [path for path in found if path is not None])
+        new = [key for key in near if key not in self.table.known and of_segments(key[2]) <= self.savers]
+        added = self.table.add(new, within(LOOK * self.box))
+        if added and self.tables is not None:
+            self.tables.remember(self.table)
+        return added > 0
 
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
         """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
@@ -340,6 +360,11 @@ class ProgrammeSpace:
             return not main.band_rows or low <= min(main.band_rows, tallest) < high
 
         return allowed
+
+    def _usable(self, values: Mapping[str, Any]) -> bool:
+        """Whether these are of this space's knobs, not of an older one's."""
+        choices = {knob.name: knob.choices for knob in self.knobs}
+        return values.keys() == choices.keys() and all(v in choices[n] for n, v in values.items())
 
     def _may(self, option: Option) -> bool:
         """Whether the savers leave an option in."""

@@ -47,6 +47,10 @@ class Trials:
         """To be asked for next, unless it was."""
         self.study.enqueue_trial(dict(values), skip_if_exists=True)
 
+    def again(self, values: Mapping[str, Any]) -> None:
+        """To be asked for next, though it was before."""
+        self.study.enqueue_trial(dict(values))
+
     def shake(self) -> None:
         """Ask for a random setting next."""
         values = {name: self.random.choice(d.choices) for name, d in self.choices.items()}
