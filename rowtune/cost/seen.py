@@ -20,6 +20,7 @@ from rowtune.plan.repeat import shortened
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import ORDERS, strides
+from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
 from rowtune.runtime.segments import Engine
@@ -115,11 +116,12 @@ class Seen:
         self._digests: dict[int, tuple[object, str]] = {}
         self._alike: dict[str, Alike] = {}
 
-    def step(self, graph: Graph, plan: Plan) -> RecordedStep:
+    def step(self, graph: Graph, plan: Plan, brought: Brought = ()) -> RecordedStep:
+        """`brought` is what the optimizer brings to the device to use a gradient in backward."""
         while True:
             program = lower(graph, plan, self._schedule, self.lowered)
             try:
-                return _Linker(self, program).step()
+                return _Linker(self, program, brought).step()
             except _Unlike as error:
                 self._in_full(error.segment)
 
@@ -138,6 +140,9 @@ class Seen:
 
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
+        if segment.leaves or segment.returns:
+            here = replace(segment, leaves=(), returns=())
+            return digest([self.digest(here), segment.leaves, segment.returns])
         run = segment.how
         if segment.parts:
             how = type(run).__name__, segment.decision.policy, segment.decision.store
@@ -216,7 +221,9 @@ def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:
 class _Linker:
     """Walks through a step: forward for values, backward for their gradients."""
 
-    def __init__(self, seen: Seen, program: Program) -> None:
+    def __init__(self, seen: Seen, program: Program, brought: Brought) -> None:
+        plan = program.plan
+        self.how = How(plan.dtype, plan.step_in_backward, brought if plan.step_in_backward else ())
         self.seen, self.program, self.graph = seen, program, program.graph
         self.blocks = count()
         self.names: dict[int, str] = {}
@@ -269,8 +276,7 @@ class _Linker:
         common, names = self.seen.alike(self.graph, segment, known)
         inputs = segment.part.inputs
         given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
-        how = How(self.program.plan.dtype, self.program.plan.step_in_backward)
-        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), how
+        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), self.how
         forward = self.seen.forward(self.graph, segment, key, names)
         own = {common: name for name, common in names.items()}
         fresh: dict[int, int] = {}

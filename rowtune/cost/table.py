@@ -24,6 +24,7 @@ from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
 from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
 from rowtune.runtime.blank import Signature
+from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recording import Work
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -92,6 +93,7 @@ class Table:
         whole: what holds for all of a plan beside its segments: dtype, say, or step_in_backward.
         max_grad_error: that stores which round may cost, in plans that have some.
         host_bytes: that a plan may keep on the host.
+        brought: to the device by the optimizer, for a parameter's update.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class Table:
         whole: Mapping[str, Any] = NOTHING,
         max_grad_error: float = 0.0,
         host_bytes: int = UNBOUNDED,
+        brought: Brought = (),
     ) -> None:
         self.graph, self.axis, self.whole, self.max_grad_error = graph, axis, dict(whole), max_grad_error
-        self.host_bytes = host_bytes
+        self.host_bytes, self.brought = host_bytes, brought
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
@@ -211,7 +214,8 @@ class Table:
         before = (self._checkpoint(0, start),) if start else ()
         after = (self._checkpoint(stop, len(self.cuts) - 1),) if stop < len(self.cuts) - 1 else ()
         try:
-            step = seen(self.graph).step(self.graph, self.plan((*before, *segments, *after)))
+            plan = self.plan((*before, *segments, *after))
+            step = seen(self.graph).step(self.graph, plan, self.brought)
         except RowtuneError:  # what cannot be lowered is no option
             return None
         own = slice(len(before), len(step.segments) - len(after))

@@ -20,6 +20,7 @@ from rowtune.plan.narrow import divided
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Banded, Checkpoint, Program, SegmentProgram, Whole
+from rowtune.plan.waiting import with_waits
 
 Lowered = dict[Any, list[SegmentProgram]]
 """Segments lowered before, of one graph and by one scheduler."""
@@ -42,6 +43,8 @@ def lower(
     with uncollected():
         segments = tuple(made for span in spans for made in _known(graph, plan, *span, scheduler, lowered))
     segments = finished(graph, segments)
+    if plan.waiting_gradients == "host":
+        segments = with_waits(graph, segments)
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 
 

@@ -19,6 +19,7 @@ Barriers = Literal["store", "recompute", "narrow", "passes"]
 Layout = Literal["contiguous", "channels_last"]
 Precision = Literal["as given", "bf16", "fp16"]
 Cheap = Literal["store", "recompute"]
+Home = Literal["device", "host"]
 Store = Literal["device", "host", "bf16", "fp16", "int8", "int4"]
 
 LOSSY: frozenset[Store] = frozenset({"bf16", "fp16", "int8", "int4"})
@@ -88,6 +89,11 @@ class Plan:
     step_in_backward
             the optimizer uses each gradient as soon as it is complete, and lets go of it
             (rowtune.step_in_backward); not with clipping or accumulation, which look at all of them
+    optimizer_state
+            where it stays between updates. host: each parameter's is brought to the device for its own
+            update and put back (rowtune.step_from_host; step_in_backward likewise, a parameter at a time)
+    waiting_gradients
+            where gradients of what skips over segments are until backward comes to its maker
     max_grad_error
             of gradients, relative, that stores which round may cost; 0: none of them is allowed
     """
@@ -97,6 +103,8 @@ class Plan:
     layout: Layout = "contiguous"
     dtype: Precision = "as given"
     step_in_backward: bool = False
+    optimizer_state: Home = "device"
+    waiting_gradients: Home = "device"
     max_grad_error: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def checked(plan: Any) -> Plan:
     """The plan, if a file could hold it: PlanError names the first value out of range."""
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
-    _check_choices(plan, {"layout": Layout, "dtype": Precision})
+    _check_choices(plan, WHOLE)
     if type(plan.axis) is not int or plan.axis < 2:
         raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
     if type(plan.step_in_backward) is not bool:
@@ -139,6 +147,11 @@ def checked(plan: Any) -> Plan:
         raise PlanError(
             "step_in_backward does not go with dtype fp16: loss scaling looks at all gradients before the "
             "first is used; take dtype bf16, or leave step_in_backward out"
+        )
+    if plan.optimizer_state == "host" and plan.dtype == "fp16":
+        raise PlanError(
+            "optimizer_state host does not go with dtype fp16: loss scaling steps all parameters at once; "
+            "take dtype bf16, or optimizer_state device"
         )
     error = plan.max_grad_error
     if type(error) not in (int, float) or not 0 <= error < math.inf:
@@ -151,6 +164,9 @@ def checked(plan: Any) -> Plan:
                 "the plan allows no error of gradients; give it max_grad_error, or take store host"
             )
     return plan
+
+
+WHOLE = {"layout": Layout, "dtype": Precision, "optimizer_state": Home, "waiting_gradients": Home}
 
 
 def _leaves(segment: Segment) -> list[Segment]:

@@ -158,12 +158,15 @@ How = Whole | Checkpoint | Banded | Passes
 @dataclass(frozen=True)
 class SegmentProgram:
     """One segment: its decision, the nodes it covers, and how they run. At the end of its backward it
-    `finishes` gradients of statistics that it reads."""
+    `finishes` gradients of statistics that it reads. Gradients of what it reads from further away are in
+    `leaves`: they wait on the host; of what it makes so many come back as `returns` say."""
 
     decision: Segment
     part: Stretch
     how: How
     finishes: tuple[Finish, ...] = ()
+    leaves: tuple[str, ...] = ()
+    returns: tuple[tuple[str, int], ...] = ()
 
     @property
     def parts(self) -> tuple[SegmentProgram, ...]:
@@ -204,7 +207,8 @@ class Program:
 
 def steps_of(segment: SegmentProgram, called: Callable[[str], str] = str) -> Any:
     """All that decides what a segment runs and keeps, with values `called` by other names."""
-    return segment.decision.store, segment.decision.cheap, _steps_of(segment, called)
+    waits = [*map(called, segment.leaves)], [(called(n), many) for n, many in segment.returns]
+    return segment.decision.store, segment.decision.cheap, waits, _steps_of(segment, called)
 
 
 def _steps_of(segment: SegmentProgram, called: Callable[[str], str]) -> Any:

@@ -30,6 +30,7 @@ from rowtune.runtime.stores.remade import Remaking
 from rowtune.runtime.stores.shelf import Shelf, banded_inputs
 from rowtune.runtime.stores.wanted import not_kept
 from rowtune.runtime.sums import changed_buffers
+from rowtune.runtime.waiting import Skips
 
 Env = dict[str, Any]
 Engine = Literal["listed", "traced"]
@@ -46,7 +47,8 @@ class StepRun:
 
     `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
     segments run from `lists`; without, their schedules run. Inside a checkpoint segments run `twice`.
-    `outside` is memory that lives anyway, by `storage_of`; stores on the host are in `host`.
+    `outside` is memory that lives anyway, by `storage_of`; stores on the host are in `host`, and what waits
+    there of gradients is in `skips`.
     """
 
     program: Program
@@ -57,6 +59,7 @@ class StepRun:
     twice: bool = False
     outside: frozenset[int] = frozenset()
     host: HostPool = field(default_factory=HostPool)
+    skips: Skips | None = None
 
     def keeping(self, segment: SegmentProgram) -> Keeping | None:
         """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint
@@ -69,6 +72,17 @@ class StepRun:
 
 def run_segment(step: StepRun, segment: SegmentProgram, env: Env) -> None:
     """Add the segment's outputs to `env`."""
+    if step.skips is None or not (segment.leaves or segment.returns) or not torch.is_grad_enabled():
+        _run_segment(step, segment, env)
+        return
+    read = {n: env[n] for n in segment.leaves}
+    env |= step.skips.leaving(segment, env)
+    _run_segment(step, segment, env)
+    env |= read
+    env |= step.skips.coming(segment, env)
+
+
+def _run_segment(step: StepRun, segment: SegmentProgram, env: Env) -> None:
     keeping = step.keeping(segment)
     match segment.how:
         case Banded() | Passes():

@@ -18,6 +18,8 @@ POLICIES = ("any", "keep", "checkpoint", "rows")
 """What a zone may be beside kept."""
 MARGINS = ("1", "0.97", "0.93", "0.88", "0.8")
 """The share of the memory that the programme is told of."""
+HOMES = ("host", "device")
+"""Of the optimizer's state, where it may be on the host."""
 BANDS = {"any": (0, 1 << 40), "low": (0, 12), "middle": (12, 48), "high": (48, 1 << 40)}
 
 
@@ -40,6 +42,8 @@ def knobs(table: Table, savers: frozenset[str]) -> tuple[Knob, ...]:
         found.append(Knob("rounding", ("any", "none", *ROUNDING)))
     if "channels_last" in savers:
         found.append(Knob("layout", ("contiguous", "channels_last")))
+    if "offload_state" in savers:
+        found.append(Knob("state", HOMES))
     return tuple(found)
 
 
@@ -49,6 +53,8 @@ def guesses(among: Sequence[Knob], savers: frozenset[str]) -> list[dict[str, str
     found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
     if "channels_last" in savers:
         found.insert(1, all_of | {"layout": "channels_last"})
+    if "offload_state" in savers:
+        found.insert(1, all_of | {"state": "device"})
     if "rounding" in savers:  # whether its error is within bounds, only a measurement tells
         found[1:1] = [all_of | {"rounding": which} for which in (*ROUNDING, "none")]
     found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]

@@ -18,14 +18,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rowtune.cost.candidates import around, first, heights, offloaded, rounded
+from rowtune.cost.candidates import around, first, heights, offloaded, rounded, shelved
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
+from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import LOSSY, Plan
+from rowtune.plan.plan import LOSSY, Home, Plan
 from rowtune.runtime.blank import Signature
 from rowtune.tune.knobs import BANDS, ZONES, Values, guesses, knobs, usable
 from rowtune.tune.savers import DEFAULT, of_segments
@@ -68,7 +69,7 @@ class ProgrammeSpace:
     """The programme's plans for a training graph (with its loss).
 
     Args:
-        slots: parameter-sized tensors that the optimizer keeps.
+        slots: what the optimizer keeps: so many parameter-sized tensors, say.
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
@@ -79,7 +80,7 @@ class ProgrammeSpace:
     def __init__(
         self,
         graph: Graph,
-        slots: int = 0,
+        slots: Stateful = 0,
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
@@ -91,7 +92,14 @@ class ProgrammeSpace:
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error, host_bytes=host_bytes)
+        if "offload_gradients" in savers:
+            whole |= {"waiting_gradients": "host"}
+        self.home: Home = "host" if "offload_state" in savers else "device"
+        if self.home == "host":
+            whole |= {"optimizer_state": "host"}
+            host_bytes -= state_bytes(graph, slots)
+        meanwhile = brought(graph, slots, self.home)
+        self.table = Table(graph, 2, whole, max_grad_error, host_bytes, meanwhile)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
@@ -110,7 +118,8 @@ class ProgrammeSpace:
         found by halving.
         """
         most = min(float(values["margin"]) * self.most, 1 << 60)
-        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots), self._allowed(values)
+        home: Any = values.get("state", self.home)
+        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots, home), self._allowed(values)
         layout: Any = values.get("layout", "contiguous")
         best: Plan | None = None
         low, high = 0, limit
@@ -119,7 +128,7 @@ class ProgrammeSpace:
             if found is None:
                 low = limit
             else:
-                plan = replace(plan_of(self.table, found), layout=layout)
+                plan = replace(plan_of(self.table, found), layout=layout, optimizer_state=home)
                 over = composed(self.graph, plan, self.slots)[1].total - most
                 if over <= 0:
                     best, low = plan, limit
@@ -169,7 +178,7 @@ class ProgrammeSpace:
             box = max(box - self.table.spent.get(wanted, 0.0), AGAIN * box)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
-            offloaded(self.table) if "offload" in self.savers else (),
+            chain(offloaded(self.table), shelved(self.table)) if "offload" in self.savers else (),
             rounded(self.table) if "rounding" in self.savers else (),
         )
         coarse = chain(stores, first(self.table))
@@ -191,7 +200,7 @@ class ProgrammeSpace:
     def _look_around(self, now: Situation) -> bool:
         """Measurements move what looks best to where fewer options are known: record some around the plan
         that was measured last, and around the best of all."""
-        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots)
+        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots, self.home)
         asked = [r.values for r in now.records if r.ok and usable(self.knobs, r.values)][-1:]
         ways = [*map(self._allowed, asked), self._may]
         found = [fastest(self.table, limit, way) for way in ways]
@@ -205,7 +214,8 @@ class ProgrammeSpace:
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
         """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
         options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit, until = now.most - fixed_bytes(self.graph, self.slots), within(min(MOST, 0.1 * now.left))
+        limit = now.most - fixed_bytes(self.graph, self.slots, self.home)
+        until = within(min(MOST, 0.1 * now.left))
         more = (key for key in coarse if of_segments(key[2]) <= self.savers)
         least, before = self.smallest(), math.inf
         while least.peak > limit and time.monotonic() < until:
@@ -228,7 +238,7 @@ class ProgrammeSpace:
         share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
         limits = [int(low * share**i) + 1 for i in range(FRONT)]
         if self.most < 1e300:
-            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots))
+            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots, self.home))
         found = [fastest(self.table, limit, self._may) for limit in limits]
         return [path for path in found if path is not None]
 
