@@ -96,6 +96,7 @@ class RowtuneModule(nn.Module):
         self.loss = loss
         self.loss_scale: float | Tensor = 1.0
         self._fingerprint, self._graph = fingerprint, graph
+        self._graph_flags = _flags(self)
         self._programs: dict[Any, Program] = {}
         self.lists = Lists()
         self.host = HostPool()
@@ -144,7 +145,7 @@ class RowtuneModule(nn.Module):
         key = (
             tuple((tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t
                   for t in pytree.tree_leaves((inputs, named or {}))),
-            with_targets, outputs, self.training, _training_flags(self),
+            with_targets, outputs, self.training, _flags(self),
         )  # fmt: skip
         if key not in self._programs:
             self._programs[key] = self._make_program(inputs, named or {}, with_targets, outputs)
@@ -154,7 +155,7 @@ class RowtuneModule(nn.Module):
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
         check_whole(self.__dict__["_model"])
-        graph = self._graph
+        graph = self._graph if self._graph_flags == _flags(self) else None
         if graph is None or graph.training != self.training or not _is_for(graph, inputs, named):
             graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
         for note in () if self._programs else graph.notes:
@@ -239,7 +240,8 @@ def _step_seed(graph: Graph) -> int:
     return int(torch.randint(0, 2**31 - 1, ()).item())
 
 
-def _training_flags(module: nn.Module) -> int:
-    """Frozen norms (train mode with eval submodules) trace to another graph."""
-    flags = tuple(m.training for m in module._modules.values() if m is not None for m in m.modules())
-    return hash(flags)
+def _flags(module: nn.Module) -> int:
+    """What else a trace depends on: all flags of the model's modules, `training` of each (frozen norms) and
+    those of its own (nnU-Net turns `decoder.deep_supervision` off to validate)."""
+    found = (vars(m).values() for m in module.__dict__["_model"].modules())
+    return hash(tuple(v for values in found for v in values if v is True or v is False))
