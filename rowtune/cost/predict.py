@@ -17,7 +17,7 @@ from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.graph.graph import Graph
 from rowtune.plan.plan import Home, Plan
 from rowtune.runtime.recorder import Brought
-from rowtune.runtime.segments import Engine
+from rowtune.runtime.step_run import Engine
 
 
 @dataclass(frozen=True)

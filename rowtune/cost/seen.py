@@ -23,7 +23,7 @@ from rowtune.runtime.layout import ORDERS, strides
 from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
-from rowtune.runtime.segments import Engine
+from rowtune.runtime.step_run import Engine
 from rowtune.runtime.writer import Counted
 
 GIVEN = ("input", "target", "norms")

@@ -28,8 +28,9 @@ from rowtune.plan.program import Program
 from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast
-from rowtune.runtime.segments import Engine as Engine
-from rowtune.runtime.segments import StepRun, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import Engine as Engine
+from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.waiting import Skips
 from rowtune.torch_private import pytree, storage_of

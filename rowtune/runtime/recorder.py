@@ -17,7 +17,8 @@ from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recording import Recording, Role, check
-from rowtune.runtime.segments import Engine, StepRun, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import Engine, StepRun
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Recorder

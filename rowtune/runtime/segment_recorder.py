@@ -27,7 +27,8 @@ from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, Brought, use_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
-from rowtune.runtime.segments import StepRun, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Counted, Lives, Recorder
