@@ -17,7 +17,8 @@ from test_savers import WAYS, stored, uniform
 import rowtune
 from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.plan.choices import LOSSY
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import Host, HostPool
 from rowtune.runtime.stores.shelf import MOST_CHUNKS, Shelf

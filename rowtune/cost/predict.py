@@ -15,7 +15,8 @@ from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.seen import GIVEN, RecordedStep, Seen
 from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Home, Plan
+from rowtune.plan.choices import Home
+from rowtune.plan.plan import Plan
 from rowtune.runtime.recorder import Brought
 from rowtune.runtime.step_run import Engine
 

@@ -22,7 +22,8 @@ from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
-from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
+from rowtune.plan.choices import LOSSY, Cheap, Store
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.blank import Signature
 from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recording import Work

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.kernels.constants import standing_for
+from rowtune.plan.choices import Precision
 from rowtune.plan.lower import uncollected
-from rowtune.plan.plan import Plan, Precision
+from rowtune.plan.plan import Plan
 from rowtune.plan.program import Checkpoint, Program, SegmentProgram
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import differs

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rowtune.graph.graph import Node
-from rowtune.plan.plan import LOSSY
+from rowtune.plan.choices import LOSSY
 from rowtune.plan.program import Banded, Checkpoint, Passes, SegmentProgram, Whole
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.rows_call import run_rows

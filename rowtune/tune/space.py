@@ -26,7 +26,8 @@ from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import LOSSY, Home, Plan
+from rowtune.plan.choices import LOSSY, Home
+from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Signature
 from rowtune.tune.knobs import BANDS, ZONES, Values, guesses, knobs, usable
 from rowtune.tune.savers import DEFAULT, of_segments
