@@ -28,6 +28,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
 from rowtune.plan.lower import lower
+from rowtune.plan.program import Banded
 from rowtune.plan.repeat import shortened
 from rowtune.runtime.recorder import record
 from rowtune.zoo import build
@@ -63,7 +64,7 @@ def measure(graph: Graph, name: str, way: tuple[str, str], band: int, full: bool
     halo, tapes = way
     plan = rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes)  # type: ignore[arg-type]
     program = lower(graph, plan, shortened)
-    pieces = sum(len(s.banded.pieces) for s in program.segments if s.banded is not None)
+    pieces = sum(len(s.how.pieces) for s in program.segments if isinstance(s.how, Banded))
     ours, seconds = timed(lambda: rowtune.predict(graph, plan).activation_bytes)
     again = timed(lambda: rowtune.predict(graph, plan).activation_bytes)[1]
     row = Row(name, halo, tapes, band, pieces, seconds, again)

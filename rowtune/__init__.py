@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rowtune.plan.uniform import uniform_plan as uniform_plan
     from rowtune.runtime.in_backward import step_in_backward as step_in_backward
     from rowtune.runtime.module import apply as apply
+    from rowtune.runtime.optimizer_state import step_from_host as step_from_host
     from rowtune.tune.own import load as load
     from rowtune.tune.own import search as search
 
@@ -44,6 +45,7 @@ _HOMES = {
     "lower": "rowtune.plan.lower",
     "predict": "rowtune.cost.predict",
     "search": "rowtune.tune.own",
+    "step_from_host": "rowtune.runtime.optimizer_state",
     "step_in_backward": "rowtune.runtime.in_backward",
     "trace": "rowtune.importers.trace",
     "uniform_plan": "rowtune.plan.uniform",
@@ -51,7 +53,7 @@ _HOMES = {
 
 __all__ = [
     *("Plan", "PlanFile", "Segment", "__version__", "apply", "load", "lower", "predict", "search"),
-    *("step_in_backward", "trace", "uniform_plan", "zoo"),
+    *("step_from_host", "step_in_backward", "trace", "uniform_plan", "zoo"),
 ]
 
 

@@ -84,3 +84,11 @@ def region_passes() -> tuple[ModuleType, ModuleType]:
     from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 
     return replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
+
+
+def inner_tensors(t: Tensor) -> list[Tensor]:
+    """The tensors that have a tensor's memory: of a subclass that wraps others, those."""
+    if type(t) is Tensor or not _python_dispatch.is_traceable_wrapper_subclass(t):
+        return [t]
+    names, _ = t.__tensor_flatten__()
+    return [inner for name in names for inner in inner_tensors(getattr(t, name))]

@@ -16,7 +16,8 @@ import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
-from rowtune.plan.plan import Plan, Precision, Segment, Store
+from rowtune.plan.choices import Precision, Store
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Plain, run_step
@@ -73,15 +74,16 @@ class Case:
         module = self.apply(plan, engine)
         return max(error(self.step(module), self.plain(plan.dtype)) for _ in range(steps))
 
-    def memory(self, plan: Plan) -> Memory:
+    def memory(self, plan: Plan, engine: Any = "traced") -> Memory:
         """Predicted and measured, of a step with momentum."""
-        made = rowtune.predict(self.training, plan, 1, engine="traced")
-        module = self.apply(plan)
+        made = rowtune.predict(self.training, plan, 1, engine=engine)
+        module = self.apply(plan, engine)
         optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=0.9, fused=True)
 
         def one() -> None:
             run_step(module, optimizer, (self.x,), self.target)
 
+        module.lists.after = 0
         one()
         found = measure_memory(one, module, optimizer, [self.x, self.target], "cpu")
         return Memory(made.peak_bytes, made.activation_bytes, found.peak_bytes, found.activation_bytes)

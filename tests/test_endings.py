@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from rowtune.cli.app import app
 from rowtune.tune.device import full_precision
 from rowtune.tune.measurement import failure
+from rowtune.tune.optimizers import parse_optimizer
 from rowtune.tune.output import check_writable, keep
 from rowtune.tune.records import Record, RecordFile
-from rowtune.tune.step import parse_optimizer
 from rowtune.tune.verify import outcome
 
 CODE = """

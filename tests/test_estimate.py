@@ -21,6 +21,7 @@ from rowtune.graph.training import with_loss
 from rowtune.plan import repeat
 from rowtune.plan.lower import lower
 from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.program import Banded
 from rowtune.rows import Chained
 from rowtune.runtime.recorder import record
 from rowtune.zoo import build
@@ -52,7 +53,7 @@ def zoo_graph(name: str, rows: int, images: int = 1, columns: int = 64) -> Graph
 def shortened(graph: Graph, plan: Plan) -> bool:
     """Whether bands were left out at all."""
     program = lower(graph, plan, repeat.shortened)
-    return any(s.banded is not None and s.banded.repeat is not None for s in program.segments)
+    return any(isinstance(s.how, Banded) and s.how.repeat is not None for s in program.segments)
 
 
 def assert_same(graph: Graph, plan: Plan, within: float = 1e-4) -> None:
@@ -185,7 +186,7 @@ def test_work_does_not_grow_with_the_image(name, band, halo, tapes):
         graph = zoo_graph(name, rows)
         plan = rowtune.uniform_plan(graph, "rows", band, halo, tapes=tapes)
         program = lower(graph, plan, repeat.shortened)
-        return sum(len(s.banded.pieces) for s in program.segments if s.banded is not None)
+        return sum(len(s.how.pieces) for s in program.segments if isinstance(s.how, Banded))
 
     assert pieces(8192) <= 1.1 * pieces(1024)
 

@@ -283,9 +283,9 @@ def test_backward_finishes_statistics_where_they_are_read():
     for halo, tapes in (("recompute", "split"), ("cache", "split"), ("sweep", "split"), ("sweep", "late")):
         plan = rowtune.uniform_plan(graph, "rows", 2, halo, tapes=tapes)
         first, second, third = rowtune.lower(graph, plan).segments
-        assert [len(s.banded.spared) for s in (first, second, third)] == [1, 1, 0]
+        assert [len(s.how.spared) for s in (first, second, third)] == [1, 1, 0]
         assert [len(s.finishes) for s in (first, second, third)] == [0, 1, 1]
-        assert [len(s.banded.unread) for s in (first, second, third)] == [1, 1, 1]
+        assert [len(s.how.unread) for s in (first, second, third)] == [1, 1, 1]
         assert error(run(net, x, plan), plain) < TOLERANCE
         in_one_band = rowtune.uniform_plan(graph, "rows", 18, halo, tapes=tapes)
         twin = copy.deepcopy(net)

@@ -176,7 +176,7 @@ def test_the_default_loss_in_a_sweep(name, band, images, tapes):
     found = case(name)
     plan = rowtune.uniform_plan(found.training, "rows", band, "sweep", images=images, tapes=tapes)
     last = rowtune.lower(found.training, plan).segments[-1]
-    assert (last.banded is not None and last.banded.single_sweep) == (name in PER_PIXEL)
+    assert (last.single_sweep) == (name in PER_PIXEL)
     assert found.loss_error(plan) < TOLERANCE
 
 

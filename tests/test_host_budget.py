@@ -24,10 +24,10 @@ from rowtune.plan.uniform import uniform_plan
 from rowtune.report.savings import WITHOUT, savings
 from rowtune.train.loop import train
 from rowtune.train.options import Options
-from rowtune.tune.find import Request, host_bytes
+from rowtune.tune.find import Request, host_bytes, state_bytes
 from rowtune.tune.foresee import foresee
 from rowtune.tune.host import half_of_free, on_host
-from rowtune.tune.savers import SAVERS, used
+from rowtune.tune.savers import SAVERS, last_resort, parse, used
 from rowtune.tune.step import Workload, define
 
 
@@ -91,6 +91,23 @@ def test_plans_without_a_search_keep_to_it(work, tmp_path, monkeypatch):
     assert all(predict(work.graph, plan).host_bytes == 0 for plan in plans)
 
 
+def test_the_last_resort_is_taken_where_nothing_fits_without(tmp_path, monkeypatch):
+    """Weights, gradients and momentum alone are over the budget."""
+    monkeypatch.setattr("rowtune.tune.space.MOST", 6.0)
+    made = define(parse_source("zoo:unet", ["base=8", "depth=3"]), ["1x3x32x32"])
+    budget = int(0.9 * state_bytes(made))
+    request = Request(made, budget, tmp_path / "plan.json", savers=parse(""), resort=last_resort(""))
+    said: list[str] = []
+    found = foresee(request, Profile(), said.append)[0]
+    assert "alone take" in said[0] and "trying with offload, offload_gradients, offload_state" in said[0]
+    assert found.predicted["peak_bytes"] <= budget and found.predicted["host_bytes"] > 0
+    assert {"offload_state", "step_in_backward"} <= used(found.plan)
+    for forbidden in ("-offload_state,-step_in_backward", "rows,checkpoint"):
+        less = replace(request, savers=parse(forbidden), resort=last_resort(forbidden))
+        with pytest.raises(InfeasibleError, match=r"alone take .*allow --savers \+offload_state"):
+            foresee(less, Profile())
+
+
 def test_the_command_line_says_so(work, tmp_path):
     path = tmp_path / "plan.json"
     save_plan(replace(plan_file(work), plan=on_the_host(work)), path)
@@ -113,10 +130,12 @@ def test_what_each_saver_takes_off(work):
     assert [(s.name, s.bytes) for s in found] == [
         ("rows", predict(graph, keep, 1).peak_bytes - predict(graph, rows, 1).peak_bytes)
     ]
-    mixed = replace(on_the_host(work), dtype="bf16", step_in_backward=True)
+    mixed = replace(on_the_host(work), dtype="bf16", step_in_backward=True, optimizer_state="host")
+    mixed = replace(mixed, waiting_gradients="host")
     mixed = replace(mixed, segments=tuple(replace(s, cheap="recompute") for s in mixed.segments))
     names = {s.name: s.bytes for s in savings(graph, mixed, 1)}
-    assert names.keys() == {"offload", "bf16", "step_in_backward", "recompute"}
+    whole = {"bf16", "step_in_backward", "offload_gradients", "offload_state"}
+    assert names.keys() == {"offload", "recompute"} | whole
     assert names["offload"] > 0 and list(names.values()) == sorted(names.values(), reverse=True)
     assert WITHOUT.keys() == SAVERS.keys() - {"channels_last"}
     for name, change in WITHOUT.items():

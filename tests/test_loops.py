@@ -171,7 +171,7 @@ def test_turns_of_a_schedule() -> None:
     for rows, alike in ((400, True), (12, False)):
         graph = rowtune.trace(model, (torch.empty(1, 3, rows, 7),))
         program = rowtune.lower(graph, rowtune.uniform_plan(graph, "rows", 4))
-        banded = program.segments[0].banded
+        banded = program.segments[0].how
         assert banded is not None
         turns = turns_of(banded, banded.backward)
         assert (turns is not None) == alike

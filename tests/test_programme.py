@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import rowtune
-from rowtune.cost.candidates import ROWS, around, first, rounded
+from rowtune.cost.candidates import ROWS, around, first, rounded, shelved
 from rowtune.cost.families import sized
 from rowtune.cost.footprint import Footprint
 from rowtune.cost.predict import composed, fixed_bytes, predict
@@ -267,6 +268,22 @@ def test_measured_steps_correct_the_times():
         assert corrected == pytest.approx(factor * now, rel=0.15), plan
 
 
+def test_after_a_measurement_more_is_known_around_what_was_measured():
+    knobs = space("unet")
+    most = knobs.smallest().peak + fixed_bytes(graph("unet"), 1)
+    own, knobs.most = knobs.guesses()[0], most
+    plan = knobs.plan(own)
+    rows = {s.band_rows for s in plan.leaves() if s.policy == "rows"}
+    assert rows
+    before = set(knobs.table.known)
+    measured = replace(record(plan, 0.05), values=own, predicted_bytes=1)
+    knobs.box = 10.0
+    assert knobs.tell(Situation(most, None, (measured,), 1e9))
+    new = set(knobs.table.known) - before
+    near = {h for r in rows for h in (r // 2, r, 2 * r)}
+    assert any(s.policy == "rows" and s.band_rows in near for key in new for s in key[2])
+
+
 def test_a_space_prepares_itself_in_the_time_it_has():
     asked: list[float] = []
 
@@ -300,6 +317,19 @@ def test_savers_are_asked_for_by_name():
             named.parse(text)
 
 
+def test_a_last_resort_is_what_nobody_forbade():
+    assert named.last_resort("") == named.RESORT and not named.RESORT & DEFAULT
+    assert named.last_resort("-offload_state,+bf16") == named.RESORT - {"offload_state"}
+    assert named.last_resort("rows,offload") == frozenset()
+
+
+def test_rows_that_wait_on_the_host_begin_and_end_where_the_height_changes():
+    made = Table(graph("unet"))
+    keys = [*shelved(made)]
+    assert keys and all(s.store == "host" for _, _, segments in keys for s in segments if s.policy == "rows")
+    assert {k[0] for k in keys} < {*range(len(made.cuts))} and len({k[:2] for k in keys}) < 20
+
+
 @pytest.mark.parametrize(
     ("savers", "holds"),
     [
@@ -307,6 +337,7 @@ def test_savers_are_asked_for_by_name():
         ("rows,offload", lambda p: not any(s.policy == "checkpoint" for s in p.segments)),
         ("+step_in_backward,-rows", lambda p: p.step_in_backward),
         ("+bf16", lambda p: p.dtype == "bf16"),
+        ("+offload_gradients", lambda p: p.waiting_gradients == "host"),
     ],
 )
 def test_plans_take_what_they_may(savers, holds):
@@ -318,9 +349,30 @@ def test_plans_take_what_they_may(savers, holds):
     assert made.predict(plans[0]).peak_bytes <= 0.9 * plain
     layouts = {p.layout for p in plans}
     assert layouts == ({"contiguous", "channels_last"} if "+" in savers else {"contiguous"})
-    if "offload" in savers:
+    if "offload" in made.savers:
         stored = [p for p in plans if any(s.store == "host" for s in p.segments)]
         assert stored and made.predict(stored[0]).host_bytes > 0
+
+
+@pytest.mark.parametrize("more", ["", "step_in_backward"])
+def test_the_optimizers_state_is_on_the_host_where_that_helps(more):
+    """With room for all of it one plan leaves it on the device; below that none does. Peaks are as predicted
+    for whole plans."""
+    savers = DEFAULT | {"offload_state", *filter(None, [more])}
+    host = 1 << 20
+    made = ProgrammeSpace(graph("unet"), 2, None, savers, host_bytes=host)
+    state = sum(v.bytes for v in graph("unet").parameters()) * 2
+    assert made.table.host_bytes == host - state
+    plain = predict(graph("unet"), rowtune.uniform_plan(graph("unet"), "keep"), 2).peak_bytes
+    made.tell(Situation(plain, record(None, 0.02), (), 1e9))
+    assert {"state": "device"}.items() <= made.guesses()[1].items()
+    homes = {made.plan(values).optimizer_state for values in made.guesses()}
+    assert homes == {"host", "device"}
+    least = plan_of(made.table, made.smallest())
+    assert least.optimizer_state == "host" and named.used(least) >= {"offload_state", *filter(None, [more])}
+    cost = made.predict(least)
+    here = predict(graph("unet"), replace(least, optimizer_state="device"), 2)
+    assert cost.host_bytes == state and cost.peak_bytes < here.peak_bytes
 
 
 def test_plans_round_what_they_keep_only_where_they_may():

@@ -80,7 +80,7 @@ def test_one_piece_a_band_forward_and_one_backward():
 
     def pieces(tapes: str) -> int:
         program = lower(graph, rowtune.uniform_plan(graph, "rows", 16, "sweep", tapes=tapes))
-        return sum(type(s).__name__ == "Back" for s in program.segments[0].banded.backward)
+        return sum(type(s).__name__ == "Back" for s in program.segments[0].how.backward)
 
     assert pieces("replay") < 0.7 * pieces("split")
 
@@ -99,7 +99,7 @@ def test_only_values_that_nobody_else_reads_are_written_over():
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     graph = rowtune.trace(net, (x,))
     plan = rowtune.uniform_plan(graph, "rows", 3, "recompute")
-    in_place = lower(graph, plan).segments[0].banded.groups[0].in_place
+    in_place = lower(graph, plan).segments[0].how.groups[0].in_place
     relus = [n for n in graph.nodes if n.op == "relu"]
     second = next(n.name for n in relus if graph.nodes[graph.index[n.inputs[0]]].inputs[1].startswith("p_b"))
     assert set(in_place) == {second}, "the other convolution is also read by the gate"

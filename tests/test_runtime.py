@@ -19,6 +19,7 @@ from rowtune.errors import PlanError, RowtuneError, UsageError
 from rowtune.graph.losses import parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.program import Banded
 
 ROWS = ["rows/recompute", "rows/cache", "rows/sweep"]
 KINDS = ["keep", "checkpoint", *ROWS]
@@ -81,7 +82,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
 def uses_rows(module: Any, *inputs: Any, **how: Any) -> bool:
     """Guards a test against a plan that silently has no rows segment."""
     program = module.program(inputs, with_targets=how.get("with_targets", False))
-    return any(s.banded is not None for s in program.segments)
+    return any(isinstance(s.how, Banded) for s in program.segments)
 
 
 # -- losses and optimizers -----------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def test_sgd_steps_with_the_loss_inside(name):
     ours, plain, x = net(), net(), image(grad=False)
     module = planned(ours, (x,), "rows/sweep", name)
     (segment,) = module.program((x,), with_targets=True).segments
-    assert segment.banded.single_sweep == (name == "cross_entropy")
+    assert segment.single_sweep == (name == "cross_entropy")
     loss = parse(name)
     target = synthetic_target(loss, (2, 4, 14, 6), torch.float64, 1)
     first, second = (torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (ours, plain))
@@ -430,7 +431,7 @@ def test_frozen_norm_in_train_mode(kind):
     model.norm.eval()
     module = planned(model, (x,), kind)
     (segment,) = module.program((x,), with_targets=False).segments
-    assert segment.banded is not None and "batch_norm" in [n.op for n in segment.part.nodes]
+    assert isinstance(segment.how, Banded) and "batch_norm" in [n.op for n in segment.part.nodes]
     same_step(model, module, x)
     assert model.norm.num_batches_tracked == 0 and not model.norm.training
     model.norm.train()  # another graph of the same nodes: banded across the barrier
@@ -623,8 +624,8 @@ def test_a_plan_made_without_the_loss(kind, name):
     module = planned(model, (x,), kind)
     module = rowtune.apply(model, module.plan, name)
     last = module.program((x,), with_targets=True).segments[-1]
-    assert (last.banded is not None) == kind.startswith("rows")
-    assert last.banded is None or last.banded.single_sweep == (kind == "rows/sweep" and name == "mse")
+    assert isinstance(last.how, Banded) == kind.startswith("rows")
+    assert not isinstance(last.how, Banded) or last.single_sweep == (kind == "rows/sweep" and name == "mse")
     target = synthetic_target(loss, (2, 4, 14, 6), torch.float64, 1)
     plain = step(model, lambda: loss(model(x), target), {"x": x})
     assert error(step(model, lambda: module(x, targets=target), {"x": x}), plain) < TOLERANCE

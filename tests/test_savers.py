@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from training import plan_file, workload
 
 import rowtune
-from rowtune.errors import PlanError, UsageError
+from rowtune.errors import PlanError, RowtuneError, UsageError
+from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Plan, Segment, Store
+from rowtune.plan.choices import Store
+from rowtune.plan.plan import Plan, Segment
+from rowtune.plan.program import Banded
 from rowtune.plan.repeat import shortened
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.layout import channels_last, has_channels_last, strides
+from rowtune.runtime.optimizer_state import state_on_device
 from rowtune.runtime.stores.bf16 import BF16
 from rowtune.runtime.stores.fp16 import FP16
 from rowtune.runtime.stores.host import Host, HostPool
@@ -175,6 +180,7 @@ def test_fp16_is_trained_with_a_scaled_loss():
 def small(monkeypatch):
     """Tensors of these networks are small enough to stay where they are."""
     monkeypatch.setattr("rowtune.runtime.stores.keeping.LEAST_BYTES", 256)
+    monkeypatch.setattr("rowtune.plan.waiting.LEAST_BYTES", 256)
 
 
 def stored(plan: Plan, store: Store, **whole: Any) -> Plan:
@@ -202,7 +208,7 @@ def test_many_bands_that_are_like_others_are_counted_on_the_host(small):
     made = case("per_pixel", shape=(1, 3, 160, 4))
     plan = stored(rowtune.uniform_plan(made.training, "rows", 2, "cache"), "host")
     (segment,) = rowtune.lower(made.training, plan, shortened).segments
-    assert segment.banded is not None and segment.banded.repeat is not None
+    assert isinstance(segment.how, Banded) and segment.how.repeat is not None
     module = made.apply(plan)
     made.step(module)
     assert module.host.peak_bytes == rowtune.predict(made.training, plan).host_bytes
@@ -343,6 +349,100 @@ def test_gradients_are_not_all_there_at_once(name):
         assert costs[1].peak_bytes <= costs[0].peak_bytes
 
 
+def test_lists_make_gradients_that_are_let_go_of_at_once():
+    """They are no results that nobody reads: all of backward was, in a rows segment that is no sweep."""
+    made = case("per_pixel", shape=(1, 3, 256, 256))
+    nodes = [n.name for n in made.training.nodes]
+    rows = Segment(nodes[0], nodes[-2], "rows", 64, tapes="replay")
+    plan = Plan((rows, Segment(nodes[-1], nodes[-1])), step_in_backward=True)
+    assert made.memory(plan, "listed").error < 0.01
+
+
+# -- gradients that wait on the host -----------------------------------------------------------------------
+
+SKIPS = ["unet_bn", "unet3d", "resnet50", "edsr"]
+
+
+def one_by_one(graph: Graph, policy: str) -> Plan:
+    """A segment for each stretch between legal cuts, so that skips cross many."""
+    plan = uniform(graph, "keep")
+    places = [0, *(p for p in range(1, len(graph.nodes)) if legal_cut(graph, p)), len(graph.nodes)]
+    names = [(graph.nodes[a].name, graph.nodes[b - 1].name) for a, b in pairwise(places)]
+    return replace(plan, segments=tuple(Segment(a, b, policy) for a, b in names))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SKIPS)
+@pytest.mark.parametrize("policy", ["keep", "checkpoint"])
+def test_gradients_of_skips_wait_on_the_host(name, policy, small):
+    made = case(name)
+    plan = one_by_one(made.training, policy)
+    waits = replace(plan, waiting_gradients="host")
+    assert made.error(waits) < TOLERANCE
+    memory = made.memory(waits)
+    assert memory.error < 0.01
+    before, after = (rowtune.predict(made.training, p, 1) for p in (plan, waits))
+    assert after.peak_bytes <= before.peak_bytes and after.host_bytes > 0
+    module = made.apply(waits)
+    made.step(module)
+    assert 0 < module.host.peak_bytes <= after.host_bytes and module.host.bytes == 0
+
+
+def test_second_derivatives_would_miss_what_waits(small):
+    made = case("edsr")
+    module = made.apply(replace(one_by_one(made.training, "keep"), waiting_gradients="host"))
+    with pytest.raises(RowtuneError, match="second derivatives are not supported by a plan with waiting_"):
+        torch.autograd.grad(module(made.x, targets=made.target), [*made.net.parameters()], create_graph=True)
+
+
+# -- the optimizer's state on the host ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_training_with_the_state_on_the_host(kind, inside):
+    """Bit for bit what the same plan gives with the state on the device, in backward and after it; from one
+    home to the other and back, and by way of a state dict."""
+    made = case("unet_bn")
+    plan = replace(uniform(made.training, "sweep"), step_in_backward=inside)
+    away = replace(plan, optimizer_state="host")
+    found, states = [], []
+    for three in ((plan, plan, plan), (away, away, away), (plan, away, plan), (away, plan, away)):
+        optimizer = OPTIMIZERS[kind](made.net.parameters())
+        modules = [made.apply(p) for p in three]
+        before = {k: v.clone() for k, v in made.net.state_dict().items()}
+        for module in modules:
+            run_step(module, optimizer, (made.x,), made.target)
+            again = OPTIMIZERS[kind](made.net.parameters())
+            again.load_state_dict(optimizer.state_dict())
+            optimizer = again
+        run_step(modules[-1], optimizer, (made.x,), made.target)
+        here = sum(t.nbytes for t in state_on_device(optimizer))
+        assert here < 1000 if three[-1] is away else here > 10000
+        found.append([p.detach().clone() for p in made.net.parameters()])
+        states.append([t.clone() for s in optimizer.state.values() for t in s.values() if t is not None])
+        made.net.load_state_dict(before)
+    made.net.zero_grad()
+    for other, state in zip(found[1:], states[1:], strict=True):
+        assert all(map(torch.equal, found[0], other)) and all(map(torch.equal, states[0], state))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_the_state_on_the_host_takes(name):
+    """As much as is predicted; on the device one parameter's at a time."""
+    made = case(name)
+    for way in ("keep", "sweep"):
+        for inside in (False, True):
+            plan = replace(uniform(made.training, way), step_in_backward=inside)
+            away = replace(plan, optimizer_state="host")
+            assert made.memory(away).error < 0.01
+            costs = [rowtune.predict(made.training, p, 1) for p in (plan, away)]
+            state = sum(v.bytes for v in made.training.parameters())
+            assert costs[1].host_bytes == costs[0].host_bytes + state
+            assert costs[1].peak_bytes < costs[0].peak_bytes
+            real = torch.optim.SGD(made.net.parameters(), momentum=0.9)
+            assert rowtune.predict(made.training, away, real).peak_bytes == costs[1].peak_bytes
+
+
 def test_what_the_step_in_backward_is_not_for():
     made = case("edsr")
     plan = replace(uniform(made.training, "keep"), step_in_backward=True)
@@ -366,7 +466,8 @@ def test_what_the_step_in_backward_is_not_for():
         check_training(plan, accumulated=True)
 
 
-WHOLE = [{"layout": "channels_last"}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"step_in_backward": True}]
+WHOLE = [{"layout": "channels_last"}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"step_in_backward": True},
+         {"optimizer_state": "host"}, {"optimizer_state": "host", "step_in_backward": True}]  # fmt: skip
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -401,7 +502,9 @@ def test_combinations(name, data, small):
     plan = data.draw(plans(made.training, ("device", "host")))
     layout = data.draw(st.sampled_from(["contiguous", "channels_last"]))
     dtype = data.draw(st.sampled_from(["as given", "bf16"]))
-    plan = replace(plan, layout=layout, dtype=dtype, step_in_backward=data.draw(st.booleans()))
+    whole: dict[str, Any] = {"layout": layout, "dtype": dtype, "step_in_backward": data.draw(st.booleans())}
+    homes = st.sampled_from(["device", "host"])
+    plan = replace(plan, **whole, optimizer_state=data.draw(homes), waiting_gradients=data.draw(homes))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert made.error(plan) < TOLERANCE
     assert made.memory(plan).error < 0.01
@@ -428,6 +531,9 @@ REFUSED = [
     ({"step_in_backward": 1}, "step_in_backward is true or false, not 1"),
     ({"step_in_backward": True, "dtype": "fp16"}, "does not go with dtype fp16: loss scaling looks at all"),
     ({"max_grad_error": True}, "max_grad_error is a number"),
+    ({"waiting_gradients": True}, "waiting_gradients is one of device, host, not True"),
+    ({"optimizer_state": "disk"}, "optimizer_state is one of device, host"),
+    ({"optimizer_state": "host", "dtype": "fp16"}, "optimizer_state host does not go with dtype fp16"),
 ]
 
 

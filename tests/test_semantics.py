@@ -502,7 +502,7 @@ def test_checkpoints_of_segments_leave_out_the_other_outputs(policy: str) -> Non
         module = rowtune.apply(model, plan, "mse")
         got = step(model, lambda: module(x, targets=target), {"x": x})  # noqa: B023
         assert error(got, want) < TOLERANCE
-        run = {node.name for leaf in lower(graph, plan).segments[0].inner for node in leaf.part.nodes}
+        run = {node.name for leaf in lower(graph, plan).segments[0].parts for node in leaf.part.nodes}
         assert run == graph.live < set(names)
 
 
@@ -540,7 +540,7 @@ def test_losses_as_torch_has_them(name: str, plan: str) -> None:
     assert error(step(model, lambda: module(x, targets=target), {"x": x}), want) < TOLERANCE
     if plan == "rows/sweep":
         program = module.program((x,), with_targets=True)
-        assert [s.banded is not None and s.banded.single_sweep for s in program.segments][-1] == banded
+        assert [s.single_sweep for s in program.segments][-1] == banded
 
 
 @pytest.mark.parametrize("loss", [3, nn.MSELoss, ("mse",), Region])

@@ -130,6 +130,13 @@ LOOP = replace(SGD, optimizer="rmsprop:lr=0.01,momentum=0.9,eps=0.001")
         (LOOP, Fault("addcdiv", 3), 3, {}),  # parameters before this one were changed
         (LOOP, Fault("addcmul", 2), 5, {}),  # and its own state, the last step
         (ADAM, Fault("_fused_adam", 3, backward=True), 3, {"step_in_backward": True}),
+        (ADAM, Fault("_fused_adam", 3), 3, {"optimizer_state": "host"}),
+        (
+            SGD,
+            Fault("_fused_sgd", 3, backward=True),
+            4,
+            {"optimizer_state": "host", "step_in_backward": True},
+        ),
         (replace(SGD, accumulate=2), Fault("convolution", 3), 2, {}),
         (replace(ADAM, accumulate=2), Fault("convolution_backward", 3, backward=True), 3, {}),
         (replace(LOOP, accumulate=2), Fault("addcdiv", 2), 3, {}),

@@ -172,6 +172,32 @@ def test_the_space_is_told_how_far_the_search_is() -> None:
     assert measured == sorted(measured) and measured[-1] == 5
 
 
+class Growing(Space):
+    """Bands are 16 rows at most, until a measurement was heard of."""
+
+    knobs = (Knob("halo", ("sweep", "cache")),)
+
+    def __init__(self) -> None:
+        self.most = 16
+
+    def plan(self, values: dict[str, Any]) -> Plan:
+        return Space.plan(self, {"a": self.most, "b": self.most, "halo": values["halo"]})
+
+    def guesses(self) -> list[dict[str, Any]]:
+        return [{"halo": "sweep"}]
+
+    def tell(self, now: Situation) -> bool:
+        self.most = 16 << min(len([r for r in now.records if r.ok]), 2)
+        return True
+
+
+def test_settings_are_asked_for_again_once_they_stand_for_other_plans() -> None:
+    space, bench = Growing(), Bench()
+    result = search(task(bench, space=space, tell=space.tell, limit=500_000, trials=3))
+    bands = [Plan.from_dict(dict(r.decisions or {})).segments[0].band_rows for r in result.records if r.ok]
+    assert bands == [16, 32, 64]
+
+
 def test_the_same_seed_tries_the_same_plans() -> None:
     first, again = Bench(), Bench()
     search(task(first, seed=5))

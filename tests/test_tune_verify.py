@@ -22,8 +22,9 @@ from rowtune.runtime.lists import run as lists_run
 from rowtune.runtime.module import apply
 from rowtune.tune import measure
 from rowtune.tune.measure import Bench
+from rowtune.tune.optimizers import parse_optimizer
 from rowtune.tune.reference import Place, places, plain_peak
-from rowtune.tune.step import Plain, define, parse_optimizer
+from rowtune.tune.step import Plain, define
 from rowtune.tune.verify import Verifier, compare, outcome
 
 LOSS = parse("mse")

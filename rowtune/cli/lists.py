@@ -37,16 +37,21 @@ def show_lists(screen: Screen, path: Path) -> None:
 
 def _parts(segment: SegmentProgram) -> Iterator[SegmentProgram]:
     """A segment, or those that it is made of."""
-    if not segment.inner:
+    from rowtune.plan.program import Checkpoint
+
+    if not isinstance(segment.how, Checkpoint):
         yield segment
-    for inner in segment.inner:
-        yield from _parts(inner)
+        return
+    for part in segment.how.parts:
+        yield from _parts(part)
 
 
 def _described(segment: SegmentProgram, lists: Lists) -> dict[str, Any]:
+    from rowtune.plan.program import Whole
+
     nodes = segment.part.nodes
     found = {"first": nodes[0].name, "last": nodes[-1].name, "policy": segment.decision.policy, "why": ""}
-    if segment.banded is None and segment.passes is None:
+    if isinstance(segment.how, Whole):
         return {**found, "runs": "by PyTorch"}
     if id(segment) not in lists.kinds:
         return {**found, "runs": "traced each time", "why": NO_LIST}

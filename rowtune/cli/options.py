@@ -48,7 +48,9 @@ LossName = Annotated[
 OptimizerName = Annotated[
     str,
     typer.Option(
-        "--optimizer", help="sgd, adam, adamw or rmsprop with options, as in sgd:lr=0.01,momentum=0.9."
+        "--optimizer",
+        help="sgd, adam, adamw, rmsprop, or torchao's adamw8bit, adamw4bit; with options, as in "
+        "sgd:lr=0.01,momentum=0.9.",
     ),
 ]
 DeviceProfile = Annotated[
@@ -65,7 +67,8 @@ Savers = Annotated[
         "--savers",
         metavar="NAMES",
         help="What plans may use: rows, checkpoint, turns, images, recompute, channels_last (these by "
-        "default), offload, bf16, step_in_backward; or changes to the default, as in +offload,-turns.",
+        "default), offload, offload_gradients, offload_state, step_in_backward (these where nothing fits "
+        "without), bf16; or changes to the default, as in +offload,-turns.",
     ),
 ]
 MaxGradError = Annotated[
@@ -82,7 +85,7 @@ HostBudget = Annotated[
     typer.Option(
         "--host-budget",
         metavar="SIZE",
-        help="What plans may keep in the host's memory meanwhile (offload); half of what is free by default.",
+        help="What plans may keep in the host's memory (savers offload...); half of what is free by default.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of weights, data and search.", min=0)]

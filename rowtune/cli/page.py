@@ -63,7 +63,7 @@ def _facts(page: Page) -> Table:
     if measured.get("allocator_peak_bytes"):
         rows.append(("with kernels", f"{format_bytes(measured['allocator_peak_bytes'])} allocator's peak"))
     if page.host_bytes:
-        rows.append(("on the host", f"{format_bytes(page.host_bytes)} from forward to backward (predicted)"))
+        rows.append(("on the host", f"{format_bytes(page.host_bytes)} (predicted)"))
     if page.note:
         rows.append(("note", page.note))
     return facts(rows)

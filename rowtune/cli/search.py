@@ -94,7 +94,7 @@ class Wanted(NamedTuple):
         """The request, once there is a workload; what makes no sense is said before a model is opened."""
         from rowtune.tune.find import Request, records_path
         from rowtune.tune.output import check_writable
-        from rowtune.tune.savers import parse, with_error
+        from rowtune.tune.savers import last_resort, parse, with_error
         from rowtune.tune.sizes import parse_budget, parse_size
 
         size = parse_budget(self.budget)
@@ -117,6 +117,7 @@ class Wanted(NamedTuple):
             return Request(
                 work, size, self.out, self.trials, limit, self.seed, kept, self.fresh, self.force,
                 allowed, self.origin, storage, self.workers, self.max_grad_error, host,
+                last_resort(self.savers),
             )  # fmt: skip
 
         return request
@@ -194,17 +195,19 @@ def _profile(name: str, device: str) -> Profile:
 def foreseen_shown(screen: Screen, request: Request, profile: Profile) -> dict[str, Any]:
     """Plan without measuring, and say what is predicted; the JSON of --predict-only."""
     from rowtune.tune.foresee import foresee
+    from rowtune.tune.savers import used
     from rowtune.tune.sizes import format_bytes, format_of, format_seconds
 
     screen.notes(note for note in request.work.loaded.notes)
     with screen.err.status("predicting ..."):
-        file, path = foresee(request, profile)
+        file, path = foresee(request, profile, screen.note)
     p, budget = file.predicted, file.budget_bytes
     share = p["peak_bytes"] / budget
     rows = [
         ("plan", f"{path} (predicted only: nothing of it was measured)"),
         ("peak", f"{format_of(p['peak_bytes'], budget)}, {share:.0%}"),
         ("step", f"~{format_seconds(p['seconds'])} on {file.predicted_for}"),
+        ("savers", ", ".join(sorted(used(file.plan))) or "none"),
         ("front", f"{len(file.front)} plans, from {format_bytes(file.front[0]['peak_bytes'])} up"),
     ]
     screen.out.print(facts(rows))
@@ -239,7 +242,7 @@ def find_shown(screen: Screen, request: Request, *, default_loss: bool, default_
     )
     try:
         with SearchDisplay(screen, budget - request.reserve) as display:
-            found = find(request, display.update)
+            found = find(request, display.update, screen.note)
     except Interrupted:
         raise KeyboardInterrupt from None
     _say(screen, found)
@@ -254,12 +257,13 @@ def _state(request: Request, limit: int) -> str:
     from rowtune.tune.find import check_state, state_bytes
     from rowtune.tune.sizes import format_bytes
 
-    check_state(request.work, limit)
+    check_state(request.work, limit, request.savers | request.resort)
     size = state_bytes(request.work)
     return f"{format_bytes(size)} of parameters, gradients, optimizer: {size / limit:.0%} of the budget"
 
 
 def _say(screen: Screen, found: Found) -> None:
+    from rowtune.tune.savers import used
     from rowtune.tune.sizes import format_bytes, format_of, format_seconds
 
     m, budget, out = found.file.measured, found.file.budget_bytes, found.path
@@ -284,20 +288,37 @@ def _say(screen: Screen, found: Found) -> None:
         allowed = found.file.plan.allowed_error
         more = f", where {allowed:g} is allowed" if allowed else ""
         lines.append(("gradients", f"equal to plain's within {m['max_relative_error']:.1e}{more}"))
+    lines.append(("savers", ", ".join(sorted(used(found.file.plan))) or "none"))
     if found.file.threads:
         lines.append(("threads", f"{found.file.threads}: faster than torch's own number"))
     screen.out.print(facts(lines))
-    used = m.get("cpu_seconds")
-    if found.file.problem.device == "cpu" and used is not None and used < BUSY * m["step_seconds"]:
+    worked = m.get("cpu_seconds")
+    if found.file.problem.device == "cpu" and worked is not None and worked < BUSY * m["step_seconds"]:
         screen.note(
             f"the machine was busy: of a step's {format_seconds(m['step_seconds'])} this process worked "
-            f"{format_seconds(used)}; times and the choice between plans may be off"
+            f"{format_seconds(worked)}; times and the choice between plans may be off"
         )
+    if found.resort:
+        screen.note(_resorted(found))
     screen.note(f"next: rowtune run {out}   rowtune report {out}")
+
+
+def _resorted(found: Found) -> str:
+    """Why the plan uses what is a last resort, and what that means."""
+    from rowtune.tune.sizes import format_bytes
+
+    text = f"no plan fits without {', '.join(sorted(found.resort))}"
+    if host := found.file.predicted["host_bytes"]:
+        text += f"; the plan keeps {format_bytes(host)} in the host's memory"
+    if "step_in_backward" in found.resort:
+        text += "; it trains without clipping or accumulation of gradients"
+    return text
 
 
 def as_dict(found: Found, out: Path) -> dict[str, Any]:
     """The JSON of search."""
+    from rowtune.tune.savers import used
+
     m = found.file.measured
     records = found.result.records
     return {
@@ -316,6 +337,9 @@ def as_dict(found: Found, out: Path) -> dict[str, Any]:
         "activation_bytes": m["activation_bytes"],
         "allocator_peak_bytes": m["allocator_peak_bytes"],
         "max_relative_error": m["max_relative_error"],
+        "savers": sorted(used(found.file.plan)),
+        "last_resort": sorted(found.resort),
+        "host_bytes": found.file.predicted["host_bytes"],
         "loss": found.file.problem.loss,
         "optimizer": found.file.problem.optimizer,
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rowtune.graph.graph import Graph, Node, Value, replace
-from rowtune.plan.program import SegmentProgram, steps_of
+from rowtune.plan.program import Banded, Passes, SegmentProgram, steps_of
 
 
 class Alike(NamedTuple):
@@ -41,10 +41,8 @@ def digest(what: Any) -> str:
 def _parts(segment: SegmentProgram) -> Iterator[SegmentProgram]:
     """The segment and all that it is made of."""
     yield segment
-    for inner in segment.inner:
-        yield from _parts(inner)
-    for one in (*segment.passes.forward, *segment.passes.backward) if segment.passes else ():
-        yield from _parts(one)
+    for part in segment.parts:
+        yield from _parts(part)
 
 
 def _operator(node: Node, called: Any) -> Any:
@@ -55,10 +53,9 @@ def _operator(node: Node, called: Any) -> Any:
 
 def _value(graph: Graph, parts: list[SegmentProgram], name: str) -> Any:
     """What of a value decides how operators run on it: also which axes it has rows and images along."""
-    graphs = [graph, *(part.passes.twin_graph for part in parts if part.passes)]
+    graphs = [graph, *(part.how.twin_graph for part in parts if isinstance(part.how, Passes))]
     value: Value = next(g.values[name] for g in graphs if name in g.values)
-    dims = [
-        (part.banded.bands.dims.get(name), part.banded.images.dims.get(name)) for part in parts if part.banded
-    ]
+    runs = [part.how for part in parts if isinstance(part.how, Banded)]
+    dims = [(run.bands.dims.get(name), run.images.dims.get(name)) for run in runs]
     kind = value.kind if value.kind != "target" else "input"
     return value.shape, value.dtype, kind, value.requires_grad, [p.shape for p in value.parts], dims

@@ -14,7 +14,8 @@ from rowtune.cost.programme import Path
 from rowtune.cost.table import Key, Option, Table
 from rowtune.graph.bands import banding
 from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import Segment, Store
+from rowtune.plan.choices import Store
+from rowtune.plan.plan import Segment
 
 HEIGHTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 ALL_ROWS = 1 << 30
@@ -91,6 +92,19 @@ def offloaded(table: Table) -> Iterator[Key]:
             yield table.checkpoint(k, k + length, 0, "host")
 
 
+def shelved(table: Table) -> Iterator[Key]:
+    """Rows segments whose inputs wait on the host, and come back a band at a time: stretches between places
+    where the height changes, one or two, so that high ones with few weights stand apart from those below."""
+    bands, nodes, last = banding(table.graph, table.axis), table.graph.nodes, len(table.cuts) - 1
+    tall = [bands.height(table.graph.values[nodes[cut - 1].name]) for cut in table.cuts[1:]]
+    ends = [0, *(k for k in range(1, last) if tall[k - 1] != tall[k]), last]
+    fit = [h for h in COARSE if h in heights(table)]
+    for many in (1, 2):
+        for start, stop in zip(ends, ends[many:], strict=False):
+            for height in fit[:2]:
+                yield from _rows(table, start, stop, replace(ROWS, band_rows=height, store="host"))
+
+
 def rounded(table: Table) -> Iterator[Key]:
     """What is kept from cut to cut, rounded meanwhile."""
     for store in ROUNDING:
@@ -139,6 +153,8 @@ def _variants(table: Table, option: Option) -> Iterator[Key]:
     if main.policy != "rows" or not main.band_rows:
         yield from _rows(table, start, stop, ROWS)
         return
+    if main.store != "device":
+        yield from _rows(table, start, stop, replace(main, store="device"))
     fit = heights(table)
     near = [h for h in fit if main.band_rows // 2 <= h <= 2 * main.band_rows or h in (fit[-1],)]
     for height in near:
@@ -180,7 +196,7 @@ def _moved(table: Table, option: Option) -> Iterator[Key]:
         if main.policy == "rows":
             yield from _rows(table, start, stop, main)
         elif main.policy == "checkpoint" and not main.inside:
-            yield table.checkpoint(start, stop, main.images)
+            yield table.checkpoint(start, stop, main.images, main.store)
         elif main.cheap == "recompute":
             yield table.keep(start, stop, main.store, main.cheap)
 
@@ -191,7 +207,7 @@ def _joined(table: Table, one: Option, other: Option) -> Iterator[Key]:
         if main.policy == "rows":
             yield from _rows(table, one.start, other.stop, main)
         elif main.policy == "checkpoint":
-            yield table.checkpoint(one.start, other.stop)
+            yield table.checkpoint(one.start, other.stop, 0, main.store)
             yield table.turns(one.start, other.stop, Segment("", "", "checkpoint"))
         elif main.cheap == "recompute":
             yield table.keep(one.start, other.stop, main.store, main.cheap)

@@ -17,7 +17,7 @@ def at_last_use(made: SegmentRecording) -> SegmentRecording:
     """A schedule's recording as its lists run it, one for forward and one for backward: what forward leaves
     for backward is in that one's hands when it begins, wanted or not."""
     buffers = made.recording.buffers
-    shared = {*made.inputs.values(), *made.outer.values(), *made.weights.values()}
+    shared = {*made.inputs.values(), *made.outer.values(), *made.weights.values(), *made.used}
     shared |= {c.memory for c in (*made.outputs, *made.gradients)}
     lasting = {n for n, b in enumerate(buffers) if b.role != "activation" or b.born < 0 or b.died is None}
     lasting |= shared

@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
-
 from rowtune.cost.compose import Peak, compose
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import GIVEN, Seen, Step
-from rowtune.cost.state import state_bytes
+from rowtune.cost.seen import GIVEN, RecordedStep, Seen
+from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.graph.graph import Graph
+from rowtune.plan.choices import Home
 from rowtune.plan.plan import Plan
-from rowtune.runtime.segments import Engine
+from rowtune.runtime.recorder import Brought
+from rowtune.runtime.step_run import Engine
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cost:
     """`activation_bytes` leaves out parameters, gradients (but those that are used in backward, and live as
     short as activations) and optimizer state; `peak_at` names the largest
     tensor of the moment and the segment whose forward or backward sets the peak. Plans of one graph that run
-    alike have the same `program`. `host_bytes` is what stores keep in the host's memory."""
+    alike have the same `program`. `host_bytes` is what stores and the optimizer keep in the host's memory."""
 
     peak_bytes: int
     activation_bytes: int
@@ -39,7 +39,7 @@ class Cost:
 def predict(
     graph: Graph,
     plan: Plan,
-    optimizer: torch.optim.Optimizer | int | None = None,
+    optimizer: Stateful = None,
     profile: Profile | None = None,
     engine: Engine = "listed",
 ) -> Cost:
@@ -61,24 +61,39 @@ def predict(
     clock = _clock(profile or ROUGH)
     seconds = sum(clock.seconds(s.policy, s.footprint.work, s.footprint.host) for s in step.segments)
     host = sum(s.footprint.host_bytes for s in step.segments)
+    host += state_bytes(graph, optimizer) if plan.optimizer_state == "host" else 0
     return Cost(peak.total, peak.activations, seconds, peak.at, step.program, host)
 
 
 def composed(
     graph: Graph,
     plan: Plan,
-    optimizer: torch.optim.Optimizer | int | None = None,
+    optimizer: Stateful = None,
     engine: Engine = "listed",
-) -> tuple[Step, Peak]:
+) -> tuple[RecordedStep, Peak]:
     """A step's segments, and what is alive while they run."""
-    step = seen(graph, engine).step(graph, plan)
-    return step, alive(graph, step, optimizer)
+    away = plan.optimizer_state == "host"
+    meanwhile = brought(graph, optimizer, plan.optimizer_state)
+    step = seen(graph, engine).step(graph, plan, meanwhile)
+    peak = alive(graph, step, None if away else optimizer)
+    return step, peak if plan.step_in_backward else _with_update(graph, peak, meanwhile)
+
+
+def _with_update(graph: Graph, peak: Peak, meanwhile: Brought) -> Peak:
+    """The optimizer's step after backward, when no activations are left: what it takes comes and goes."""
+    largest = max((size for _, size in meanwhile), default=0)
+    if not largest:
+        return peak
+    batch = sum(v.bytes for v in graph.values.values() if v.kind in GIVEN)
+    total, activations = peak.backward[0].after + largest, batch + largest
+    at = peak.at if peak.total >= total else "the state of the optimizer, its step"
+    return peak._replace(total=max(peak.total, total), activations=max(peak.activations, activations), at=at)
 
 
 def alive(
     graph: Graph,
-    step: Step,
-    optimizer: torch.optim.Optimizer | int | None = None,
+    step: RecordedStep,
+    optimizer: Stateful = None,
     held: frozenset[int] = frozenset(),
 ) -> Peak:
     """What is alive while the step's segments run; see `compose`."""
@@ -88,10 +103,10 @@ def alive(
     return compose(step.segments, step.outer, batch, fixed, step.names, step.copies, held)
 
 
-def fixed_bytes(graph: Graph, optimizer: torch.optim.Optimizer | int | None) -> int:
-    """What every plan takes: parameters, buffers, the optimizer's state, the batch."""
+def fixed_bytes(graph: Graph, optimizer: Stateful, state: Home = "device") -> int:
+    """What every plan takes: parameters, buffers, the batch, and the optimizer's state if it stays here."""
     here = sum(v.bytes for v in graph.values.values() if v.kind in (*_FIXED, *GIVEN))
-    return here + state_bytes(graph, optimizer)
+    return here + (state_bytes(graph, optimizer) if state == "device" else 0)
 
 
 def seen(graph: Graph, engine: Engine = "listed") -> Seen:

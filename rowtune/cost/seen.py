@@ -15,20 +15,21 @@ from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
 from rowtune.plan.lower import Lowered, lower
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.program import Program, SegmentProgram, steps_of
+from rowtune.plan.program import Banded, Passes, Program, SegmentProgram, steps_of
 from rowtune.plan.repeat import shortened
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import ORDERS, strides
+from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
-from rowtune.runtime.segments import Engine
+from rowtune.runtime.step_run import Engine
 from rowtune.runtime.writer import Counted
 
 GIVEN = ("input", "target", "norms")
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """A training step: its segments, linked, and the names of the memory that they share."""
 
     segments: list[Linked]
@@ -115,11 +116,12 @@ class Seen:
         self._digests: dict[int, tuple[object, str]] = {}
         self._alike: dict[str, Alike] = {}
 
-    def step(self, graph: Graph, plan: Plan) -> Step:
+    def step(self, graph: Graph, plan: Plan, brought: Brought = ()) -> RecordedStep:
+        """`brought` is what the optimizer brings to the device to use a gradient in backward."""
         while True:
             program = lower(graph, plan, self._schedule, self.lowered)
             try:
-                return _Linker(self, program).step()
+                return _Linker(self, program, brought).step()
             except _Unlike as error:
                 self._in_full(error.segment)
 
@@ -138,20 +140,20 @@ class Seen:
 
     def digest(self, segment: SegmentProgram) -> str:
         """Segments that run alike have it in common."""
-        if segment.inner:
-            how = segment.decision.policy, segment.decision.store
-            return digest([how, _finishes(segment), *map(self.digest, segment.inner)])
-        if segment.passes is not None:
-            passes = (*segment.passes.forward, *segment.passes.backward)
-            return digest([segment.decision.store, _finishes(segment), *map(self.digest, passes)])
-        if segment.banded is None:
+        if segment.leaves or segment.returns:
+            here = replace(segment, leaves=(), returns=())
+            return digest([self.digest(here), segment.leaves, segment.returns])
+        run = segment.how
+        if segment.parts:
+            how = type(run).__name__, segment.decision.policy, segment.decision.store
+            return digest([how, _finishes(segment), *map(self.digest, segment.parts)])
+        if not isinstance(run, Banded):
             return digest(steps_of(segment))
         # Neighbours decide what is spared and finished; the bands are the same object all the while.
-        run = segment.banded
         found = self._digests.get(id(run.pieces))
         if found is None or found[0] is not run.pieces:
             bare = replace(run, spared=frozenset(), unread=frozenset())
-            steps = steps_of(replace(segment, banded=bare, finishes=()))
+            steps = steps_of(replace(segment, how=bare, finishes=()))
             found = self._digests[id(run.pieces)] = run.pieces, digest(steps)
         return digest(
             [found[1], run.single_sweep, sorted(run.spared), sorted(run.unread), _finishes(segment)]
@@ -188,9 +190,8 @@ class Seen:
 
 def _listed(segment: SegmentProgram) -> bool:
     """Whether the segment runs from lists: what lies in a store is got band by band, by its schedule."""
-    if segment.banded is not None and segment.banded.single_sweep:
-        return True
-    return (segment.banded is not None or segment.passes is not None) and segment.decision.store == "device"
+    by_rows = isinstance(segment.how, Banded | Passes) and segment.decision.store == "device"
+    return segment.single_sweep or by_rows
 
 
 class _Unlike(Exception):
@@ -207,12 +208,10 @@ def _unlike(segment: SegmentProgram, error: Exception) -> Exception:
 
 
 def _repeated(segment: SegmentProgram) -> Iterator[Segment]:
-    if segment.banded is not None and segment.banded.repeat is not None:
+    if isinstance(segment.how, Banded) and segment.how.repeat is not None:
         yield segment.decision
-    for inner in segment.inner:
-        yield from _repeated(inner)
-    for one in (*segment.passes.forward, *segment.passes.backward) if segment.passes else ():
-        yield from _repeated(one)
+    for part in segment.parts:
+        yield from _repeated(part)
 
 
 def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:
@@ -222,7 +221,9 @@ def _finishes(segment: SegmentProgram) -> list[tuple[str, str]]:
 class _Linker:
     """Walks through a step: forward for values, backward for their gradients."""
 
-    def __init__(self, seen: Seen, program: Program) -> None:
+    def __init__(self, seen: Seen, program: Program, brought: Brought) -> None:
+        plan = program.plan
+        self.how = How(plan.dtype, plan.step_in_backward, brought if plan.step_in_backward else ())
         self.seen, self.program, self.graph = seen, program, program.graph
         self.blocks = count()
         self.names: dict[int, str] = {}
@@ -230,7 +231,7 @@ class _Linker:
         self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
         self.gradients: dict[str, _At] = {}
 
-    def step(self) -> Step:
+    def step(self) -> RecordedStep:
         segments = self.program.segments
         digests = [self.seen.digest(s) for s in segments]
         shared = _shared(self.graph, segments)
@@ -241,7 +242,7 @@ class _Linker:
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
         blocks = {name: at.block for name, at in self.values.items() if at.block is not None}
-        return Step(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
+        return RecordedStep(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
 
     def _given(self, value: Value) -> _At:
         found, block = _dense(value), self._block(value.name)
@@ -275,8 +276,7 @@ class _Linker:
         common, names = self.seen.alike(self.graph, segment, known)
         inputs = segment.part.inputs
         given = _numbered((self.values[n] for n in inputs), [names[n] for n in inputs])
-        how = How(self.program.plan.dtype, self.program.plan.step_in_backward)
-        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), how
+        key = common, given, tuple((names[n], earlier) for n, earlier in shared if n in names), self.how
         forward = self.seen.forward(self.graph, segment, key, names)
         own = {common: name for name, common in names.items()}
         fresh: dict[int, int] = {}

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 from rowtune.cost.leaving import Leaving
 from rowtune.cost.predict import alive, composed, seen
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import Step
+from rowtune.cost.seen import RecordedStep
 from rowtune.errors import RowtuneError
 from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
-from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
+from rowtune.plan.choices import LOSSY, Cheap, Store
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.blank import Signature
+from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recording import Work
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -92,6 +94,7 @@ class Table:
         whole: what holds for all of a plan beside its segments: dtype, say, or step_in_backward.
         max_grad_error: that stores which round may cost, in plans that have some.
         host_bytes: that a plan may keep on the host.
+        brought: to the device by the optimizer, for a parameter's update.
     """
 
     def __init__(
@@ -101,9 +104,10 @@ class Table:
         whole: Mapping[str, Any] = NOTHING,
         max_grad_error: float = 0.0,
         host_bytes: int = UNBOUNDED,
+        brought: Brought = (),
     ) -> None:
         self.graph, self.axis, self.whole, self.max_grad_error = graph, axis, dict(whole), max_grad_error
-        self.host_bytes = host_bytes
+        self.host_bytes, self.brought = host_bytes, brought
         inner = candidate_cuts(graph, CUTS)
         self.cuts = (0, *inner, len(graph.nodes))
         self.known: dict[Key, Option | None] = {}
@@ -211,7 +215,8 @@ class Table:
         before = (self._checkpoint(0, start),) if start else ()
         after = (self._checkpoint(stop, len(self.cuts) - 1),) if stop < len(self.cuts) - 1 else ()
         try:
-            step = seen(self.graph).step(self.graph, self.plan((*before, *segments, *after)))
+            plan = self.plan((*before, *segments, *after))
+            step = seen(self.graph).step(self.graph, plan, self.brought)
         except RowtuneError:  # what cannot be lowered is no option
             return None
         own = slice(len(before), len(step.segments) - len(after))
@@ -247,7 +252,7 @@ class Table:
             sum(s.footprint.host_bytes for s in step.segments[own]),
         )  # fmt: skip
 
-    def _named(self, step: Step, cut: int) -> dict[str, int]:
+    def _named(self, step: RecordedStep, cut: int) -> dict[str, int]:
         """The memory of tensors that cross a cut, each by the name of the first that lies in it."""
         found: dict[int, str] = {}
         for name in self.crossers(cut):

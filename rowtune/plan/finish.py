@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from rowtune.graph.cuts import reduces
 from rowtune.graph.graph import Graph
-from rowtune.plan.program import Banded, Finish, SegmentProgram
+from rowtune.plan.program import Banded, Checkpoint, Finish, Passes, SegmentProgram
 
 
 def finished(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[SegmentProgram, ...]:
@@ -23,26 +23,31 @@ def finished(graph: Graph, segments: tuple[SegmentProgram, ...]) -> tuple[Segmen
     finishes: list[list[Finish]] = [[] for _ in leaves]
     spared: list[set[str]] = [set() for _ in leaves]
     for i, leaf in enumerate(leaves):
-        for total in leaf.banded.sums if leaf.banded else ():
+        if not isinstance(leaf.how, Banded):
+            continue
+        for total in leaf.how.sums:
             readers = _readers(graph, leaves, home, i, total)
-            if readers and (finish := _finish(graph, leaf.banded, total)):
+            if readers and (finish := _finish(graph, leaf.how, total)):
                 spared[i].add(total)
                 for r in readers:
                     finishes[r].append(finish)
     made = iter(_leaf(graph, *each) for each in zip(leaves, finishes, spared, strict=True))
     return tuple(
-        next(made) if _parts(s) == (s,) else replace(s, inner=tuple(next(made) for _ in s.inner))
-        for s in segments
+        s.with_parts(next(made) for _ in s.parts) if _made_again(s) else next(made) for s in segments
     )
 
 
 def _parts(segment: SegmentProgram) -> tuple[SegmentProgram, ...]:
     """What backward runs through. (The segments inside a checkpoint are finished among themselves.)"""
-    return segment.inner if segment.inner and segment.decision.policy == "rows" else (segment,)
+    return segment.parts if _made_again(segment) else (segment,)
 
 
-def _finish(graph: Graph, maker: Banded | None, total: str) -> Finish | None:
-    assert maker is not None
+def _made_again(segment: SegmentProgram) -> bool:
+    """Whether the segment is made of the rows between barriers."""
+    return isinstance(segment.how, Checkpoint) and segment.decision.policy == "rows"
+
+
+def _finish(graph: Graph, maker: Banded, total: str) -> Finish | None:
     rule = maker.bands.rule(total)
     assert rule.reduces is not None
     source = next(iter(rule.reads))
@@ -65,9 +70,9 @@ def _readers(
             continue
         reader = home[graph.nodes[c].name]
         leaf = leaves[reader]
-        if leaf.banded and leaf.banded.single_sweep and shared:  # gradients before those of other processes
+        if leaf.single_sweep and shared:  # gradients before those of other processes
             return set()
-        if reader == maker or not (leaf.banded or leaf.passes) or source not in leaf.part.inputs:
+        if reader == maker or not isinstance(leaf.how, Banded | Passes) or source not in leaf.part.inputs:
             return set()
         found.add(reader)
     return found
@@ -75,14 +80,15 @@ def _readers(
 
 def _leaf(graph: Graph, leaf: SegmentProgram, finishes: list[Finish], spared: set[str]) -> SegmentProgram:
     leaf = replace(leaf, finishes=tuple(finishes))
-    if leaf.banded is None or leaf.banded.single_sweep:
+    how = leaf.how
+    if not isinstance(how, Banded) or how.single_sweep:
         return leaf
     unread = {
         node.name
         for node in leaf.part.nodes
-        if node.name in leaf.part.outputs and _unread(graph, leaf, leaf.banded, node.name, spared)
+        if node.name in leaf.part.outputs and _unread(graph, leaf, how, node.name, spared)
     }
-    return replace(leaf, banded=replace(leaf.banded, spared=frozenset(spared), unread=frozenset(unread)))
+    return replace(leaf, how=replace(how, spared=frozenset(spared), unread=frozenset(unread)))
 
 
 def _unread(graph: Graph, leaf: SegmentProgram, banded: Banded, name: str, spared: set[str]) -> bool:

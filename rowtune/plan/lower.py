@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rowtune.errors import PlanError
@@ -16,10 +16,12 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.banded import Scheduler, banded, by_policy
 from rowtune.plan.finish import finished
+from rowtune.plan.legal import there
 from rowtune.plan.narrow import divided
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
-from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.program import Banded, Checkpoint, Program, SegmentProgram, Whole
+from rowtune.plan.waiting import with_waits
 
 Lowered = dict[Any, list[SegmentProgram]]
 """Segments lowered before, of one graph and by one scheduler."""
@@ -42,6 +44,8 @@ def lower(
     with uncollected():
         segments = tuple(made for span in spans for made in _known(graph, plan, *span, scheduler, lowered))
     segments = finished(graph, segments)
+    if plan.waiting_gradients == "host":
+        segments = with_waits(graph, segments)
     return Program(graph, plan, segments, _dead_after(graph, segments, [*graph.inputs, *graph.targets]))
 
 
@@ -121,10 +125,53 @@ def _known(
     return lowered[key]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What a graph says of the nodes that a segment covers (rowtune/plan/legal.py: Place)."""
+
+    graph: Graph
+    decision: Segment
+    start: int
+    stop: int
+    along: int
+    inside: bool
+
+    @property
+    def axis(self) -> int:
+        """What its bands lie along."""
+        return self.along if self.decision.band_rows else 0
+
+    @property
+    def read(self) -> bool:
+        """Whether anybody reads any of it."""
+        return bool(stretch(self.graph, self.start, self.stop).nodes)
+
+    @property
+    def not_banded(self) -> str:
+        return why_not(self.graph, self.start, self.stop, self.axis) if self.read else ""
+
+    @property
+    def barriers(self) -> int:
+        return len(barrier_parts(self.graph, self.start, self.stop, self.axis)) - 1
+
+    @property
+    def mixes_images(self) -> bool:
+        return self.read and not is_local(self.graph, self.start, self.stop, 0)
+
+
 def _segments(
-    graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
+    graph: Graph,
+    plan: Plan,
+    decision: Segment,
+    start: int,
+    stop: int,
+    scheduler: Scheduler,
+    *,
+    inside: bool = False,
 ) -> list[SegmentProgram]:
     """The programs of one segment: several where a rows segment stores the tensors at its barriers."""
+    if why := there(decision, _Place(graph, decision, start, stop, plan.axis, inside)):
+        raise PlanError(why)
     if decision.inside:
         return [_nested(graph, plan, decision, start, stop, scheduler)]
     if decision.policy != "rows":
@@ -132,15 +179,7 @@ def _segments(
     if not stretch(graph, start, stop).nodes:
         return [_part(graph, decision, start, stop, plan.axis, scheduler)]
     axis = plan.axis if decision.band_rows else 0
-    why = why_not(graph, start, stop, axis)
-    if why:
-        raise PlanError(f"segment {decision.first}..{decision.last} cannot be banded: {why}")
     parts = barrier_parts(graph, start, stop, axis)
-    if decision.barriers != "store" and decision.halo == "cache" and len(parts) > 1:
-        raise PlanError(
-            f"segment {decision.first}..{decision.last}: halo cache keeps rows from forward to backward; "
-            f"barriers {decision.barriers} takes halo sweep or recompute"
-        )
     if decision.barriers == "passes" and len(parts) > 1:
         return [_streamed(graph, decision, start, stop, axis, scheduler)]
     if decision.barriers == "narrow" and len(parts) > 1:
@@ -154,9 +193,7 @@ def _segments(
         inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
     if decision.barriers == "store" or len(parts) == 1:
         return list(inner)
-    part = stretch(graph, start, stop)
-    inner = tuple(_twice(i) for i in inner)
-    return [SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))]
+    return [_checkpoint(graph, decision, stretch(graph, start, stop), tuple(map(_twice, inner)))]
 
 
 def _nested(
@@ -169,28 +206,30 @@ def _nested(
             f"the segments inside {decision.first}..{decision.last} end at "
             f"{spans[-1][0].last if spans else 'nothing'}, not at {decision.last}"
         )
-    for segment, _, _ in spans:
-        if segment.policy == "rows" and segment.halo == "cache":
-            raise PlanError(
-                f"segment {segment.first}..{segment.last}: halo cache keeps rows from forward to backward; "
-                f"inside a checkpoint rows take halo sweep or recompute"
-            )
     part = stretch(graph, start, stop)
-    inner = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
-    inner = finished(graph, tuple(_twice(i) for i in inner))
-    return SegmentProgram(decision, part, inner=inner, dead=_dead_after(graph, inner, list(part.inputs)))
+    inner = tuple(
+        made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler, inside=True)
+    )
+    return _checkpoint(graph, decision, part, finished(graph, tuple(map(_twice, inner))))
+
+
+def _checkpoint(
+    graph: Graph, decision: Segment, part: Stretch, parts: tuple[SegmentProgram, ...]
+) -> SegmentProgram:
+    return SegmentProgram(decision, part, Checkpoint(parts, _dead_after(graph, parts, list(part.inputs))))
 
 
 def _streamed(
     graph: Graph, decision: Segment, start: int, stop: int, axis: int, scheduler: Scheduler
 ) -> SegmentProgram:
     part = stretch(graph, start, stop)
-    return SegmentProgram(decision, part, passes=passes(graph, decision, part, axis, scheduler))
+    return SegmentProgram(decision, part, passes(graph, decision, part, axis, scheduler))
 
 
 def _twice(inner: SegmentProgram) -> SegmentProgram:
     """A part that runs again in backward computes no gradients in forward."""
-    return replace(inner, banded=replace(inner.banded, single_sweep=False)) if inner.banded else inner
+    how = inner.how
+    return replace(inner, how=replace(how, single_sweep=False)) if isinstance(how, Banded) else inner
 
 
 def _part(
@@ -205,26 +244,25 @@ def _part(
     if all(rule.dim is None and not reduces(rule) for rule in rules):  # nobody reads what has rows
         kept = Segment(decision.first, decision.last, "keep", store=decision.store)
         return _plain(graph, kept, part, scheduler)
-    return SegmentProgram(decision, part, banded=banded(graph, decision, part, bands, images, scheduler))
+    return SegmentProgram(decision, part, banded(graph, decision, part, bands, images, scheduler))
 
 
 def _nothing(decision: Segment, part: Stretch) -> SegmentProgram:
     """A segment of which nobody reads anything: a head that the loss leaves out."""
-    return SegmentProgram(Segment(decision.first, decision.last, "keep"), part)
+    return SegmentProgram(Segment(decision.first, decision.last, "keep"), part, Whole())
 
 
 def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler) -> SegmentProgram:
-    if decision.images and decision.policy == "keep":
-        raise PlanError(f"segment {decision.first}..{decision.last}: keep takes no images")
     if not part.nodes:
         return _nothing(decision, part)
     if decision.images:
-        if not is_local(graph, part.start, part.stop, 0):
-            raise PlanError(f"segment {decision.first}..{decision.last} mixes images; checkpoint it whole")
         images = banding(graph, 0)
-        return SegmentProgram(decision, part, banded=banded(graph, decision, part, images, images, scheduler))
+        return SegmentProgram(decision, part, banded(graph, decision, part, images, images, scheduler))
     part = restored(graph, part)
-    return SegmentProgram(decision, part, _drops(part))
+    if decision.policy == "keep":
+        return SegmentProgram(decision, part, Whole(_drops(part)))
+    kept = SegmentProgram(Segment(decision.first, decision.last, "keep"), part, Whole(_drops(part)))
+    return _checkpoint(graph, decision, part, (kept,))
 
 
 def _drops(part: Stretch) -> tuple[tuple[str, ...], ...]:

@@ -125,7 +125,7 @@ class _Divider:
             outputs,
         )
         made = banded(graph, self.decision, part, bands, images, self.scheduler)
-        return SegmentProgram(self.decision, part, banded=replace(made, single_sweep=False))
+        return SegmentProgram(self.decision, part, replace(made, single_sweep=False))
 
 
 def _twinned(bands: Banding, twins: dict[str, str]) -> Banding:

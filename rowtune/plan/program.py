@@ -6,7 +6,7 @@ The runtime executes it; what it does then is recorded, and predictions are made
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rowtune.graph.bands import Banding
@@ -111,7 +111,7 @@ class Banded:
     spared: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
 
-    def left_out(self, group: Group, tape: bool) -> bool:
+    def spares(self, group: Group, tape: bool) -> bool:
         """Whether backward has no use for a run of this group."""
         return all(o in self.spared or (o in self.unread and not tape) for o in group.outputs)
 
@@ -136,23 +136,64 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class SegmentProgram:
-    """One segment: its decision, the nodes it covers, and how it runs.
+class Whole:
+    """Node by node, as PyTorch does. `drops[i]` names the values that nothing reads after node i."""
 
-    `drops[i]` names the values that nothing reads after node i (keep and checkpoint). `banded` tells how the
-    bands of a rows segment run. `inner` are the rows segments between the barriers of a segment that is
-    computed again as a whole, `dead` what is not read after each; `passes` streams it several times. At the
-    end of its backward it `finishes` gradients of statistics that it reads.
-    """
+    drops: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`parts` one after another, all of them again in backward: a part that is whole, those that a checkpoint
+    is said to be made of, or the rows segments between barriers that are made again. `dead[i]` names the
+    values that nothing reads after part i."""
+
+    parts: tuple[SegmentProgram, ...]
+    dead: tuple[tuple[str, ...], ...]
+
+
+How = Whole | Checkpoint | Banded | Passes
+
+
+@dataclass(frozen=True)
+class SegmentProgram:
+    """One segment: its decision, the nodes it covers, and how they run. At the end of its backward it
+    `finishes` gradients of statistics that it reads. Gradients of what it reads from further away are in
+    `leaves`: they wait on the host; of what it makes so many come back as `returns` say."""
 
     decision: Segment
     part: Stretch
-    drops: tuple[tuple[str, ...], ...] = ()
-    banded: Banded | None = None
-    inner: tuple[SegmentProgram, ...] = ()
-    dead: tuple[tuple[str, ...], ...] = ()
-    passes: Passes | None = None
+    how: How
     finishes: tuple[Finish, ...] = ()
+    leaves: tuple[str, ...] = ()
+    returns: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def parts(self) -> tuple[SegmentProgram, ...]:
+        """The segments that this one is made of."""
+        match self.how:
+            case Checkpoint(parts):
+                return parts
+            case Passes(forward, backward):
+                return *forward, *backward
+            case _:
+                return ()
+
+    @property
+    def single_sweep(self) -> bool:
+        """Whether its backward runs inside forward."""
+        return isinstance(self.how, Banded) and self.how.single_sweep
+
+    def with_parts(self, parts: Iterable[SegmentProgram]) -> SegmentProgram:
+        """The same, made of others, as many."""
+        made, how = tuple(parts), self.how
+        if isinstance(how, Checkpoint):
+            return replace(self, how=replace(how, parts=made))
+        if isinstance(how, Passes):
+            there = len(how.forward)
+            return replace(self, how=replace(how, forward=made[:there], backward=made[there:]))
+        assert not made
+        return self
 
 
 @dataclass(frozen=True)
@@ -166,22 +207,23 @@ class Program:
 
 def steps_of(segment: SegmentProgram, called: Callable[[str], str] = str) -> Any:
     """All that decides what a segment runs and keeps, with values `called` by other names."""
-    return segment.decision.store, segment.decision.cheap, _steps_of(segment, called)
+    waits = [*map(called, segment.leaves)], [(called(n), many) for n, many in segment.returns]
+    return segment.decision.store, segment.decision.cheap, waits, _steps_of(segment, called)
 
 
 def _steps_of(segment: SegmentProgram, called: Callable[[str], str]) -> Any:
     nodes = [called(node.name) for node in segment.part.nodes]
     nodes += [*map(called, segment.part.inputs), *map(called, segment.part.outputs)]
     finishes = [[called(n) for n in finish[:2]] for finish in segment.finishes]
-    if segment.inner:
-        return "checkpoint", nodes, finishes, [steps_of(inner, called) for inner in segment.inner]
-    if segment.passes is not None:
-        streamed = segment.passes.forward, segment.passes.backward
-        return "passes", nodes, finishes, [[steps_of(one, called) for one in way] for way in streamed]
-    if segment.banded is None:
-        return segment.decision.policy, nodes, finishes
-    run = segment.banded
+    inside = [steps_of(part, called) for part in segment.parts]
+    match segment.how:
+        case Banded() as run:
+            return nodes, finishes, *_banded_steps(run, called)
+        case how:
+            return type(how).__name__, nodes, finishes, inside
 
+
+def _banded_steps(run: Banded, called: Callable[[str], str]) -> Any:
     def several(names: Iterable[str]) -> list[str]:
         return sorted(map(called, names))
 
@@ -198,7 +240,7 @@ def _steps_of(segment: SegmentProgram, called: Callable[[str], str]) -> Any:
     repeat = run.repeat and (run.repeat.more, sorted(run.repeat.pieces), run.repeat.stashes)
     ways = [[_called(step, called) for step in way] for way in (run.forward, run.backward)]
     order = (*ways, run.image_ranges, run.single_sweep)
-    return nodes, finishes, groups, pieces, order, repeat, several(run.spared), several(run.unread)
+    return groups, pieces, order, repeat, several(run.spared), several(run.unread)
 
 
 def _called(step: Step, called: Callable[[str], str]) -> Step:

@@ -81,18 +81,23 @@ def faster(study: Study) -> Iterator[Advice]:
         )
 
 
+OPTIMIZER = {
+    "step_in_backward": "without gradients that wait for each other",
+    "offload_state": "with the optimizer's state on the host",
+}
+"""Savers of what the optimizer needs."""
+
+
 def model_state(study: Study) -> Iterator[Advice]:
-    """Parameters, gradients and the optimizer's state, which no plan changes."""
+    """Parameters, gradients and the optimizer's state, which few savers change."""
     state = study.peak - (study.file.measured.get("activation_bytes") or study.peak)
     if state < STATE * study.limit:
         return
     text = f"parameters, gradients and optimizer state take {format_bytes(state)} of the peak"
-    if "step_in_backward" in unused_savers(study.records):
-        yield Advice(
-            "memory",
-            f"{text}: without gradients that wait for each other they take less",
-            study.search(f"--budget {study.budget} --savers +step_in_backward"),
-        )
+    for name, how in OPTIMIZER.items():
+        if name in unused_savers(study.records):
+            command = study.search(f"--budget {study.budget} --savers +{name}")
+            yield Advice("memory", f"{text}: {how} they take less", command)
     if not study.file.problem.optimizer.startswith("sgd:lr") or "momentum" in study.file.problem.optimizer:
         yield Advice("memory", f"{text}: an optimizer with less state is sgd without momentum")
 

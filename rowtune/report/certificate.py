@@ -70,9 +70,12 @@ def unused_savers(records: Sequence[Record]) -> list[str]:
         plan = record.decisions or {}
         used |= {"bf16"} if plan.get("dtype") == "bf16" else set()
         used |= {"step_in_backward"} if plan.get("step_in_backward") else set()
+        used |= {"offload_gradients"} if plan.get("waiting_gradients") == "host" else set()
+        used |= {"offload_state"} if plan.get("optimizer_state") == "host" else set()
         if any(s.get("store") == "host" for _, s in nested(plan.get("segments", ()))):
             used.add("offload")
-    return [name for name in ("offload", "bf16", "step_in_backward") if name not in used]
+    asked = ("offload", "offload_gradients", "offload_state", "bf16", "step_in_backward")
+    return [name for name in asked if name not in used]
 
 
 def _plans(count: int) -> str:

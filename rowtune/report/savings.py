@@ -6,16 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rowtune.cost.predict import predict
+from rowtune.cost.state import Stateful
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.plan.choices import LOSSY
+from rowtune.plan.plan import Plan, Segment
 from rowtune.report.page import Saving
 from rowtune.tune.savers import used
 
 Without = Callable[[Plan], Plan]
 
 
-def savings(graph: Graph, plan: Plan, optimizer: int) -> tuple[Saving, ...]:
+def savings(graph: Graph, plan: Plan, optimizer: Stateful) -> tuple[Saving, ...]:
     """For each saver that the plan uses, the largest first. They help each other: what they take off together
     is not the sum."""
     whole = predict(graph, plan, optimizer).peak_bytes
@@ -62,6 +64,8 @@ WITHOUT: dict[str, Without] = {
     "offload": _each(lambda s: replace(s, store="device") if s.store == "host" else s),
     "rounding": _each(lambda s: replace(s, store="device") if s.store in LOSSY else s),
     "bf16": lambda plan: replace(plan, dtype="as given"),
+    "offload_gradients": lambda plan: replace(plan, waiting_gradients="device"),
+    "offload_state": lambda plan: replace(plan, optimizer_state="device"),
     "step_in_backward": lambda plan: replace(plan, step_in_backward=False),
 }
 """By name: the same plan without it. (`channels_last` is for time.)"""

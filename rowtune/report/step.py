@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from rowtune.cost.compose import Peak
 from rowtune.cost.predict import composed, predict
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import Step
-from rowtune.cost.state import state_bytes
+from rowtune.cost.seen import RecordedStep
+from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.errors import RowtuneError, UsageError
 from rowtune.graph.graph import Graph
 from rowtune.plan.file import PlanFile
@@ -77,7 +75,7 @@ def step_cost(file: PlanFile) -> StepCost | Unknown:
             f"no memory over the step: the plan was made for a model with fingerprint {file.fingerprint}, "
             f"but {file.problem.model} now has {work.graph.fingerprint}"
         )
-    graph, slots = work.graph, work.optimizer.slots
+    graph, slots = work.graph, work.optimizer
     profile = _profile(work.problem.device)
     costs = segment_costs(graph, file.plan, slots, Clock(profile or Profile()))
     memory = Memory(curve(graph, file.plan, slots), curve(graph, uniform_plan(graph, "keep"), slots))
@@ -85,9 +83,7 @@ def step_cost(file: PlanFile) -> StepCost | Unknown:
     return StepCost(costs, memory, profile is not None, taken_off, host)
 
 
-def segment_costs(
-    graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None, clock: Clock
-) -> tuple[SegmentCost, ...]:
+def segment_costs(graph: Graph, plan: Plan, optimizer: Stateful, clock: Clock) -> tuple[SegmentCost, ...]:
     """One for each of the plan's segments, which runs as several where it stores what is at its barriers."""
     step, peak = composed(graph, plan, optimizer)
     places = {node.name: i for i, node in enumerate(graph.nodes)}
@@ -99,7 +95,7 @@ def segment_costs(
     return tuple(_cost(size, part, step, peak, clock) for size, part in zip(sizes, parts, strict=True))
 
 
-def _cost(share: float, part: Sequence[int], step: Step, peak: Peak, clock: Clock) -> SegmentCost:
+def _cost(share: float, part: Sequence[int], step: RecordedStep, peak: Peak, clock: Clock) -> SegmentCost:
     linked = [step.segments[i] for i in part]
     return SegmentCost(
         share=share,
@@ -125,13 +121,15 @@ def _sizes(graph: Graph, plan: Plan) -> list[float]:
     return [sum(bytes_of[places[s.first] : places[s.last] + 1]) / total for s in plan.segments]
 
 
-def curve(graph: Graph, plan: Plan, optimizer: torch.optim.Optimizer | int | None) -> Curve:
+def curve(graph: Graph, plan: Plan, optimizer: Stateful) -> Curve:
     """Memory over one step of a plan, the optimizer's state included."""
     step, peak = composed(graph, plan, optimizer)
     if sum(linked.footprint.host for linked in step.segments) > MOST_CALLS:
         return _by_segment(peak, sum(linked.footprint.host for linked in step.segments))
     titles = [linked.title for linked in step.segments]
-    return _by_call(record(lower(graph, plan)), titles, state_bytes(graph, optimizer))
+    away = plan.optimizer_state == "host"
+    recording = record(lower(graph, plan), brought=brought(graph, optimizer, plan.optimizer_state))
+    return _by_call(recording, titles, 0 if away else state_bytes(graph, optimizer))
 
 
 def _by_call(recording: Recording, titles: list[str], state: int) -> Curve:

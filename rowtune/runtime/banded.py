@@ -19,7 +19,7 @@ from rowtune.graph.training import NORMS
 from rowtune.kernels.constants import TRACING
 from rowtune.plan.groups import Group
 from rowtune.plan.homes import homes_of, read_inside
-from rowtune.plan.program import Back, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
+from rowtune.plan.program import Back, Banded, Drop, Piece, Replay, Restore, Run, SegmentProgram, Stash, Step
 from rowtune.rows import Rows
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, Evaluator, empty_in_order, grad_dtype
@@ -58,9 +58,9 @@ class BandedRun:
         totals: Mapping[str, Tensor] | None = None,
         keeping: Keeping | None = None,
     ) -> None:
-        assert segment.banded is not None
+        assert isinstance(segment.how, Banded)
         self.keeping = keeping
-        self.graph, self.segment, self.program = graph, segment, segment.banded
+        self.graph, self.segment, self.program = graph, segment, segment.how
         self.wanted, self.first_time = wanted, first_time
         self.settled: frozenset[str] = frozenset()
         device = next(iter(tensors.values())).device
@@ -224,7 +224,7 @@ class BandedRun:
     def _run(self, step: Run) -> None:
         piece = self.program.pieces[step.piece]
         group = self.program.groups[piece.group]
-        if not self.collect and self.program.left_out(group, step.tape):
+        if not self.collect and self.program.spares(group, step.tape):
             return
         if step.tape and any(o in self.carriers for o in group.outputs):
             outputs = self._run_tape(step.piece, piece, group)
@@ -285,7 +285,7 @@ class BandedRun:
         """The tape of rows that were made before, about to run."""
         piece = self.program.pieces[number]
         group = self.program.groups[piece.group]
-        left_out = not self.collect and self.program.left_out(group, tape=True)
+        left_out = not self.collect and self.program.spares(group, tape=True)
         if left_out or not any(o in self.carriers for o in group.outputs):
             return
         assert group.replay is not None

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from rowtune.errors import UsageError
+from rowtune.plan.choices import Home
 from rowtune.plan.plan import Plan
+from rowtune.runtime.optimizer_state import step_one, step_one_from_host, wait
 
 ONCE = "a plan with step_in_backward uses each gradient as it comes, once a step"
 
 
 @contextmanager
-def step_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Around `loss.backward()`, in the place of `optimizer.step()`.
+def step_in_backward(optimizer: torch.optim.Optimizer, state: Home = "device") -> Iterator[None]:
+    """Around `loss.backward()`, in the place of `optimizer.step()`; `state` is the plan's `optimizer_state`.
 
     Raises:
         UsageError: there are gradients already, or a parameter gets a second one: gradients are accumulated
@@ -36,15 +38,20 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             "accumulate gradients take a plan without step_in_backward"
         )
     used: set[int] = set()
-    handles = [p.register_post_accumulate_grad_hook(_using(optimizer, group, used)) for group, p in groups]
+    handles = [
+        p.register_post_accumulate_grad_hook(_using(optimizer, group, used, state)) for group, p in groups
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        wait(optimizer)
 
 
-def _using(optimizer: torch.optim.Optimizer, group: dict[str, Any], used: set[int]) -> Any:
+def _using(optimizer: torch.optim.Optimizer, group: dict[str, Any], used: set[int], state: Home) -> Any:
+    step = step_one_from_host if state == "host" else step_one
+
     def use(p: Tensor) -> None:
         if id(p) in used:
             raise UsageError(
@@ -52,12 +59,7 @@ def _using(optimizer: torch.optim.Optimizer, group: dict[str, Any], used: set[in
                 "gradients over backwards take a plan without step_in_backward"
             )
         used.add(id(p))
-        groups = optimizer.param_groups
-        optimizer.param_groups = [{**group, "params": [p]}]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
+        step(optimizer, group, p)
         p.grad = None
 
     return use

@@ -34,15 +34,9 @@ class LeftOut:
     def marked(self, segment: SegmentProgram) -> SegmentProgram:
         """The same segment, telling when it leaves bands out, and without the bands of images that are like
         the second."""
-        if segment.inner:
-            return replace(segment, inner=tuple(self.marked(inner) for inner in segment.inner))
-        if segment.passes is not None:
-            forward = tuple(self.marked(one) for one in segment.passes.forward)
-            backward = tuple(self.marked(one) for one in segment.passes.backward)
-            return replace(segment, passes=replace(segment.passes, forward=forward, backward=backward))
-        if segment.banded is None:
-            return segment
-        return replace(segment, banded=self._marked(segment.banded))
+        if isinstance(segment.how, Banded):
+            return replace(segment, how=self._marked(segment.how))
+        return segment.with_parts(map(self.marked, segment.parts))
 
     def _marked(self, banded: Banded) -> Banded:
         images, more = banded.image_ranges, 0

@@ -28,9 +28,11 @@ from rowtune.plan.program import Program
 from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast
-from rowtune.runtime.segments import Engine as Engine
-from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import Engine as Engine
+from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
+from rowtune.runtime.waiting import Skips
 from rowtune.torch_private import pytree, storage_of
 
 LossLike = Loss | str | Callable[[Tensor, Tensor], Tensor] | None
@@ -187,7 +189,8 @@ class RowtuneModule(nn.Module):
         stored = any(s.store != "device" for s in self.plan.segments)
         outside = frozenset(map(storage_of, given)) if stored else frozenset()
         seed = _step_seed(graph)
-        step = Step(program, seed, self.loss_scale, lists, outside=outside, host=self.host)
+        host = self.host
+        step = StepRun(program, seed, self.loss_scale, lists, outside=outside, host=host, skips=Skips(host))
         flat.clear()
         for segment, dead in zip(program.segments, program.drops, strict=True):
             run_segment(step, segment, env)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
-from rowtune.plan.program import SegmentProgram
+from rowtune.plan.program import Passes, SegmentProgram
 from rowtune.runtime.banded import BandedRun
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.gradients import Gradients, add, apart, finish, gather
@@ -27,8 +27,8 @@ class PassesRun:
         *,
         first_time: bool = True,
     ) -> None:
-        assert segment.passes is not None
-        self.graph, self.segment, self.program = graph, segment, segment.passes
+        assert isinstance(segment.how, Passes)
+        self.graph, self.segment, self.program = graph, segment, segment.how
         self.tensors, self.wanted, self.seed = tensors, wanted, seed
         self.first_time = first_time
         self.known: dict[str, Tensor] = {}
@@ -104,7 +104,6 @@ class PassesRun:
         self, one: SegmentProgram, at: int, outer: Mapping[str, Tensor], seeds: Mapping[str, Tensor]
     ) -> Gradients:
         """Gradients of what the barrier before is made of; of inputs and weights, before the first."""
-        assert one.banded is not None
         wanted = frozenset(self.program.levels[at - 1]) if at else self.wanted
         totals = {t: self.known[n] for n, t in self.program.twins.items() if n in self.known}
         graph = self.program.twin_graph

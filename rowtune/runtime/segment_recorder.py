@@ -18,17 +18,20 @@ from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.kernels.constants import standing_for
+from rowtune.plan.choices import Precision
 from rowtune.plan.lower import uncollected
-from rowtune.plan.plan import Plan, Precision
-from rowtune.plan.program import Program, SegmentProgram
+from rowtune.plan.plan import Plan
+from rowtune.plan.program import Checkpoint, Program, SegmentProgram
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import differs
 from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
-from rowtune.runtime.recorder import ROLES, let_go_of_gradient
+from rowtune.runtime.recorder import ROLES, Brought, use_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
-from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
+from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Counted, Lives, Recorder
 from rowtune.torch_private import storage_of
 
@@ -36,10 +39,12 @@ NOTHING: Mapping[str, bool] = {}
 
 
 class How(NamedTuple):
-    """What of a plan holds for the whole step, and how its segments are recorded."""
+    """What of a plan holds for the whole step, and how its segments are recorded. `brought` is what the
+    optimizer brings to the device to use a gradient in backward."""
 
     dtype: Precision = "as given"
     step_in_backward: bool = False
+    brought: Brought = ()
 
 
 AS_GIVEN = How()
@@ -80,11 +85,17 @@ class SegmentRun:
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
             outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
-            step = Step(one, outside=outside, host=host)
+            skips = Skips(HostPool())
+            step = StepRun(one, outside=outside, host=host, skips=skips)
             with self.recorder, autocast(how.dtype, self.blank.type):
                 run_segment(step, one.segments[0], env)
-            self.host_bytes = self.left_out.host_bytes
-            del step
+            waits = sum(_bytes(env[n]) for n in segment.leaves if env[n].requires_grad)
+            self.host_bytes = self.left_out.host_bytes + waits
+            self.returning = [n for n, _ in segment.returns if env[n].requires_grad]
+            for name, many in segment.returns:  # what others put there
+                for _ in range(many):
+                    skips.put(name, torch.empty_like(env[name]))
+            del step, skips
             self.forward = self.recorder.calls
             self.outputs = tuple(self._crossing(n, n, env[n]) for n in segment.part.outputs)
             for name, tensor in env.items():
@@ -131,12 +142,21 @@ class SegmentRun:
         """The recording, with these gradients of its outputs and of inputs that later segments read too."""
         assert self.recorder.calls == self.forward, "a backward is recorded once"
         self.recorder.place = (0, "backward")
+        used: set[int] = set()
+        brought = dict(self.how.brought)
+
+        def use(weight: Tensor) -> None:
+            assert weight.grad is not None
+            used.add(self.recorder.buffer_of(weight.grad, "", "gradient"))
+            made = use_gradient(weight, brought)
+            used.update(() if made is None else [self.recorder.named(made, "the state of the optimizer")])
+
         for weight in self.weights.values() if self.how.step_in_backward else ():
             if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(let_go_of_gradient)  # type: ignore[no-untyped-call]
+                weight.register_post_accumulate_grad_hook(use)  # type: ignore[no-untyped-call]
         with self.mode, standing_for(self.graph.device), uncollected():
             handed = self._hand_over(outer)
-            roots = [self.tails[c.name].root for c in outer]
+            roots = [self.tails[n].root for n in dict.fromkeys([*(c.name for c in outer), *self.returning])]
             ones = [torch.ones(()) for _ in roots]
             with self.recorder:
                 self.tails.clear()
@@ -159,7 +179,7 @@ class SegmentRun:
             outputs=self.outputs, outer=handed, gradients=caught, weight_gradients=added,
             left_out=self.left_out.buffers(recording.buffers), host_bytes=self.host_bytes,
             uses=tuple(counted.uses) if counted else (), work=work_of(counted.uses) if counted else (),
-            host=counted.host if counted else 0,
+            host=counted.host if counted else 0, used=frozenset(used),
         )  # fmt: skip
 
     def _hand_over(self, outer: Collection[Crossing]) -> dict[str, int]:
@@ -179,6 +199,10 @@ class SegmentRun:
         return typed.as_strided(crossing.shape, crossing.stride, crossing.offset).detach()
 
 
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.itemsize
+
+
 def _gradient(name: str) -> str:
     return f"the gradient of {name}"
 
@@ -187,8 +211,9 @@ def _model(segment: SegmentProgram) -> list[str]:
     """Parameters, buffers and constants that a segment reads, also by operators that were put back."""
     own = {node.name for node in segment.part.nodes}
     read = dict.fromkeys(n for node in segment.part.nodes for n in node.inputs if n not in own)
-    read |= dict.fromkeys(n for inner in segment.inner for n in _model(inner))
-    made = own | {*segment.part.inputs} | {o for inner in segment.inner for o in inner.part.outputs}
+    inside = segment.how.parts if isinstance(segment.how, Checkpoint) else ()
+    read |= dict.fromkeys(n for part in inside for n in _model(part))
+    made = own | {*segment.part.inputs} | {o for part in inside for o in part.part.outputs}
     return [n for n in dict.fromkeys([*segment.part.weights, *read]) if n not in made]
 
 
@@ -221,5 +246,5 @@ class _HandOver(torch.autograd.Function):
         return torch.zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.box.pop()
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor | None]:
+        return None, ctx.box.pop() if ctx.box else None

@@ -50,7 +50,7 @@ class SegmentRecording:
     `left_out` are buffers that no call here makes: those of bands that are like others and were not run.
     Forward leaves `host_bytes` on the host. `uses` are what its calls do and look at, `work` the calls of all
     bands by what they do, and `host` is how many there are, views included; all three are left empty by a
-    recorder that does not count.
+    recorder that does not count. `used` are gradients of the model's that the optimizer uses in backward.
     """
 
     recording: Recording
@@ -67,6 +67,7 @@ class SegmentRecording:
     uses: tuple[Use, ...] = ()
     work: Work = ()
     host: int = 0
+    used: frozenset[int] = frozenset()
 
     @property
     def kept(self) -> tuple[int, ...]:

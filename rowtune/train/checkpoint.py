@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def save(folder: Path, state: State, weights: Mapping[str, Tensor], ema: Mapping
         write_tensors(fresh / "weights.safetensors", weights)
         if ema is not None:
             write_tensors(fresh / "ema.safetensors", ema)
-        write_torch(fresh / "state.pt", asdict(state))
+        write_torch(fresh / "state.pt", {f.name: getattr(state, f.name) for f in fields(state)})
         sync(fresh)
         if final.exists():  # of an earlier run, which --force gave up
             shutil.rmtree(final)

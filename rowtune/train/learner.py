@@ -37,7 +37,8 @@ from rowtune.train.undo import Before, is_atomic
 from rowtune.tune.device import release, synchronize
 from rowtune.tune.measurement import first_line, out_of_memory
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.step import Batch, OptimizerSpec, Workload, run_backward, scaler_for, use_gradients
+from rowtune.tune.optimizers import OptimizerSpec
+from rowtune.tune.step import Batch, Workload, run_backward, scaler_for, use_gradients
 from rowtune.tune.verify import compare, outcome
 
 
@@ -100,7 +101,9 @@ class Learner:
     @property
     def whole(self) -> bool:
         """Whether a step that fails may have changed a part of the parameters."""
-        return self.file.plan.step_in_backward or not is_atomic(self.optimizer) or ranks.several()
+        plan = self.file.plan
+        one_by_one = plan.step_in_backward or plan.optimizer_state == "host"
+        return one_by_one or not is_atomic(self.optimizer) or ranks.several()
 
     @property
     def saved(self) -> nn.Module:
@@ -310,7 +313,7 @@ class _Step:
                     weight.grad.div_(count)
         if options.clip:
             self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(learner.trained, options.clip)))
-        use_gradients(learner.optimizer, learner.scaler)
+        use_gradients(learner.runner, learner.optimizer, learner.scaler)
 
     def _backward(self, runner: RowtuneModule, batch: Batch) -> Tensor:
         inputs, target = batch

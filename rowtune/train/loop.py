@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
 from rowtune.train.weights import writer_for
 from rowtune.tune.device import cap_memory, warm_up
+from rowtune.tune.optimizers import OptimizerSpec, parse_optimizer
 from rowtune.tune.output import ROOM, check_writable, keep
-from rowtune.tune.step import OptimizerSpec, Workload, parse_optimizer
+from rowtune.tune.step import Workload
 
 
 def train(
@@ -260,7 +261,8 @@ class _Run:
             learner.average.n_averaged.fill_(state.averaged)
         learner.done, learner.loss = state.step, state.loss
         self.epoch, self.batch = state.epoch, state.batch
-        own = state.others[ranks.rank() - 1] if ranks.rank() else asdict(state)
+        first: Mapping[str, Any] = {"began": state.began, "random": state.random}
+        own = state.others[ranks.rank() - 1] if ranks.rank() else first
         self.feed.began, self.random = own["began"], own["random"]
         self.saved, self.saved_step = found.path, state.step
 

@@ -12,7 +12,8 @@ from rowtune.importers.source import parse_shape
 from rowtune.plan.file import PlanFile
 from rowtune.problem import TensorSpec
 from rowtune.tune.device import resolve_device
-from rowtune.tune.step import Workload, parse_optimizer, prepare
+from rowtune.tune.optimizers import parse_optimizer
+from rowtune.tune.step import Workload, prepare
 
 
 def open_plan(
@@ -49,7 +50,7 @@ def open_plan(
             f"the plan was made for a model with fingerprint {file.fingerprint}, but {problem.model} "
             f"now has {work.graph.fingerprint}; search again"
         )
-    return work, int(predict(work.graph, file.plan, work.optimizer.slots).peak_bytes)
+    return work, int(predict(work.graph, file.plan, work.optimizer).peak_bytes)
 
 
 def _reshaped(file: PlanFile, shapes: Sequence[str]) -> tuple[TensorSpec, ...]:

@@ -13,8 +13,9 @@ from rowtune.train.data import Feed, open_data, synthetic
 from rowtune.train.options import Options
 from rowtune.train.schedule import parse_schedule
 from rowtune.tune.host import half_of_free, on_host
+from rowtune.tune.optimizers import OptimizerSpec
 from rowtune.tune.output import ROOM, check_writable
-from rowtune.tune.step import OptimizerSpec, Workload
+from rowtune.tune.step import Workload
 
 FOREVER = 1 << 60
 
@@ -42,7 +43,7 @@ def check_host(file: PlanFile, work: Workload, options: Options) -> None:
     """InfeasibleError for a plan that keeps more on the host than it may."""
     if any(s.store == "host" for s in file.plan.segments):
         limit = half_of_free() if options.host_budget is None else options.host_budget
-        on_host(predict(work.graph, file.plan, work.optimizer.slots), limit)
+        on_host(predict(work.graph, file.plan, work.optimizer), limit)
 
 
 def open_checkpoints(options: Options, size: int) -> checkpoint.Checkpoint | None:

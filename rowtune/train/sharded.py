@@ -31,6 +31,7 @@ def check(options: Options, plan: Plan) -> None:
         )
     wants = {"--ema": options.ema > 0, "--verify-every": options.verify_every > 0,
              "a plan of fp16 (take bf16)": plan.dtype == "fp16",
+             "a plan with optimizer_state host": plan.optimizer_state == "host",
              "a plan that rounds and --check-error-every": plan.allowed_error > 0 < options.check_error_every,
             }  # fmt: skip
     for what in (name for name, wanted in wants.items() if wanted):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.torch_private import without_modes
+from rowtune.torch_private import inner_tensors, without_modes
 from rowtune.train.random_state import capture, restore
 from rowtune.tune.device import synchronize
 
@@ -39,7 +39,8 @@ class Before:
             self.values = _copies(model.buffers())
             self.gradients = [_copy(p.grad) if gradients else None for p in self.parameters]
             self.state: dict[Tensor, dict[str, Any]] = {p: dict(s) for p, s in optimizer.state.items()}
-            tensors = [t for s in self.state.values() for t in s.values() if isinstance(t, Tensor)]
+            values = [t for s in self.state.values() for t in s.values() if isinstance(t, Tensor)]
+            tensors = [t for value in values for t in inner_tensors(value)]
             self.values += _copies(t for t in tensors if whole or t.numel() <= 1)  # counters are small
             self.values += _copies(self.parameters) if whole else []
 

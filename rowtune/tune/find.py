@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +25,7 @@ from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.profiles import calibration
 from rowtune.tune.records import RecordFile, correction
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.savers import DEFAULT, used
+from rowtune.tune.savers import DEFAULT, ON_HOST, used
 from rowtune.tune.shared import Shared
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
@@ -41,7 +41,8 @@ class Request:
     """What to search for. `budget` is bytes, or a fraction of plain's predicted peak as a float; `origin` is
     a plan file whose measurements are taken over, and then `trials` are new ones.
     `storage` is where other processes and machines work on the same study, `workers` of them here.
-    `host_budget` is what plans may keep in the host's memory; None: half of what is free."""
+    `host_budget` is what plans may keep in the host's memory; None: half of what is free. `resort` are savers
+    that plans may use as well where none fits without."""
 
     work: Workload
     budget: int | float
@@ -58,17 +59,20 @@ class Request:
     workers: int = 1
     max_grad_error: float = 0.0
     host_budget: int | None = None
+    resort: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Found:
     """`path` is where the plan is: elsewhere than asked for where it could not be written there. `unwritten`
-    says why trials are missing in the records' file."""
+    says why trials are missing in the records' file. `resort` are the savers of the plan that were allowed
+    because none fits without."""
 
     file: PlanFile
     result: SearchResult
     path: Path
     unwritten: str = ""
+    resort: frozenset[str] = frozenset()
 
 
 def records_path(out: Path) -> Path:
@@ -86,22 +90,54 @@ def budget_bytes(request: Request) -> int:
     return size
 
 
-def state_bytes(work: Workload) -> int:
-    """What no plan can change: parameters, buffers, their gradients and the optimizer's state."""
-    trained = sum(p.numel() * p.itemsize for p in work.module.parameters() if p.requires_grad)
+def state_bytes(work: Workload, savers: frozenset[str] = frozenset()) -> int:
+    """What no plan with these savers can change: parameters, buffers, their gradients (of one parameter at
+    least) and the optimizer's state."""
+    trained = [p.numel() * p.itemsize for p in work.module.parameters() if p.requires_grad]
     fixed = sum(t.numel() * t.itemsize for t in (*work.module.parameters(), *work.module.buffers()))
-    return fixed + trained * (1 + work.optimizer.slots)
+    gradients = max(trained) if "step_in_backward" in savers else sum(trained)
+    own = [work.optimizer.state(tuple(p.shape), p.dtype) for p in work.module.parameters() if p.requires_grad]
+    return fixed + gradients + (max(own) if "offload_state" in savers else sum(own))
 
 
-def check_state(work: Workload, limit: int) -> None:
+def check_state(work: Workload, limit: int, savers: frozenset[str]) -> None:
     """InfeasibleError where there is no room for anything else."""
-    size = state_bytes(work)
-    if size >= limit:
-        raise InfeasibleError(
-            f"parameters, gradients and the optimizer's state ({work.problem.optimizer}) alone take "
-            f"{format_bytes(size)} of the {format_bytes(limit)} that there are: no plan can change that; "
-            "give a larger --budget, an --optimizer with less state such as sgd:lr=0.01, or --dtype bfloat16"
-        )
+    size = state_bytes(work, savers)
+    if size < limit:
+        return
+    more = [name for name in ("offload_state", "step_in_backward") if name not in savers]
+    allow = f"allow --savers {','.join('+' + name for name in more)}, " if more else ""
+    raise InfeasibleError(
+        f"parameters, gradients and the optimizer's state ({work.problem.optimizer}) alone take "
+        f"{format_bytes(size)} of the {format_bytes(limit)} that there are: no plan can change that; "
+        f"{allow}give a larger --budget, an --optimizer with less state such as sgd:lr=0.01, or "
+        "--dtype bfloat16"
+    )
+
+
+T = TypeVar("T")
+
+
+def with_last_resort(
+    request: Request, found: Callable[[Request], T], note: Callable[[str], None] = lambda _: None
+) -> T:
+    """What is found for a request; where no plan fits, with its last resort allowed. `note` is told. (State
+    of few bits stays on the device.)
+
+    Raises:
+        InfeasibleError: no plan fits even then.
+    """
+    if request.work.optimizer.low_bit:
+        stays = frozenset({"offload_state"})
+        request = replace(request, savers=request.savers - stays, resort=request.resort - stays)
+    more = request.resort - request.savers
+    try:
+        return found(request)
+    except InfeasibleError as error:
+        if not more:
+            raise
+        note(f"{str(error).partition(';')[0]}; trying with {', '.join(sorted(more))} as well")
+    return found(replace(request, savers=request.savers | more, resort=frozenset()))
 
 
 def study_identity(work: Workload) -> dict[str, Any]:
@@ -119,19 +155,29 @@ def study_identity(work: Workload) -> dict[str, Any]:
     }
 
 
-def find(request: Request, progress: Callable[[Progress], None] = lambda _: None) -> Found:
-    """Search and write the plan; an existing one is replaced only by a finished one.
+def find(
+    request: Request,
+    progress: Callable[[Progress], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Found:
+    """Search and write the plan; an existing one is replaced only by a finished one. `note` is told where
+    nothing fits without the last resort.
 
     Raises:
         UsageError: the output belongs to something else.
         InfeasibleError: no plan fits.
     """
+    found = with_last_resort(request, lambda asked: _find(asked, progress), note)
+    return replace(found, resort=used(found.file.plan) & request.resort - request.savers)
+
+
+def _find(request: Request, progress: Callable[[Progress], None]) -> Found:
     work, out = request.work, request.out
     check_replaceable(out, work.graph.fingerprint, request.force)
     budget = budget_bytes(request)
     records = RecordFile(records_path(out), study_identity(work), fresh=request.fresh or _foreign(request))
     limit = budget - request.reserve
-    check_state(work, limit)
+    check_state(work, limit, request.savers)
     origin = request.origin
     inherited = frozenset() if origin is None else inherit(origin, records, study_identity(work))
     request = replace(request, host_budget=host_bytes(request))
@@ -171,7 +217,7 @@ def _space(request: Request, worker: Worker) -> ProgrammeSpace:
     device = work.problem.device
     return ProgrammeSpace(
         work.graph,
-        work.optimizer.slots,
+        work.optimizer,
         calibration(device, worker.calibrate),
         request.savers,
         request.max_grad_error,
@@ -218,7 +264,7 @@ def _may(request: Request, space: ProgrammeSpace, plan: Plan) -> bool:
     names = used(plan)
     if not names <= request.savers or plan.allowed_error > request.max_grad_error:
         return False
-    return "offload" not in names or space.predict(plan).host_bytes <= host_bytes(request)
+    return not names & ON_HOST or space.predict(plan).host_bytes <= host_bytes(request)
 
 
 def _shared(request: Request, budget: int) -> Shared | None:
@@ -259,7 +305,7 @@ def _plan_file(
     assert best.decisions is not None
     cpu = work.problem.device == "cpu"
     plan = Plan.from_dict(dict(best.decisions))
-    cost = predict(work.graph, plan, work.optimizer.slots, profile)
+    cost = predict(work.graph, plan, work.optimizer, profile)
     measured: dict[str, Any] = {k: v for k, v in asdict(best).items() if k in MEASURED}
     measured["plain_peak_bytes"] = plain.peak_bytes if plain else None
     measured["plain_step_seconds"] = plain.step_seconds if plain else None

@@ -16,6 +16,7 @@ from rowtune.cost.candidates import HEIGHTS, LATE, NARROW, ROWS, first
 from rowtune.cost.predict import fixed_bytes, predict
 from rowtune.cost.profile import Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
+from rowtune.cost.state import Stateful
 from rowtune.cost.table import Key, Option, Table, within
 from rowtune.errors import ModelError, UsageError
 from rowtune.graph.places import has_barriers
@@ -91,7 +92,7 @@ def fit(
 def least_peaks(work: Workload, seconds: float = PEEK) -> dict[str, int]:
     """The predicted peak of the smallest plan of each way, in bytes, at the workload's own size. `seconds`
     are how long plans of one way are recorded, at most: with more of them a smaller one may be found."""
-    slots = work.optimizer.slots
+    slots = work.optimizer
     plain, checkpointing, ours = (
         _found(Table(work.graph), slots, way, 0, None, seconds).peak_bytes for way in WAYS
     )
@@ -152,10 +153,12 @@ def _at(work: Workload, k: int, sizes: _Sizes, way: str, limit: int, profile: Pr
     except ModelError:
         return None
     seconds = SECONDS if k == sizes.own else LATER
-    return _found(Table(graph), work.optimizer.slots, way, limit, profile, seconds)
+    return _found(Table(graph), work.optimizer, way, limit, profile, seconds)
 
 
-def _found(table: Table, slots: int, way: str, limit: int, profile: Profile | None, seconds: float) -> Found:
+def _found(
+    table: Table, slots: Stateful, way: str, limit: int, profile: Profile | None, seconds: float
+) -> Found:
     graph = table.graph
     if profile is not None:
         table.price(profile)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from rowtune.plan.choices import Home
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.problem import Problem
@@ -96,10 +97,11 @@ class Bench:
         steps: list[Callable[[], None] | None] = []
         times: list[list[Timing]] = [[] for _ in contenders]
         clock = step_clock(self.device, max(c.threads or default for c in contenders))
-        optimizer = self.work.optimizer.make(self.module.parameters())
+        homes = {_home(c.plan) for c in contenders}  # what moved between turns would be in the times
+        optimizers = {home: self.work.optimizer.make(self.module.parameters()) for home in homes}
         try:
             batch = self.work.batch(device=self.device)
-            steps += [self._step(contender.plan, optimizer, batch) for contender in contenders]
+            steps += [self._step(c.plan, optimizers[_home(c.plan)], batch) for c in contenders]
             for turn in range(-1, rounds):  # the first turn is not counted
                 for i, contender in enumerate(contenders):
                     torch.set_num_threads(contender.threads or default)
@@ -175,6 +177,10 @@ class Bench:
                 plain = self._planned(keep)
             self._verifier = Verifier(self.module, self.work.loss, places(self.work), plain, self.device)
         return self._verifier
+
+
+def _home(plan: Plan | None) -> Home:
+    return plan.optimizer_state if plan is not None else "device"
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

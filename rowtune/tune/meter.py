@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rowtune.torch_private import TorchDispatchMode, pytree, storage_of
+from rowtune.runtime.optimizer_state import state_on_device
+from rowtune.torch_private import TorchDispatchMode, inner_tensors, pytree, storage_of
 
 
 class Memory(NamedTuple):
@@ -79,6 +80,10 @@ class LiveMeter(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor) -> None:
+        for inner in inner_tensors(tensor):
+            self._see_one(inner)
+
+    def _see_one(self, tensor: Tensor) -> None:
         if tensor.device.type != self._device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -101,11 +106,10 @@ def _key(tensor: Tensor) -> int:
 
 
 def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Parameters, buffers, gradients and optimizer state."""
+    """Parameters, buffers, gradients and optimizer state, where that is not on the host."""
     found = [*module.parameters(), *module.buffers()]
     found += [p.grad for p in module.parameters() if p.grad is not None]
-    found += [leaf for leaf in pytree.tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
-    return found
+    return [*found, *state_on_device(optimizer)]
 
 
 def measure_memory(

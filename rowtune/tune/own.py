@@ -28,6 +28,7 @@ from rowtune.problem import Source
 from rowtune.tune.device import resolve_device
 from rowtune.tune.find import Request, find, records_path
 from rowtune.tune.output import check_replaceable, check_writable
+from rowtune.tune.savers import last_resort
 from rowtune.tune.savers import parse as parse_savers
 from rowtune.tune.sizes import parse_budget, parse_size
 from rowtune.tune.step import define
@@ -78,7 +79,8 @@ def search(
             and the model, as .pt2, go beside it. By default nothing is left on the disk.
         device: auto, cpu, cuda or cuda:0.
         reserve: memory of the budget left for what is not in this model.
-        savers: names that plans may use, or changes as in "+offload,-turns".
+        savers: names that plans may use, or changes as in "+offload,-turns". Where no plan fits, those of
+            rowtune.tune.savers.RESORT that are not forbidden are allowed as well.
         trials, timeout: plans measured, and seconds, at most.
         force: replace a file at `out` that is something else.
         progress: told after each trial.
@@ -100,9 +102,11 @@ def search(
             work = define(Source("pt2", str(path)), device=here, loss=name, optimizer=optimizer, seed=seed)
             if work.graph.fingerprint != fingerprint:
                 raise _another(type(model).__name__)
-            found = _file(
-                Request(work, size, plan, trials, timeout, seed, kept, force=force, savers=allowed), progress
-            )
+            asked = Request(
+                work, size, plan, trials, timeout, seed, kept, force=force, savers=allowed,
+                resort=last_resort(savers),
+            )  # fmt: skip
+            found = _file(asked, progress)
         kept_as = found.problem.model if out is not None else Source("python", type(model).__name__)
         return replace(found, problem=replace(found.problem, model=kept_as))
 

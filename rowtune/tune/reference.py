@@ -31,7 +31,7 @@ class Place:
 def plain_peak(work: Workload) -> int:
     """Predicted peak of the network as PyTorch runs it."""
     keep = uniform_plan(work.graph, "keep")
-    return int(predict(work.graph, keep, work.optimizer.slots).peak_bytes)
+    return int(predict(work.graph, keep, work.optimizer).peak_bytes)
 
 
 def places(work: Workload) -> Iterator[Place]:

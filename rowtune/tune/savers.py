@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 
 from rowtune.errors import UsageError, meant
-from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.plan.choices import LOSSY
+from rowtune.plan.plan import Plan, Segment
 
 SAVERS: dict[str, str] = {
     "rows": "bands of rows (and what else bands take)",
@@ -18,12 +19,20 @@ SAVERS: dict[str, str] = {
     "offload": "what backward needs goes to the host meanwhile",
     "rounding": "what backward needs is rounded meanwhile (fp16, int8): needs --max-grad-error",
     "bf16": "autocast to bfloat16",
+    "offload_gradients": "gradients of what skips over segments wait on the host",
+    "offload_state": "the optimizer's state stays on the host, and comes for the update of each parameter",
     "step_in_backward": "each gradient is used and freed as it comes: no clipping, no accumulation",
 }
 """What each does. Gradients are those of plain PyTorch, with bf16 those of plain under bf16."""
 
 DEFAULT = frozenset({"rows", "checkpoint", "turns", "images", "recompute", "channels_last"})
 """What changes neither the arithmetic nor how one may train, nor needs memory of the host."""
+
+RESORT = frozenset({"offload", "offload_gradients", "offload_state", "step_in_backward"})
+"""What else may be used, unless it is forbidden, where no plan fits without."""
+
+ON_HOST = frozenset({"offload", "offload_gradients", "offload_state"})
+"""What takes memory of the host."""
 
 
 def parse(text: str) -> frozenset[str]:
@@ -51,6 +60,14 @@ def parse(text: str) -> frozenset[str]:
     return frozenset((DEFAULT | more) - {word[1:] for word in words if word[0] == "-"})
 
 
+def last_resort(text: str) -> frozenset[str]:
+    """Of what `parse` reads: the savers that may be used as well where no plan fits without."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if any(word[0] not in "+-" for word in words):
+        return frozenset()  # all that may be used is named
+    return RESORT - {word[1:] for word in words}
+
+
 def with_error(savers: frozenset[str], max_grad_error: float) -> frozenset[str]:
     """With the stores that round, where gradients may be off by so much.
 
@@ -72,6 +89,8 @@ def used(plan: Plan) -> frozenset[str]:
     uses = {
         "channels_last": plan.layout == "channels_last",
         "bf16": plan.dtype == "bf16",
+        "offload_gradients": plan.waiting_gradients == "host",
+        "offload_state": plan.optimizer_state == "host",
         "step_in_backward": plan.step_in_backward,
     }
     segments = of_segments((*plan.segments, *plan.leaves()))

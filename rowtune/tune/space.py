@@ -12,27 +12,27 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
 
-from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, offloaded, rounded
+from rowtune.cost.candidates import around, first, heights, offloaded, rounded, shelved
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
+from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import LOSSY, Plan
+from rowtune.plan.choices import LOSSY, Home
+from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Signature
+from rowtune.tune.knobs import BANDS, ZONES, Values, guesses, knobs, usable
 from rowtune.tune.savers import DEFAULT, of_segments
 from rowtune.tune.task import Situation
 
-Values = Mapping[str, str]
 Calibrate = Callable[[Mapping[Signature, float], float], Profile]
 """Measures calls, by how much they matter, for so many seconds at most."""
 
@@ -45,19 +45,14 @@ class Tables(Protocol):
     def remember(self, table: Table) -> None: ...
 
 
-ZONES = ("front", "middle", "back")
-POLICIES = ("any", "keep", "checkpoint", "rows")
-"""What a zone may be beside kept."""
-MARGINS = ("1", "0.97", "0.93", "0.88", "0.8")
-"""The share of the memory that the programme is told of."""
-BANDS = {"any": (0, 1 << 40), "low": (0, 12), "middle": (12, 48), "high": (48, 1 << 40)}
-
 LEAST, MOST, STEPS = 4.0, 45.0, 80.0
 """Planning takes as long as so many plain steps, and so many seconds at least and at most."""
 FIRST, TIMES, LATER = 0.4, 0.25, 0.35
 """The shares of that: recording the first options, timing calls, recording those around the best paths."""
 AGAIN = 0.1
 """The share of it that a search takes at least which finds what others recorded."""
+LOOK = 0.05
+"""The share of it that is spent after each measurement on options around what now looks best."""
 FRONT = 8
 """Limits for which the fastest path is looked at, from the smallest that will do up to plain's."""
 TRIES, CLOSE = 8, 0.01
@@ -71,17 +66,11 @@ PULL = 0.1
 """How much a factor of the time model is drawn to 1."""
 
 
-@dataclass(frozen=True)
-class Knob:
-    name: str
-    choices: tuple[str, ...]
-
-
 class ProgrammeSpace:
     """The programme's plans for a training graph (with its loss).
 
     Args:
-        slots: parameter-sized tensors that the optimizer keeps.
+        slots: what the optimizer keeps: so many parameter-sized tensors, say.
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
@@ -92,7 +81,7 @@ class ProgrammeSpace:
     def __init__(
         self,
         graph: Graph,
-        slots: int = 0,
+        slots: Stateful = 0,
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
@@ -104,41 +93,23 @@ class ProgrammeSpace:
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
-        self.table = Table(graph, whole=whole, max_grad_error=max_grad_error, host_bytes=host_bytes)
+        if "offload_gradients" in savers:
+            whole |= {"waiting_gradients": "host"}
+        self.home: Home = "host" if "offload_state" in savers else "device"
+        if self.home == "host":
+            whole |= {"optimizer_state": "host"}
+            host_bytes -= state_bytes(graph, slots)
+        meanwhile = brought(graph, slots, self.home)
+        self.table = Table(graph, 2, whole, max_grad_error, host_bytes, meanwhile)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
         self.most = float("inf")
         self.prepared = False
-
-    @cached_property
-    def knobs(self) -> tuple[Knob, ...]:
-        """The same for every search of a graph."""
-        found = [Knob("margin", MARGINS), *(Knob(zone, POLICIES) for zone in ZONES)]
-        found += [Knob("band", tuple(BANDS)), Knob("halo", ("any", "sweep", "recompute", "cache"))]
-        found += [Knob("tapes", ("any", "split", "whole", "late", "replay")), Knob("turns", ("any", "no"))]
-        if has_barriers(self.graph, self.table.axis):
-            found.append(Knob("barriers", ("any", "store", "recompute", "narrow", "passes")))
-        if batch(self.table) > 1:
-            found.append(Knob("images", ("any", "whole", "split")))
-        if "rounding" in self.savers:
-            found.append(Knob("rounding", ("any", "none", *ROUNDING)))
-        if "channels_last" in self.savers:
-            found.append(Knob("layout", ("contiguous", "channels_last")))
-        return tuple(found)
+        self.knobs = knobs(self.table, savers)
+        self.box = 0.0
 
     def guesses(self) -> list[dict[str, str]]:
-        """The programme's own, with some memory to spare, and with each policy left out of all zones."""
-        all_of = {knob.name: knob.choices[0] for knob in self.knobs}
-        found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
-        if "channels_last" in self.savers:
-            found.insert(1, all_of | {"layout": "channels_last"})
-        if "rounding" in self.savers:  # whether its error is within bounds, only a measurement tells
-            found[1:1] = [all_of | {"rounding": which} for which in (*ROUNDING, "none")]
-        found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]
-        found += [all_of | {"halo": halo} for halo in ("sweep", "recompute")]
-        found += [all_of | dict.fromkeys(ZONES, policy) for policy in ("rows", "checkpoint")]
-        found += [all_of | {"band": band} for band in ("high", "low")]
-        return found
+        return guesses(self.knobs, self.savers)
 
     def plan(self, values: Values) -> Plan:
         """The fastest allowed plan within the memory there is; where none fits, the smallest of all.
@@ -148,7 +119,8 @@ class ProgrammeSpace:
         found by halving.
         """
         most = min(float(values["margin"]) * self.most, 1 << 60)
-        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots), self._allowed(values)
+        home: Any = values.get("state", self.home)
+        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots, home), self._allowed(values)
         layout: Any = values.get("layout", "contiguous")
         best: Plan | None = None
         low, high = 0, limit
@@ -157,7 +129,7 @@ class ProgrammeSpace:
             if found is None:
                 low = limit
             else:
-                plan = replace(plan_of(self.table, found), layout=layout)
+                plan = replace(plan_of(self.table, found), layout=layout, optimizer_state=home)
                 over = composed(self.graph, plan, self.slots)[1].total - most
                 if over <= 0:
                     best, low = plan, limit
@@ -185,26 +157,29 @@ class ProgrammeSpace:
 
     # -- what is learnt ------------------------------------------------------------------------------------
 
-    def tell(self, now: Situation) -> None:
-        """Called before the first plan is asked for, and after each measurement."""
+    def tell(self, now: Situation) -> bool:
+        """Called before the first plan is asked for, and after each measurement. Whether there are more
+        options now."""
         self.most = now.most
-        if not self.prepared:
-            self.prepared = True
-            self._prepare(now)
-        else:
+        if self.prepared:
             self._correct(now)
+            return self._look_around(now)
+        self.prepared = True
+        self._prepare(now)
+        return True
 
     def _prepare(self, now: Situation) -> None:
         """Record options and time their calls; then record more around the fastest paths."""
         step = (now.plain.step_seconds if now.plain else None) or MOST / STEPS
         box, begun = min(max(STEPS * step, LEAST), MOST, 0.35 * now.left), time.monotonic()
+        self.box = box
         wanted = ",".join(sorted(self.savers))
         if self.tables is not None:
             self.tables.recall(self.table)
             box = max(box - self.table.spent.get(wanted, 0.0), AGAIN * box)
         self.table.add([self.table.keep(k, k + 1) for k in range(len(self.table.cuts) - 1)], math.inf)
         stores = chain(
-            offloaded(self.table) if "offload" in self.savers else (),
+            chain(offloaded(self.table), shelved(self.table)) if "offload" in self.savers else (),
             rounded(self.table) if "rounding" in self.savers else (),
         )
         coarse = chain(stores, first(self.table))
@@ -223,10 +198,25 @@ class ProgrammeSpace:
             self.tables.remember(self.table)
         self._correct(now)
 
+    def _look_around(self, now: Situation) -> bool:
+        """Measurements move what looks best to where fewer options are known: record some around the plan
+        that was measured last, and around the best of all."""
+        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots, self.home)
+        asked = [r.values for r in now.records if r.ok and usable(self.knobs, r.values)][-1:]
+        ways = [*map(self._allowed, asked), self._may]
+        found = [fastest(self.table, limit, way) for way in ways]
+        near = around(self.table, [path for path in found if path is not None])
+        new = [key for key in near if key not in self.table.known and of_segments(key[2]) <= self.savers]
+        added = self.table.add(new, within(LOOK * self.box))
+        if added and self.tables is not None:
+            self.tables.remember(self.table)
+        return added > 0
+
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
         """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
         options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit, until = now.most - fixed_bytes(self.graph, self.slots), within(min(MOST, 0.1 * now.left))
+        limit = now.most - fixed_bytes(self.graph, self.slots, self.home)
+        until = within(min(MOST, 0.1 * now.left))
         more = (key for key in coarse if of_segments(key[2]) <= self.savers)
         least, before = self.smallest(), math.inf
         while least.peak > limit and time.monotonic() < until:
@@ -249,7 +239,7 @@ class ProgrammeSpace:
         share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
         limits = [int(low * share**i) + 1 for i in range(FRONT)]
         if self.most < 1e300:
-            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots))
+            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots, self.home))
         found = [fastest(self.table, limit, self._may) for limit in limits]
         return [path for path in found if path is not None]
 

@@ -230,8 +230,8 @@ class Search:
                 idle = idle + 1 if record.status == "rejected" else 0
                 self.say(record)
             self._hear()
-            if new and record is not None and record.status != "rejected":
-                self._report()
+            if new and record is not None and record.status != "rejected" and self._report():
+                self._reconsider()
 
     def _end_of(self, trial: optuna.Trial) -> tuple[Record | None, bool]:
         """How a proposal ends, and whether that is news; None where it was not run: another process does, or
@@ -246,12 +246,28 @@ class Search:
         record = self._try(plan, values)
         return record, record is not None and record.digest == digest(plan)  # or one that runs alike
 
-    def _report(self) -> None:
-        """Tell the space how far the search is."""
+    def _report(self) -> bool:
+        """Tell the space how far the search is; whether settings may stand for other plans now."""
         seen = list(self.task.records.latest().values())
         plain = self.task.records.plain()
         plain = plain if plain is not None and plain.ok else None
-        self.task.tell(Situation(self._most(), plain, seen, self.left()))
+        return self.task.tell(Situation(self._most(), plain, seen, self.left()))
+
+    def _reconsider(self) -> None:
+        """Settings that were measured may stand for other plans by now: the one that is predicted to be the
+        fastest is asked for again."""
+        seen = self.task.records.latest()
+        found: list[_Candidate] = []
+        for record in list(seen.values()):
+            if record.ok and self.trials.usable(record.values):
+                plan = self.task.space.plan(dict(record.values))
+                if digest(plan) not in seen:
+                    with contextlib.suppress(RowtuneError):
+                        cost = self.task.predict(plan)
+                        found.append(_Candidate(cost.seconds, cost.peak_bytes, dict(record.values)))
+        fitting = [one for one in found if one.peak_bytes <= self._most()]
+        if fitting:
+            self.trials.again(min(fitting, key=lambda one: one.seconds).values)
 
     def _try_smallest(self) -> None:
         """Nothing has fitted yet: what is predicted to be smallest."""

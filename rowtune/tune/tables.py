@@ -45,6 +45,7 @@ class CachedTables:
     def path(self, table: Table) -> Path:
         """One file for each graph, device, and what holds for all of a plan."""
         said = hashlib.sha256(f"{_version()} {self.device} {table.max_grad_error} {table.whole}".encode())
+        said.update(repr(table.brought).encode())
         for line in _lines(table):
             said.update(line.encode())
         return folder() / "tables" / f"{said.hexdigest()[:24]}.bin"

@@ -75,7 +75,8 @@ class Task:
     measured in another study, by digest, and are no trials of this one.
     `shared` is where other processes work on the same study; `started` is called when they may begin, `ended`
     when there is nothing left for them to do.
-    `tell` is told how far the search is before the first plan is asked for and after each measurement."""
+    `tell` is told how far the search is before the first plan is asked for and after each measurement, and
+    says whether settings may stand for other plans now."""
 
     space: Space
     predict: Callable[[Plan], Costs]
@@ -95,7 +96,7 @@ class Task:
     shared: Shared | None = None
     started: Callable[[], None] = lambda: None
     ended: Callable[[], None] = lambda: None
-    tell: Callable[[Situation], None] = field(default=lambda _: None)
+    tell: Callable[[Situation], bool] = field(default=lambda _: False)
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.kernels.rounding import order_of
-from rowtune.plan.program import SegmentProgram
+from rowtune.plan.program import Banded, Passes, SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.layout import differs
 from rowtune.runtime.stores.store import Part, Store
@@ -76,8 +76,8 @@ class Shelf:
 def banded_inputs(graph: Graph, segment: SegmentProgram) -> dict[str, tuple[int, int]]:
     """The inputs that a rows segment reads band by band in backward: the dimension that rows lie along (or
     images, if bands are of images alone), and about how many of them a band has."""
-    ways = segment.passes.forward if segment.passes else (segment,)
-    runs = [one.banded for one in ways if one.banded]
+    ways = segment.how.forward if isinstance(segment.how, Passes) else (segment,)
+    runs = [one.how for one in ways if isinstance(one.how, Banded)]
     whole = {n for run in runs for node in run.post for n in node.inputs}
     bands, decision = runs[0].bands, segment.decision
     outputs = {o for run in runs for group in run.groups for o in group.outputs}
