@@ -48,7 +48,7 @@ class Step:
     `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
     segments run from `lists`; without, their schedules run. Inside a checkpoint segments run `twice`.
     `outside` is memory that lives anyway, by `storage_of`; stores on the host are in `host`, and what waits
-    there of gradients is in `skips`.
+    there of gradients is in `skips`. Inside a checkpoint `shelves` have what its first rows read.
     """
 
     program: Program
@@ -60,6 +60,7 @@ class Step:
     outside: frozenset[int] = frozenset()
     host: HostPool = field(default_factory=HostPool)
     skips: Skips | None = None
+    shelves: Mapping[str, Shelf] = field(default_factory=dict)
 
     def keeping(self, segment: SegmentProgram) -> Keeping | None:
         """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint
@@ -89,7 +90,7 @@ def _run_segment(step: Step, segment: SegmentProgram, env: Env) -> None:
             _run_banded(step, segment, env, keeping)
         case Checkpoint() as run if torch.is_grad_enabled():
             with saving(keeping):
-                _run_checkpoint(step, segment, run, env)
+                _run_checkpoint(step, segment, run, env, _first_shelves(step, segment, run, env, keeping))
         case Checkpoint() as run:
             env |= _run_parts(step, segment, run, env)
         case Whole() as run:
@@ -130,15 +131,38 @@ def _run_parts(step: Step, segment: SegmentProgram, run: Checkpoint, env: Env) -
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_checkpoint(step: Step, segment: SegmentProgram, how: Checkpoint, env: Env) -> None:
-    """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
+def _first_shelves(
+    step: Step, segment: SegmentProgram, how: Checkpoint, env: Env, keeping: Keeping | None
+) -> dict[str, Shelf]:
+    """Of a checkpoint's inputs in a store those that only its first part reads, a band of rows at a time."""
+    first, *others = how.parts
+    if keeping is None or not isinstance(first.how, Banded):
+        return {}
+    elsewhere = {n for part in others for n in part.part.inputs}.union(segment.part.outputs)
+    found = {}
+    for name, place in banded_inputs(step.program.graph, first).items():
+        if name in segment.part.inputs and name not in elsewhere:
+            if (shelf := keeping.shelved(env[name], *place)) is not None:
+                found[name] = shelf
+    return found
+
+
+def _run_checkpoint(
+    step: Step, segment: SegmentProgram, how: Checkpoint, env: Env, shelves: Mapping[str, Shelf]
+) -> None:
+    """PyTorch's own checkpoint; buffers (running statistics) change only the first time. What is on shelves
+    is there as a tensor the first time only, and has a stand-in without memory from then on."""
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
-    names = [n for n in segment.part.inputs if n not in weights]
-    step = replace(step, twice=True)
+    names = [n for n in segment.part.inputs if n not in weights and n not in shelves]
+    step = replace(step, twice=True, shelves=shelves)
+    once = {n: env[n] for n in shelves}
+    wanted = {n: t.requires_grad for n, t in once.items()}
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
-        made = _run_parts(step, segment, how, weights | dict(zip(names, tensors, strict=True)))
+        given = {n: once.pop(n) if n in once else s.stand_in(wanted[n]) for n, s in shelves.items()}
+        given |= weights | dict(zip(names, tensors, strict=True))
+        made = _run_parts(step, segment, how, given)
         return tuple(made[o] for o in segment.part.outputs)
 
     inputs = [env[n] for n in names]
@@ -203,7 +227,7 @@ class _Call:
         given, key = self.detached(tensors), id(self.segment)
         run = self.earlier.get(key)
         if run is not None:
-            run.recall(given)
+            run.recall(given | self.shelves)
             outputs = run.again()
         else:
             run = self.begun(given, needs)
@@ -235,7 +259,7 @@ class _Call:
             return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
 
         nodes = segment.part.nodes
-        in_store = keeping is not None and not segment.single_sweep
+        in_store = (keeping is not None or bool(self.shelves)) and not segment.single_sweep
         if step.lists is None or in_store or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
@@ -267,7 +291,9 @@ class _Call:
         places = banded_inputs(self.step.program.graph, self.segment) if self.keeping is not None else {}
         rest = []
         for name, t in zip(self.names, tensors, strict=True):
-            shelf = self.keeping.shelved(t, *places[name]) if self.keeping and name in places else None
+            shelf = self.step.shelves.get(name)
+            if shelf is None and self.keeping is not None and name in places:
+                shelf = self.keeping.shelved(t, *places[name])
             if shelf is None:
                 rest.append(t.detach())
             else:
