@@ -134,3 +134,38 @@ def test_less_is_on_the_device_than_with_whole_tensors(read, monkeypatch):
     monkeypatch.setattr("rowtune.runtime.rows_call.banded_inputs", lambda graph, segment: {})
     whole = made.memory(replace(plan))
     assert banded.real_activations < 0.85 * whole.real_activations
+
+
+CHECKPOINTS = {
+    "barriers made again": {"policy": "rows", "band_rows": 4, "halo": "recompute", "barriers": "recompute"},
+    "narrow": {"policy": "rows", "band_rows": 4, "halo": "recompute", "barriers": "narrow"},
+}
+
+
+@pytest.mark.parametrize("way", CHECKPOINTS)
+def test_what_a_checkpoint_reads_comes_back_by_bands(way, read, monkeypatch):
+    """Where rows come first inside it, and nothing else reads it."""
+    made = case("resnet50", shape=(1, 3, 64, 32))
+    plan = stored(in_two(made.training, CHECKPOINTS[way]), "host")
+    assert made.error(plan) < TOLERANCE
+    assert read and max(read) < 1
+    found = made.memory(plan)
+    assert found.error < 0.01
+    assert made.error(plan, engine="listed", steps=3) < TOLERANCE
+
+
+def test_a_checkpoint_made_of_segments_that_begins_with_rows(read):
+    made = case("per_pixel", shape=(1, 3, 40, 12))
+    nodes = made.training.nodes
+    inside = (
+        Segment(nodes[2].name, nodes[3].name, "rows", 4, tapes="replay"),
+        Segment(nodes[4].name, nodes[-1].name),
+    )
+    whole = Segment(nodes[2].name, nodes[-1].name, "checkpoint", store="host", inside=inside)
+    plan = Plan((Segment(nodes[0].name, nodes[1].name), whole))
+    assert made.error(plan) < TOLERANCE and made.error(plan, engine="listed", steps=3) < TOLERANCE
+    assert read and max(read) < 1
+    assert made.memory(plan).error < 0.01
+    first = replace(whole, inside=(Segment(nodes[2].name, nodes[3].name), inside[1]))
+    read.clear()
+    assert made.error(replace(plan, segments=(plan.segments[0], first))) < TOLERANCE and not read

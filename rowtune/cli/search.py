@@ -307,7 +307,7 @@ def _resorted(found: Found) -> str:
     """Why the plan uses what is a last resort, and what that means."""
     from rowtune.tune.sizes import format_bytes
 
-    text = f"no plan fits without {', '.join(sorted(found.resort))}"
+    text = f"nothing fits without a last resort: the plan uses {', '.join(sorted(found.resort))}"
     if host := found.file.predicted["host_bytes"]:
         text += f"; the plan keeps {format_bytes(host)} in the host's memory"
     if "step_in_backward" in found.resort:

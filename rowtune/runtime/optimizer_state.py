@@ -57,9 +57,8 @@ def step_one_from_host(optimizer: torch.optim.Optimizer, group: Group, p: Tensor
 def settle(optimizer: torch.optim.Optimizer, home: Home) -> None:
     """Have all of the state where a plan wants it: other plans, and `load_state_dict`, leave it elsewhere."""
     if home == "host":
-        for p in list(optimizer.state):
-            _put(optimizer, p)
-        wait(optimizer)
+        if any([_put(optimizer, p) for p in list(optimizer.state)]):
+            wait(optimizer)
     elif optimizer in _HELD:
         for p in list(optimizer.state):
             _bring(optimizer, p)
@@ -99,8 +98,10 @@ def _bring(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
             del made
 
 
-def _put(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
-    held, state = _HELD.setdefault(optimizer, {}).setdefault(p, {}), optimizer.state[p]
+def _put(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    """Whether there was anything to move."""
+    moved = False
+    held, state = _HELD.setdefault(optimizer, {}).setdefault(p, {}), optimizer.state.get(p, {})
     for name, value in state.items():
         if isinstance(value, Tensor) and len(inner_tensors(value)) > 1:
             raise UsageError(
@@ -115,6 +116,8 @@ def _put(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
                     value.shape, value.stride(), dtype=value.dtype, pin_memory=p.is_cuda
                 )
             state[name] = held[name].copy_(value, non_blocking=True)
+        moved = True
+    return moved
 
 
 def _alike(host: Tensor, value: Tensor) -> bool:

@@ -81,7 +81,7 @@ class _Call:
         given, key = self.detached(tensors), id(self.segment)
         run = self.earlier.get(key)
         if run is not None:
-            run.recall(given)
+            run.recall(given | self.shelves)
             outputs = run.again()
         else:
             run = self.begun(given, needs)
@@ -113,7 +113,7 @@ class _Call:
             return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
 
         nodes = segment.part.nodes
-        in_store = keeping is not None and not segment.single_sweep
+        in_store = (keeping is not None or bool(self.shelves)) and not segment.single_sweep
         if step.lists is None or in_store or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
@@ -145,7 +145,9 @@ class _Call:
         places = banded_inputs(self.step.program.graph, self.segment) if self.keeping is not None else {}
         rest = []
         for name, t in zip(self.names, tensors, strict=True):
-            shelf = self.keeping.shelved(t, *places[name]) if self.keeping and name in places else None
+            shelf = self.step.shelves.get(name)
+            if shelf is None and self.keeping is not None and name in places:
+                shelf = self.keeping.shelved(t, *places[name])
             if shelf is None:
                 rest.append(t.detach())
             else:

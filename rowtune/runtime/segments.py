@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from rowtune.runtime.rows_call import run_rows
 from rowtune.runtime.step_run import Env, StepRun
 from rowtune.runtime.stores.keeping import Keeping, saving
 from rowtune.runtime.stores.remade import Remaking
+from rowtune.runtime.stores.shelf import Shelf, banded_inputs
 from rowtune.runtime.stores.wanted import not_kept
 
 
@@ -41,7 +42,7 @@ def _run_segment(step: StepRun, segment: SegmentProgram, env: Env) -> None:
             run_rows(step, segment, env, keeping)
         case Checkpoint() as run if torch.is_grad_enabled():
             with saving(keeping):
-                _run_checkpoint(step, segment, run, env)
+                _run_checkpoint(step, segment, run, env, _first_shelves(step, segment, run, env, keeping))
         case Checkpoint() as run:
             env |= _run_parts(step, segment, run, env)
         case Whole() as run:
@@ -82,15 +83,38 @@ def _run_parts(step: StepRun, segment: SegmentProgram, run: Checkpoint, env: Env
     return {o: made[o] for o in segment.part.outputs}
 
 
-def _run_checkpoint(step: StepRun, segment: SegmentProgram, how: Checkpoint, env: Env) -> None:
-    """PyTorch's own checkpoint; buffers (running statistics) change only the first time."""
+def _first_shelves(
+    step: StepRun, segment: SegmentProgram, how: Checkpoint, env: Env, keeping: Keeping | None
+) -> dict[str, Shelf]:
+    """Of a checkpoint's inputs in a store those that only its first part reads, a band of rows at a time."""
+    first, *others = how.parts
+    if keeping is None or not isinstance(first.how, Banded):
+        return {}
+    elsewhere = {n for part in others for n in part.part.inputs}.union(segment.part.outputs)
+    found = {}
+    for name, place in banded_inputs(step.program.graph, first).items():
+        if name in segment.part.inputs and name not in elsewhere:
+            if (shelf := keeping.shelved(env[name], *place)) is not None:
+                found[name] = shelf
+    return found
+
+
+def _run_checkpoint(
+    step: StepRun, segment: SegmentProgram, how: Checkpoint, env: Env, shelves: Mapping[str, Shelf]
+) -> None:
+    """PyTorch's own checkpoint; buffers (running statistics) change only the first time. What is on shelves
+    is there as a tensor the first time only, and has a stand-in without memory from then on."""
     weights = {n: env[n] for n in segment.part.weights}
     weights |= {n: env[n] for n in segment.part.inputs if not isinstance(env[n], Tensor)}
-    names = [n for n in segment.part.inputs if n not in weights]
-    step = replace(step, twice=True)
+    names = [n for n in segment.part.inputs if n not in weights and n not in shelves]
+    step = replace(step, twice=True, shelves=shelves)
+    once = {n: env[n] for n in shelves}
+    wanted = {n: t.requires_grad for n, t in once.items()}
 
     def run(*tensors: Tensor) -> tuple[Any, ...]:
-        made = _run_parts(step, segment, how, weights | dict(zip(names, tensors, strict=True)))
+        given = {n: once.pop(n) if n in once else s.stand_in(wanted[n]) for n, s in shelves.items()}
+        given |= weights | dict(zip(names, tensors, strict=True))
+        made = _run_parts(step, segment, how, given)
         return tuple(made[o] for o in segment.part.outputs)
 
     inputs = [env[n] for n in names]

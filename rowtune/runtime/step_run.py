@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.stores.keeping import Keeping
+from rowtune.runtime.stores.shelf import Shelf
 from rowtune.runtime.waiting import Skips
 
 Env = dict[str, Any]
@@ -32,7 +34,7 @@ class StepRun:
     `seed` is that of its random masks, `scale` multiplies gradients that are made inside forward. Rows
     segments run from `lists`; without, their schedules run. Inside a checkpoint segments run `twice`.
     `outside` is memory that lives anyway, by `storage_of`; stores on the host are in `host`, and what waits
-    there of gradients is in `skips`.
+    there of gradients is in `skips`. Inside a checkpoint `shelves` have what its first rows read.
     """
 
     program: Program
@@ -44,6 +46,7 @@ class StepRun:
     outside: frozenset[int] = frozenset()
     host: HostPool = field(default_factory=HostPool)
     skips: Skips | None = None
+    shelves: Mapping[str, Shelf] = field(default_factory=dict)
 
     def keeping(self, segment: SegmentProgram) -> Keeping | None:
         """What puts into a store what the segment keeps; None: that stays where it is. Inside a checkpoint

@@ -38,6 +38,12 @@ class Shelf:
         with torch.no_grad():
             self._chunks = [_Chunk(rows, store.put(_narrow(t, dim, rows))) for rows in _bands(height, band)]
 
+    def stand_in(self, wanted: bool) -> Tensor:
+        """For autograd: of the tensor's size, without its memory; with a gradient if that is wanted."""
+        with torch.no_grad():
+            blank = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+        return blank.requires_grad_(wanted)
+
     def get(self, part: Part) -> Tensor:
         """A part of the tensor, in new memory, dense and in the tensor's order."""
         sizes = {dim: size for dim, _, size in part}
