@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -34,6 +36,9 @@ from typing import Any
 CHUNK = 100
 """Files to a process: what ends the process itself costs no more than the rest of its chunk's time."""
 SECONDS, BYTES = 30, 6 << 30
+"""Of the processor, for a command on one file (a busy machine is no hang), and of memory."""
+BY_THE_CLOCK = 20
+"""As many times the seconds pass by the clock at most: what sleeps hangs as well."""
 DOCUMENTED = {0, 2, 3, 4, 5, 6}
 NETWORK = """
 from torch import nn
@@ -286,22 +291,42 @@ def tried(folder: Path, kind: str, seed: int, seconds: float = SECONDS) -> Verdi
     return verdict
 
 
-def _called(words: list[str], seconds: float) -> tuple[str, int, str]:
-    from typer.testing import CliRunner
+@functools.cache
+def _app() -> Any:
+    """Made of its functions once: that takes a third of the time of a file that is refused."""
+    import typer
 
     from rowtune.cli.app import app
 
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise Late("".join(traceback.format_stack(frame)[-6:]))
+    command = typer.main.get_command(app)
+    typer.testing._get_command = lambda made: made  # type: ignore[attr-defined]
+    return command
 
+
+def _called(words: list[str], seconds: float) -> tuple[str, int, str]:
+    from typer.testing import CliRunner
+
+    rang = []
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        rang.append("".join(traceback.format_stack(frame)[-6:]))
+        raise Late
+
+    signal.signal(signal.SIGPROF, ring)
     signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again after a second: raised in a destructor, the first one is only printed.
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+    signal.setitimer(signal.ITIMER_REAL, BY_THE_CLOCK * seconds, 1)
+    result: Any = None
     try:
-        result = CliRunner().invoke(app, words)
-    except Late as late:
-        return "hang", -1, str(late)
+        result = CliRunner().invoke(_app(), words)
+    except Late:
+        pass
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if rang:
+        return "hang", -1, rang[0]
     said, error = result.stderr, result.exception
     lines = [line for line in said.splitlines() if line.startswith("rowtune: ")]
     if "Traceback" in said or (error is not None and not isinstance(error, SystemExit)):
@@ -371,19 +396,25 @@ def main() -> None:
         kind, _, seed = given.only.partition(":")
         print(folder, tried(folder, kind, int(seed)))
         return
-    for kind, count in (("plan", given.plans), ("model", given.models)):
-        began, kinds, codes = time.monotonic(), Counter[str](), Counter[int]()
-        for verdict in verdicts(folder, kind, range(given.first, given.first + count)):
-            kinds[verdict.kind] += 1
-            codes[verdict.code] += 1
-            if sum(kinds.values()) % 500 == 0:
-                print(f"... {verdict.name}: {dict(kinds)}", flush=True)
-            if verdict.kind != "fine":
-                print(verdict.name, verdict.kind, verdict.code, verdict.said[-1500:], flush=True)
-        seconds = time.monotonic() - began
-        print(
-            f"{kind}s: {dict(kinds)}, exit codes {dict(sorted(codes.items()))}, {seconds:.0f} s", flush=True
-        )
+    try:
+        for kind, count in (("plan", given.plans), ("model", given.models)):
+            told(folder, kind, range(given.first, given.first + count))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def told(folder: Path, kind: str, seeds: range) -> None:
+    """What each of these files did, where it was not fine, and their sums."""
+    began, kinds, codes = time.monotonic(), Counter[str](), Counter[int]()
+    for verdict in verdicts(folder, kind, seeds):
+        kinds[verdict.kind] += 1
+        codes[verdict.code] += 1
+        if sum(kinds.values()) % 500 == 0:
+            print(f"... {verdict.name}: {dict(kinds)}", flush=True)
+        if verdict.kind != "fine":
+            print(verdict.name, verdict.kind, verdict.code, verdict.said[-1500:], flush=True)
+    seconds = time.monotonic() - began
+    print(f"{kind}s: {dict(kinds)}, exit codes {dict(sorted(codes.items()))}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ import numpy as np
 import optuna
 
 from rowtune.plan.plan import Plan
+from rowtune.tune.knobs import BANDS, MARGINS, POLICIES, ZONES, Knob
 from rowtune.tune.measurement import Contender, Measurement, Timing
 from rowtune.tune.records import RecordFile
-from rowtune.tune.space import BANDS, MARGINS, POLICIES, PULL, ZONES, Knob
+from rowtune.tune.space import PULL
 from rowtune.tune.study import search
 from rowtune.tune.task import Situation, Task
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault(
     "GOMP_SPINCOUNT", "10000"
 )  # before torch: tests run side by side, threads need not spin
-
-os.environ.setdefault("ROWTUNE_CACHE", tempfile.mkdtemp(prefix="rowtune-cache-"))  # not the user's own
 
 import hypothesis
 import pytest
@@ -26,6 +26,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("torch").setLevel(logging.WARNING)
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+
+
+def _own_folder() -> Callable[[], None]:
+    """Temporary files of the tests and of all that they start (killed workers, torchrun's logs) go into one
+    folder, and so does rowtune's cache, which is not to be the user's own. Returns what removes it: in the
+    first process that comes here, nothing in those that it starts. pytest's tmp_path stays where it was."""
+    if "ROWTUNE_TESTS" in os.environ:
+        return lambda: None
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = tempfile.mkdtemp(prefix="rowtune-tests-")
+    os.chmod(folder, 0o711)  # PostgreSQL's server, which runs as somebody else, goes through it
+    os.environ |= {"ROWTUNE_TESTS": folder, "TMPDIR": folder}
+    os.environ.setdefault("ROWTUNE_CACHE", os.path.join(folder, "cache"))
+    tempfile.tempdir = None  # look at TMPDIR again
+    return lambda: shutil.rmtree(folder, ignore_errors=True)
+
+
+_clean = _own_folder()
+
+
+def pytest_unconfigure() -> None:
+    _clean()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ import rowtune
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
-from rowtune.plan.plan import Plan, Precision, Segment, Store
+from rowtune.plan.choices import Precision, Store
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.step import Plain, run_step

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from rowtune.cli.app import app
 from rowtune.errors import GradientError
+from rowtune.plan.choices import LOSSY
 from rowtune.plan.file import PlanFile, exact_one, save_plan
-from rowtune.plan.plan import LOSSY, Plan
+from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.train.gradient_error import Watch, exactly
 from rowtune.train.loop import train

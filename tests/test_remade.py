@@ -22,7 +22,8 @@ from rowtune.errors import PlanError
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import with_loss
-from rowtune.plan.plan import Plan, Store
+from rowtune.plan.choices import Store
+from rowtune.plan.plan import Plan
 from rowtune.plan.remake import LONGEST, Block, made_again
 from rowtune.zoo import build
 

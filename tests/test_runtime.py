@@ -389,6 +389,41 @@ def test_train_eval_train_with_batch_norm(kind):
     assert ours.norm.num_batches_tracked == plain.norm.num_batches_tracked == 3
 
 
+class Supervised(nn.Module):
+    """Heads at two depths behind a flag, as nnU-Net's networks have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Conv2d(3, 4, 3, padding=1)
+        self.decoder.deep_supervision, self.doubled = True, False
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.decoder(x)
+        y = y + y if self.doubled else y
+        return [y, F.avg_pool2d(y, 2)] if self.decoder.deep_supervision else y
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_flag_of_the_model_is_seen_when_it_changes(given):
+    model, x = Supervised().double(), image(grad=False)
+    graph = rowtune.trace(model, (x,))
+    plan = rowtune.uniform_plan(graph, "rows", band_rows=3)
+    module = rowtune.apply(model, plan, graph=graph if given else None)
+    for training in (True, False, True):
+        module.train(training)
+        assert [tuple(y.shape) for y in module(x)] == [(2, 4, 14, 6), (2, 4, 7, 3)]
+    module.decoder.deep_supervision = False  # training is by the plan, which was made for all heads
+    with pytest.raises(PlanError, match="segment"):
+        module(x)
+    module.eval()
+    with torch.no_grad():
+        assert close(module(x), model(x))
+        model.doubled = True
+        assert close(module(x), model(x))
+        module.decoder.deep_supervision = True
+        assert all(close(a, b) for a, b in zip(module(x), model(x), strict=True))
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_frozen_norm_in_train_mode(kind):
     """Detectors train with norms in eval mode: such a norm is banded like any operator."""
@@ -595,6 +630,40 @@ def test_a_plan_made_without_the_loss(kind, name):
     plain = step(model, lambda: loss(model(x), target), {"x": x})
     assert error(step(model, lambda: module(x, targets=target), {"x": x}), plain) < TOLERANCE
     same_step(model, module, x)
+
+
+class Rearranged(nn.Module):
+    """Rows of the output lie along another axis than those of the input."""
+
+    def __init__(self, last: Any) -> None:
+        super().__init__()
+        self.a, self.last = nn.Conv2d(3, 4, 3, padding=1), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("name", ["mse", "cross_entropy", "dice_ce"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        pytest.param(
+            lambda y: torch.stack([y, y * y], 1), id="stacked"
+        ),  # heads, as MONAI's DynUNet has them
+        pytest.param(lambda y: y.transpose(2, 3), id="turned"),
+        pytest.param(lambda y: y.movedim(1, -1), id="channels last"),
+        pytest.param(lambda y: y[:, 0], id="without channels"),
+    ],
+)
+@pytest.mark.parametrize(("kind", "images"), [*((k, 0) for k in KINDS), *((k, 1) for k in KINDS[1:])])
+def test_a_loss_on_rows_along_another_axis(kind, name, last, images):
+    torch.manual_seed(0)
+    model, x = Rearranged(last).double(), image(width=14)
+    module = planned(model, (x,), kind, name, images=images)
+    loss = parse(name)
+    target = synthetic_target(loss, tuple(model(x).shape), torch.float64, 1)
+    plain = step(model, lambda: loss(model(x), target), {"x": x})
+    assert error(step(model, lambda: module(x, targets=target), {"x": x}), plain) < TOLERANCE
 
 
 def test_targets_that_do_not_fit_are_an_error():

@@ -21,7 +21,8 @@ import rowtune
 from rowtune.errors import PlanError, RowtuneError, UsageError
 from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Plan, Segment, Store
+from rowtune.plan.choices import Store
+from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Banded
 from rowtune.plan.repeat import shortened
 from rowtune.runtime.in_backward import check_training

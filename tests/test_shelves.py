@@ -17,7 +17,8 @@ from test_savers import WAYS, stored, uniform
 import rowtune
 from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.plan.choices import LOSSY
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import Host, HostPool
 from rowtune.runtime.stores.shelf import MOST_CHUNKS, Shelf
@@ -130,7 +131,7 @@ def test_less_is_on_the_device_than_with_whole_tensors(read, monkeypatch):
     made = case("unet_bn", torch.float32, (1, 3, 32, 16))
     plan = stored(uniform(made.training, "sweep"), "host")
     banded = made.memory(plan)
-    monkeypatch.setattr("rowtune.runtime.segments.banded_inputs", lambda graph, segment: {})
+    monkeypatch.setattr("rowtune.runtime.rows_call.banded_inputs", lambda graph, segment: {})
     whole = made.memory(replace(plan))
     assert banded.real_activations < 0.85 * whole.real_activations
 

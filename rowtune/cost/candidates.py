@@ -14,7 +14,8 @@ from rowtune.cost.programme import Path
 from rowtune.cost.table import Key, Option, Table
 from rowtune.graph.bands import banding
 from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import Segment, Store
+from rowtune.plan.choices import Store
+from rowtune.plan.plan import Segment
 
 HEIGHTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 ALL_ROWS = 1 << 30

@@ -12,12 +12,13 @@ from weakref import WeakKeyDictionary
 
 from rowtune.cost.compose import Peak, compose
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import GIVEN, Seen, Step
+from rowtune.cost.seen import GIVEN, RecordedStep, Seen
 from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Home, Plan
+from rowtune.plan.choices import Home
+from rowtune.plan.plan import Plan
 from rowtune.runtime.recorder import Brought
-from rowtune.runtime.segments import Engine
+from rowtune.runtime.step_run import Engine
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def composed(
     plan: Plan,
     optimizer: Stateful = None,
     engine: Engine = "listed",
-) -> tuple[Step, Peak]:
+) -> tuple[RecordedStep, Peak]:
     """A step's segments, and what is alive while they run."""
     away = plan.optimizer_state == "host"
     meanwhile = brought(graph, optimizer, plan.optimizer_state)
@@ -91,7 +92,7 @@ def _with_update(graph: Graph, peak: Peak, meanwhile: Brought) -> Peak:
 
 def alive(
     graph: Graph,
-    step: Step,
+    step: RecordedStep,
     optimizer: Stateful = None,
     held: frozenset[int] = frozenset(),
 ) -> Peak:

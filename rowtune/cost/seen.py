@@ -23,13 +23,13 @@ from rowtune.runtime.layout import ORDERS, strides
 from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recorder import How, SegmentRun
 from rowtune.runtime.segment_recording import Crossing
-from rowtune.runtime.segments import Engine
+from rowtune.runtime.step_run import Engine
 from rowtune.runtime.writer import Counted
 
 GIVEN = ("input", "target", "norms")
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """A training step: its segments, linked, and the names of the memory that they share."""
 
     segments: list[Linked]
@@ -116,7 +116,7 @@ class Seen:
         self._digests: dict[int, tuple[object, str]] = {}
         self._alike: dict[str, Alike] = {}
 
-    def step(self, graph: Graph, plan: Plan, brought: Brought = ()) -> Step:
+    def step(self, graph: Graph, plan: Plan, brought: Brought = ()) -> RecordedStep:
         """`brought` is what the optimizer brings to the device to use a gradient in backward."""
         while True:
             program = lower(graph, plan, self._schedule, self.lowered)
@@ -231,7 +231,7 @@ class _Linker:
         self.values = {v.name: self._given(v) for v in self.graph.values.values() if v.kind in GIVEN}
         self.gradients: dict[str, _At] = {}
 
-    def step(self) -> Step:
+    def step(self) -> RecordedStep:
         segments = self.program.segments
         digests = [self.seen.digest(s) for s in segments]
         shared = _shared(self.graph, segments)
@@ -242,7 +242,7 @@ class _Linker:
             for each in zip(reversed(segments), reversed(keys), reversed(self.program.drops), strict=True)
         ]
         blocks = {name: at.block for name, at in self.values.items() if at.block is not None}
-        return Step(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
+        return RecordedStep(linked[::-1], self.names, outer, self.copies, digest(digests), blocks)
 
     def _given(self, value: Value) -> _At:
         found, block = _dense(value), self._block(value.name)

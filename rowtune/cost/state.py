@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rowtune.errors import UsageError
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Home
+from rowtune.plan.choices import Home
 from rowtune.runtime.recorder import Brought, Sized
 from rowtune.torch_private import inner_tensors, pytree
 

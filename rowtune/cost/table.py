@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 from rowtune.cost.leaving import Leaving
 from rowtune.cost.predict import alive, composed, seen
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import Step
+from rowtune.cost.seen import RecordedStep
 from rowtune.errors import RowtuneError
 from rowtune.graph.cuts import is_local, legal_cut
 from rowtune.graph.graph import Graph
 from rowtune.graph.places import bandable, candidate_cuts, is_split
 from rowtune.graph.replay import reads_output
-from rowtune.plan.plan import LOSSY, Cheap, Plan, Segment, Store
+from rowtune.plan.choices import LOSSY, Cheap, Store
+from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.blank import Signature
 from rowtune.runtime.recorder import Brought
 from rowtune.runtime.segment_recording import Work
@@ -251,7 +252,7 @@ class Table:
             sum(s.footprint.host_bytes for s in step.segments[own]),
         )  # fmt: skip
 
-    def _named(self, step: Step, cut: int) -> dict[str, int]:
+    def _named(self, step: RecordedStep, cut: int) -> dict[str, int]:
         """The memory of tensors that cross a cut, each by the name of the first that lies in it."""
         found: dict[int, str] = {}
         for name in self.crossers(cut):

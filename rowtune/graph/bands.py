@@ -45,7 +45,8 @@ class Banding:
 def banding(graph: Graph, axis: int) -> Banding:
     """Follow input dimension `axis` (0: the batch, 2: rows) through the graph."""
     rules: dict[str, RowRule | Opaque] = {}
-    dims = {v.name: _start(v, axis, graph) for v in graph.values.values() if v.kind != "node"}
+    starts = {name: axis for name in graph.inputs if len(graph.values[name].shape) > axis}
+    dims = {v.name: starts.get(v.name) for v in graph.values.values() if v.kind != "node"}
     extra = {"loss": graph.loss}
     image_rank = max((len(graph.values[i].shape) for i in graph.inputs), default=0)
     for node in graph.nodes:
@@ -55,6 +56,8 @@ def banding(graph: Graph, axis: int) -> Banding:
             rule: RowRule | Opaque = Opaque(f"{node.op} has several outputs")
         else:
             rule = rule_for(asked)
+        if isinstance(rule, RowRule):  # a target has the rows of the output that it is compared with
+            dims.update((n, read.dim) for n, read in rule.reads.items() if n in graph.targets)
         if axis == 0 and isinstance(rule, RowRule):
             rule = _image_by_image(rule, dims)
         if isinstance(rule, Opaque) and rule.dim is None and len(out.shape) == image_rank > axis:
@@ -90,14 +93,3 @@ def _same_entries(window: Window) -> bool:
         and window.out_rows == window.rows
         and all(window.lo(i) == i and window.hi(i + 1) == i + 1 for i in own)
     )
-
-
-def _start(value: Value, axis: int, graph: Graph) -> int | None:
-    if value.name in graph.inputs:
-        return axis if len(value.shape) > axis else None
-    if value.name in graph.targets:
-        output = graph.values[graph.loss_output]
-        rank_drop = len(output.shape) - len(value.shape)
-        own = axis - rank_drop if axis > 0 else 0
-        return own if 0 <= own < len(value.shape) else None
-    return None

@@ -20,14 +20,14 @@ def hooks_without_data(model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Hooks on the model's modules, and on all modules there are, run on the tracer's tensors, which have no
     data: one that cannot (it reads a pointer, a value, an array) is left out of the graph, with a note. What
     hooks do to tensors is traced as ever."""
-    left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
     places: list[tuple[str, Hooks]] = [("all modules", hooks) for hooks in GLOBAL_HOOKS]
     for name, module in model.named_modules():
         places += [(name or "the model", h) for h in (module._forward_hooks, module._forward_pre_hooks)]
     before = [(hooks, dict(hooks)) for _, hooks in places]
     for where, hooks in places:
         users = {key: hook for key, hook in hooks.items() if is_users(hook)}
-        hooks.update({key: _tolerant(hook, where, left_out) for key, hook in users.items()})
+        hooks.update({key: _tolerant(hook, where, failed) for key, hook in users.items()})
     try:
         yield
     finally:
@@ -35,18 +35,18 @@ def hooks_without_data(model: nn.Module, notes: list[str]) -> Iterator[None]:
             hooks.update(own)
     notes += [
         f"a forward hook on {where} does not run on tensors without data ({why}): it is not part of the graph"
-        for where, why in left_out.items()
+        for where, why in failed.items()
     ]
 
 
-def _tolerant(hook: Any, where: str, left_out: dict[str, str]) -> Any:
+def _tolerant(hook: Any, where: str, failed: dict[str, str]) -> Any:
     @functools.wraps(hook, updated=())
     def tolerant(*args: Any, **kwargs: Any) -> Any:
         try:
             return hook(*args, **kwargs)
         except Exception as error:  # whatever it was going to do with data
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            left_out.setdefault(where, lines[0].partition(". ")[0].rstrip(".")[:120])
+            failed.setdefault(where, lines[0].partition(". ")[0].rstrip(".")[:120])
             return None
 
     return tolerant

@@ -1,4 +1,4 @@
-"""An ONNX graph -> a Program: constants folded, weights told from constants, linear layers put together."""
+"""An ONNX graph -> an OnnxProgram: constants folded, weights told from constants, linear layers joined."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rowtune.errors import ModelError
 from rowtune.importers.onnx_fold import FLOATS, array, attributes, evaluate
-from rowtune.importers.onnx_module import Branch, Constant, Home, Program, Ref, Step, Weight
+from rowtune.importers.onnx_module import Branch, Constant, Home, OnnxProgram, OnnxRef, OnnxStep, Weight
 from rowtune.importers.onnx_names import GENERATED, Paths, is_path
-from rowtune.importers.onnx_node import DTYPES, Node, Static
+from rowtune.importers.onnx_node import DTYPES, OnnxNode, Static
 from rowtune.importers.onnx_ops import CONTROL, NORMS, NOT_FOLDED, OPERATORS
 from rowtune.importers.onnx_rewrite import (
     Raw,
@@ -72,7 +72,7 @@ KEEPS_TYPE = frozenset(OPERATORS) - {
 class Built:
     """A program, the names of its normalisation layers, and how many equal weights were told apart."""
 
-    program: Program
+    program: OnnxProgram
     norms: tuple[str, ...]
     convolutions: int
     separated: int
@@ -115,7 +115,7 @@ class _Builder:
         inputs = tuple(i.name for i in self.graph.input if i.name not in self.initial)
         order = {name: i for i, name in enumerate(self.initial)}
         ranked = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
-        program = Program(
+        program = OnnxProgram(
             inputs, _drop(steps, refs), refs, dict(ranked), dict(self.buffers), dict(self.constants),
             self.homes(sharing),
         )  # fmt: skip
@@ -131,7 +131,7 @@ class _Builder:
             count = max((i + 1 for i, o in enumerate(proto.output) if o), default=0)
             op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}::{proto.op_type}"
             raw = Raw(
-                Node(op, name, self.opset, attributes(proto), count),
+                OnnxNode(op, name, self.opset, attributes(proto), count),
                 proto,
                 list(proto.input),
                 list(proto.output[:count]),
@@ -253,7 +253,7 @@ class _Builder:
 
     # --- resolving: every input to an earlier value, a weight or a constant
 
-    def resolve(self, raws: list[Raw]) -> list[Step]:
+    def resolve(self, raws: list[Raw]) -> list[OnnxStep]:
         steps = []
         for raw in raws:
             args = tuple(self.ref(name, raw.node.op, slot, raw) for slot, name in enumerate(raw.inputs))
@@ -269,10 +269,10 @@ class _Builder:
                 )
                 branches = (first, second)
             function = OPERATORS.get(raw.node.op)
-            steps.append(Step(raw.node, raw.proto, function, args, tuple(raw.outputs), (), branches))
+            steps.append(OnnxStep(raw.node, raw.proto, function, args, tuple(raw.outputs), (), branches))
         return steps
 
-    def ref(self, name: str, op: str, slot: int, raw: Raw | None = None) -> Ref:
+    def ref(self, name: str, op: str, slot: int, raw: Raw | None = None) -> OnnxRef:
         if not name:
             return None
         value = self.constant(name)
@@ -351,7 +351,7 @@ def _walk(raws: Sequence[Raw]) -> Iterable[Raw]:
             yield from _walk(inner)
 
 
-def _names(steps: Sequence[Step]) -> set[str]:
+def _names(steps: Sequence[OnnxStep]) -> set[str]:
     """All values that these steps read, branches included."""
     found: set[str] = set()
     for step in steps:
@@ -361,10 +361,10 @@ def _names(steps: Sequence[Step]) -> set[str]:
     return found
 
 
-def _drop(steps: Sequence[Step], outputs: Sequence[Ref]) -> tuple[Step, ...]:
+def _drop(steps: Sequence[OnnxStep], outputs: Sequence[OnnxRef]) -> tuple[OnnxStep, ...]:
     """Let every value go after its last reader: an evaluation holds no more than it needs."""
     alive = {ref for ref in outputs if isinstance(ref, str)}
-    result: list[Step] = []
+    result: list[OnnxStep] = []
     for step in reversed(steps):
         read = _names([step])
         produced = {o for o in step.outputs if o}

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from rowtune.errors import ModelError
 from rowtune.importers import onnx_shape as shape
-from rowtune.importers.onnx_node import Node, Static, Value, is_static
+from rowtune.importers.onnx_node import OnnxNode, Static, Value, is_static
 
 FLOATS = frozenset(
     {
@@ -56,7 +56,7 @@ def attributes(proto: onnx.NodeProto) -> dict[str, Any]:
     return found
 
 
-def evaluate(node: Node, proto: onnx.NodeProto, inputs: list[Value]) -> list[Static]:
+def evaluate(node: OnnxNode, proto: onnx.NodeProto, inputs: list[Value]) -> list[Static]:
     """The node's outputs for constant inputs, by ONNX's own reference implementation."""
     if node.op in ("Constant", "ConstantOfShape", "Identity", "Shape", "Size"):
         functions: dict[str, Any] = {
@@ -78,7 +78,7 @@ def evaluate(node: Node, proto: onnx.NodeProto, inputs: list[Value]) -> list[Sta
     return [np.asarray(result) for result in results]
 
 
-def _evaluator(node: Node, proto: onnx.NodeProto, inputs: dict[str, Static]) -> ReferenceEvaluator:
+def _evaluator(node: OnnxNode, proto: onnx.NodeProto, inputs: dict[str, Static]) -> ReferenceEvaluator:
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in inputs.items()

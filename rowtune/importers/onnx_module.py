@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rowtune.errors import ModelError
 from rowtune.importers.onnx_fold import evaluate
-from rowtune.importers.onnx_node import Mode, Node, Static, Value, is_static, number, to_tensor
+from rowtune.importers.onnx_node import Mode, OnnxNode, Static, Value, is_static, number, to_tensor
 from rowtune.importers.onnx_ops import NOT_FOLDED, WITH_MODE, Operator
 from rowtune.importers.onnx_rewrite import Use
 
@@ -31,7 +31,7 @@ class Constant:
     value: Static
 
 
-Ref: TypeAlias = str | Weight | Constant | None
+OnnxRef: TypeAlias = str | Weight | Constant | None
 """Where a step finds an argument: an earlier value, a weight, a constant, or nowhere (an optional input)."""
 
 
@@ -39,18 +39,18 @@ Ref: TypeAlias = str | Weight | Constant | None
 class Branch:
     """One side of an If: steps that also see the values around them."""
 
-    steps: tuple[Step, ...]
-    outputs: tuple[Ref, ...]
+    steps: tuple[OnnxStep, ...]
+    outputs: tuple[OnnxRef, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class OnnxStep:
     """outputs = function(node, *args); `drop` names the values nobody reads later."""
 
-    node: Node
+    node: OnnxNode
     proto: onnx.NodeProto
     function: Operator | None
-    args: tuple[Ref, ...]
+    args: tuple[OnnxRef, ...]
     outputs: tuple[str, ...]
     drop: tuple[str, ...] = ()
     branches: tuple[Branch, Branch] | None = None
@@ -66,12 +66,12 @@ class Home:
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class OnnxProgram:
     """All that a module is made of: steps, tensors by path, and the homes of those that are trained."""
 
     inputs: tuple[str, ...]
-    steps: tuple[Step, ...]
-    outputs: tuple[Ref, ...]
+    steps: tuple[OnnxStep, ...]
+    outputs: tuple[OnnxRef, ...]
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
@@ -85,7 +85,7 @@ class OnnxNetwork(nn.Module):
     running statistics are buffers; fixed arrays are buffers that stay out of the state dict.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: OnnxProgram) -> None:
         super().__init__()
         self._inputs, self._steps, self._outputs = program.inputs, program.steps, program.outputs
         self.homes = program.homes
@@ -123,7 +123,7 @@ class OnnxNetwork(nn.Module):
         results = [to_tensor(r, mode.device) if is_static(r) else r for r in results]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _find(self, ref: Ref, values: Mapping[str, Value]) -> Value:
+    def _find(self, ref: OnnxRef, values: Mapping[str, Value]) -> Value:
         if isinstance(ref, str):
             if ref not in values:
                 raise ModelError(f"the graph reads {ref!r}, which nothing in it makes; export it again")
@@ -137,7 +137,7 @@ class OnnxNetwork(nn.Module):
             found = getattr(found, part)
         return found
 
-    def _run(self, steps: tuple[Step, ...], values: dict[str, Value], mode: Mode) -> None:
+    def _run(self, steps: tuple[OnnxStep, ...], values: dict[str, Value], mode: Mode) -> None:
         for step in steps:
             args = [self._find(ref, values) for ref in step.args]
             try:
@@ -151,7 +151,7 @@ class OnnxNetwork(nn.Module):
             for name in step.drop:
                 values.pop(name, None)
 
-    def _call(self, step: Step, args: list[Value], values: dict[str, Value], mode: Mode) -> Any:
+    def _call(self, step: OnnxStep, args: list[Value], values: dict[str, Value], mode: Mode) -> Any:
         node = step.node
         if step.branches is not None:
             return self._branch(step, args[0], values, mode)
@@ -163,7 +163,7 @@ class OnnxNetwork(nn.Module):
         result = step.function(node, *args, **options)
         return result if isinstance(result, tuple) else (result,)
 
-    def _branch(self, step: Step, condition: Value, values: dict[str, Value], mode: Mode) -> list[Value]:
+    def _branch(self, step: OnnxStep, condition: Value, values: dict[str, Value], mode: Mode) -> list[Value]:
         assert step.branches is not None
         chosen = step.branches[0 if number(step.node, condition, "condition") else 1]
         inner = dict(values)

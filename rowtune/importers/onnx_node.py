@@ -39,7 +39,7 @@ DTYPES: dict[int, torch.dtype] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
+class OnnxNode:
     """One ONNX node: operator, attributes, the opset that defines it, how many outputs count."""
 
     op: str
@@ -68,7 +68,7 @@ def is_static(value: Value) -> bool:
     return isinstance(value, np.ndarray)
 
 
-def torch_dtype(node: Node, element: int) -> torch.dtype:
+def torch_dtype(node: OnnxNode, element: int) -> torch.dtype:
     if element not in DTYPES:
         name = onnx.TensorProto.DataType.Name(element) if element in range(64) else element
         raise node.error(f"element type {name} has no counterpart for training; export in float32")
@@ -128,7 +128,7 @@ def rows(x: Tensor, axis: int, start: int, count: int) -> Tensor:
     return x if whole else x[(slice(None),) * axis + (slice(start, start + count),)]
 
 
-def ints(node: Node, value: Value, what: str) -> list[int]:
+def ints(node: OnnxNode, value: Value, what: str) -> list[int]:
     """A static list of integers; ModelError if it was computed from data."""
     if isinstance(value, np.ndarray):
         return [int(v) for v in value.reshape(-1)]
@@ -139,7 +139,7 @@ def ints(node: Node, value: Value, what: str) -> list[int]:
     )
 
 
-def number(node: Node, value: Value, what: str) -> Any:
+def number(node: OnnxNode, value: Value, what: str) -> Any:
     """A static single number; ModelError if it was computed from data."""
     if isinstance(value, np.ndarray) and value.size == 1:
         return plain(value.reshape(-1)[0])

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Mode, Node, Value, ints, is_static, rows, tensor, tensors
+from rowtune.importers.onnx_node import Mode, OnnxNode, Value, ints, is_static, rows, tensor, tensors
 
 
 def batch_norm(
-    node: Node, x: Tensor, scale: Value, bias: Value, mean: Value, var: Value, *, mode: Mode
+    node: OnnxNode, x: Tensor, scale: Value, bias: Value, mean: Value, var: Value, *, mode: Mode
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Follows the module's mode, whatever the mode was at export: the point is to train it.
 
@@ -40,12 +40,12 @@ def _unless(value: Value, neutral: float, x: Tensor) -> Tensor | None:
     return None if is_static(value) and bool((value == neutral).all()) else tensor(value, x)
 
 
-def instance_norm(node: Node, x: Tensor, scale: Value, bias: Value) -> Tensor:
+def instance_norm(node: OnnxNode, x: Tensor, scale: Value, bias: Value) -> Tensor:
     eps = node.get("epsilon", 1e-5)
     return F.instance_norm(x, weight=_unless(scale, 1.0, x), bias=_unless(bias, 0.0, x), eps=eps)
 
 
-def group_norm_of_reshapes(node: Node, x: Tensor, target: Value) -> Tensor:
+def group_norm_of_reshapes(node: OnnxNode, x: Tensor, target: Value) -> Tensor:
     """Reshape to (N, groups, -1), instance norm, Reshape to `target`: exporters' group norm without scale.
 
     If `target` is x's own shape this is group norm, which keeps the rows of an image apart; else as written.
@@ -57,7 +57,7 @@ def group_norm_of_reshapes(node: Node, x: Tensor, target: Value) -> Tensor:
     return F.instance_norm(x.reshape(x.shape[0], groups, -1), eps=eps).reshape(sizes)
 
 
-def group_norm(node: Node, x: Tensor, scale: Value, bias: Value) -> Tensor:
+def group_norm(node: OnnxNode, x: Tensor, scale: Value, bias: Value) -> Tensor:
     groups = node.get("num_groups")
     weight, shift = tensor(scale, x), tensor(bias, x)
     if node.opset < 21:
@@ -68,7 +68,7 @@ def group_norm(node: Node, x: Tensor, scale: Value, bias: Value) -> Tensor:
 
 
 def layer_norm(
-    node: Node, x: Tensor, scale: Value, bias: Value = None
+    node: OnnxNode, x: Tensor, scale: Value, bias: Value = None
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     axis = node.get("axis", -1) % x.dim()
     sizes = x.shape[axis:]
@@ -87,7 +87,7 @@ def layer_norm(
     return y, mean, torch.rsqrt(var + eps)
 
 
-def rms_norm(node: Node, x: Tensor, scale: Value) -> Tensor:
+def rms_norm(node: OnnxNode, x: Tensor, scale: Value) -> Tensor:
     axis = node.get("axis", -1) % x.dim()
     weight = tensor(scale, x)
     eps = node.get("epsilon", 1e-5)
@@ -97,20 +97,20 @@ def rms_norm(node: Node, x: Tensor, scale: Value) -> Tensor:
     return y
 
 
-def lp_normalization(node: Node, x: Tensor) -> Tensor:
+def lp_normalization(node: OnnxNode, x: Tensor) -> Tensor:
     # Not F.normalize: its division by max(norm, 1e-12) is not ONNX's plain one.
     axis, p = node.get("axis", -1), node.get("p", 2)
     total = x.abs().sum(axis, keepdim=True) if p == 1 else x.square().sum(axis, keepdim=True).sqrt()
     return torch.where(total == 0, torch.zeros_like(x), x / torch.where(total == 0, 1.0, total))
 
 
-def mean_variance_norm(node: Node, x: Tensor) -> Tensor:
+def mean_variance_norm(node: OnnxNode, x: Tensor) -> Tensor:
     axes = list(node.get("axes", [0, 2, 3]))
     centred = x - x.mean(axes, keepdim=True)
     return centred / (centred.square().mean(axes, keepdim=True).sqrt() + 1e-9)
 
 
-def lrn(node: Node, x: Tensor) -> Tensor:
+def lrn(node: OnnxNode, x: Tensor) -> Tensor:
     """A sum over neighbouring channels, written as shifted slices: local to a pixel."""
     size = node.get("size")
     before, after = (size - 1) // 2, size // 2
@@ -124,7 +124,7 @@ def lrn(node: Node, x: Tensor) -> Tensor:
     return y
 
 
-def dropout(node: Node, x: Tensor, ratio: Value = None, _training: Value = None, *, mode: Mode) -> object:
+def dropout(node: OnnxNode, x: Tensor, ratio: Value = None, _training: Value = None, *, mode: Mode) -> object:
     """Follows the module's mode; the file's training_mode is that of the export."""
     share = node.get("ratio", 0.5)
     if ratio is not None:
@@ -144,7 +144,7 @@ Reduction = Callable[[Tensor, list[int], bool], Tensor]
 def reduction(function: Reduction) -> Callable[..., Tensor]:
     """A reduction over axes given as attribute or as input; over all of them if none are given."""
 
-    def reduce(node: Node, x: Tensor, axes: Value = None) -> Tensor:
+    def reduce(node: OnnxNode, x: Tensor, axes: Value = None) -> Tensor:
         given = node.get("axes") if axes is None else ints(node, axes, "axes")
         if not given and node.get("noop_with_empty_axes", 0):
             # No axes: every element is reduced by itself.
@@ -200,7 +200,7 @@ def r_sum_square(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return r_sum(x.square(), axes, keep)
 
 
-def arg_extreme(node: Node, x: Tensor) -> Tensor:
+def arg_extreme(node: OnnxNode, x: Tensor) -> Tensor:
     axis, keep = node.get("axis", 0), bool(node.get("keepdims", 1))
     find = torch.argmax if node.op == "ArgMax" else torch.argmin
     if not node.get("select_last_index", 0):
@@ -209,7 +209,7 @@ def arg_extreme(node: Node, x: Tensor) -> Tensor:
     return last
 
 
-def softmax(node: Node, x: Tensor) -> Tensor:
+def softmax(node: OnnxNode, x: Tensor) -> Tensor:
     function = torch.log_softmax if node.op == "LogSoftmax" else torch.softmax
     if node.opset >= 13:
         return function(x, node.get("axis", -1))
@@ -220,7 +220,7 @@ def softmax(node: Node, x: Tensor) -> Tensor:
     return function(x.flatten(axis), -1).reshape(x.shape)
 
 
-def hardmax(node: Node, x: Tensor) -> Tensor:
+def hardmax(node: OnnxNode, x: Tensor) -> Tensor:
     axis = node.get("axis", 1 if node.opset < 13 else -1)
     if node.opset < 13 and axis % x.dim() != x.dim() - 1:
         raise node.error("its opset flattens axes; convert the file to opset 13")
@@ -228,17 +228,17 @@ def hardmax(node: Node, x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(axis, best, 1.0)
 
 
-def matmul(node: Node, a: Value, b: Value) -> Tensor:
+def matmul(node: OnnxNode, a: Value, b: Value) -> Tensor:
     return torch.matmul(*tensors((a, b)))
 
 
-def linear(node: Node, x: Tensor, weight: Value, bias: Value = None) -> Tensor:
+def linear(node: OnnxNode, x: Tensor, weight: Value, bias: Value = None) -> Tensor:
     """What the importer makes of MatMul with a weight, which the file holds `transposed` or not."""
     w = tensor(weight, x)
     return F.linear(x, w.t() if node.get("transposed", 0) else w, tensor(bias, x))
 
 
-def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Tensor:
+def gemm(node: OnnxNode, a: Value, b: Value, c: Value = None) -> Tensor:
     a, b, c = tensors((a, b, c))
     alpha, beta = node.get("alpha", 1.0), node.get("beta", 1.0)
     x = a.t() if node.get("transA", 0) else a
@@ -253,5 +253,5 @@ def gemm(node: Node, a: Value, b: Value, c: Value = None) -> Tensor:
     return shifted
 
 
-def einsum(node: Node, *values: Value) -> Tensor:
+def einsum(node: OnnxNode, *values: Value) -> Tensor:
     return torch.einsum(node.get("equation").replace(" ", ""), tensors(values))

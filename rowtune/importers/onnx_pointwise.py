@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Node, Value, number, operands, tensor, tensors, to_tensor, torch_dtype
+from rowtune.importers.onnx_node import (
+    OnnxNode,
+    Value,
+    number,
+    operands,
+    tensor,
+    tensors,
+    to_tensor,
+    torch_dtype,
+)
 
 
 def unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -35,7 +44,7 @@ def variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tens
 def extreme(function: Callable[[Tensor, Tensor], Tensor], bound: str) -> Callable[..., Tensor]:
     """Max and Min; against one constant number they are a clamp, which is what was exported."""
 
-    def choose(node: Node, *values: Value) -> Tensor:
+    def choose(node: OnnxNode, *values: Value) -> Tensor:
         if len(values) == 2:
             for x, limit in (values, values[::-1]):
                 left, right = operands(x, limit)
@@ -47,29 +56,29 @@ def extreme(function: Callable[[Tensor, Tensor], Tensor], bound: str) -> Callabl
     return choose
 
 
-def div(node: Node, a: Value, b: Value) -> Tensor:
+def div(node: OnnxNode, a: Value, b: Value) -> Tensor:
     left, right = operands(a, b)
     whole = not (left if isinstance(left, Tensor) else right).is_floating_point()
     # ONNX divides integers as C does, towards zero.
     return torch.div(*tensors((a, b)), rounding_mode="trunc") if whole else operator.truediv(left, right)
 
 
-def mod(node: Node, a: Value, b: Value) -> Tensor:
+def mod(node: OnnxNode, a: Value, b: Value) -> Tensor:
     left, right = tensors((a, b))
     return torch.fmod(left, right) if node.get("fmod", 0) else torch.remainder(left, right)
 
 
-def power(node: Node, a: Value, b: Value) -> Tensor:
+def power(node: OnnxNode, a: Value, b: Value) -> Tensor:
     base, exponent = operands(a, b)
     kind = base.dtype if isinstance(base, Tensor) else tensor(a, b).dtype
     return torch.pow(base, exponent).to(kind)
 
 
-def mean(node: Node, *values: Value) -> Tensor:
+def mean(node: OnnxNode, *values: Value) -> Tensor:
     return reduce(torch.add, tensors(values)) / len(values)
 
 
-def clip(node: Node, x: Tensor, low: Value = None, high: Value = None) -> Tensor:
+def clip(node: OnnxNode, x: Tensor, low: Value = None, high: Value = None) -> Tensor:
     if node.opset < 11:
         return torch.clamp(x, node.get("min"), node.get("max"))
     if isinstance(low, Tensor) or isinstance(high, Tensor):
@@ -80,7 +89,7 @@ def clip(node: Node, x: Tensor, low: Value = None, high: Value = None) -> Tensor
     return x if bounds == [None, None] else torch.clamp(x, *bounds)
 
 
-def where(node: Node, condition: Value, a: Value, b: Value) -> Tensor:
+def where(node: OnnxNode, condition: Value, a: Value, b: Value) -> Tensor:
     left, right = operands(a, b)
     if isinstance(condition, Tensor) and (isinstance(left, Tensor) or isinstance(right, Tensor)):
         return torch.where(condition, left, right)
@@ -88,12 +97,12 @@ def where(node: Node, condition: Value, a: Value, b: Value) -> Tensor:
     return torch.where(chosen, yes, no)
 
 
-def cast(node: Node, x: Tensor) -> Tensor:
+def cast(node: OnnxNode, x: Tensor) -> Tensor:
     kind = torch_dtype(node, node.get("to"))
     return x if x.dtype == kind else x.to(kind)
 
 
-def cast_like(node: Node, x: Value, like: Value) -> Value:
+def cast_like(node: OnnxNode, x: Value, like: Value) -> Value:
     target = like.dtype if isinstance(like, Tensor) else to_tensor(like).dtype
     if isinstance(x, Tensor):
         return x if x.dtype == target else x.to(target)
@@ -103,25 +112,25 @@ def cast_like(node: Node, x: Value, like: Value) -> Value:
     return x.astype(str(target).removeprefix("torch."))
 
 
-def bit_shift(node: Node, a: Value, b: Value) -> Tensor:
+def bit_shift(node: OnnxNode, a: Value, b: Value) -> Tensor:
     left, right = tensors((a, b))
     return left << right if node.get("direction") == "LEFT" else left >> right
 
 
-def is_inf(node: Node, x: Tensor) -> Tensor:
+def is_inf(node: OnnxNode, x: Tensor) -> Tensor:
     above, below = node.get("detect_positive", 1), node.get("detect_negative", 1)
     return (torch.isposinf(x) & bool(above)) | (torch.isneginf(x) & bool(below))
 
 
-def elu(node: Node, x: Tensor) -> Tensor:
+def elu(node: OnnxNode, x: Tensor) -> Tensor:
     return F.elu(x, node.get("alpha", 1.0))
 
 
-def celu(node: Node, x: Tensor) -> Tensor:
+def celu(node: OnnxNode, x: Tensor) -> Tensor:
     return F.celu(x, node.get("alpha", 1.0))
 
 
-def selu(node: Node, x: Tensor) -> Tensor:
+def selu(node: OnnxNode, x: Tensor) -> Tensor:
     alpha, gamma = node.get("alpha", 1.67326319), node.get("gamma", 1.05070102)
     if math.isclose(alpha, 1.67326319, rel_tol=1e-6) and math.isclose(gamma, 1.05070102, rel_tol=1e-6):
         return F.selu(x)
@@ -129,11 +138,11 @@ def selu(node: Node, x: Tensor) -> Tensor:
     return y
 
 
-def leaky_relu(node: Node, x: Tensor) -> Tensor:
+def leaky_relu(node: OnnxNode, x: Tensor) -> Tensor:
     return F.leaky_relu(x, node.get("alpha", 0.01))
 
 
-def prelu(node: Node, x: Tensor, slope: Value) -> Tensor:
+def prelu(node: OnnxNode, x: Tensor, slope: Value) -> Tensor:
     weight = tensor(slope, x)
     if weight.numel() == 1:
         return F.prelu(x, weight.reshape(1))
@@ -143,26 +152,26 @@ def prelu(node: Node, x: Tensor, slope: Value) -> Tensor:
     return torch.where(x >= 0, x, x * weight)
 
 
-def gelu(node: Node, x: Tensor) -> Tensor:
+def gelu(node: OnnxNode, x: Tensor) -> Tensor:
     return F.gelu(x, approximate=node.get("approximate", "none"))
 
 
-def hard_sigmoid(node: Node, x: Tensor) -> Tensor:
+def hard_sigmoid(node: OnnxNode, x: Tensor) -> Tensor:
     alpha, beta = node.get("alpha", 0.2), node.get("beta", 0.5)
     if math.isclose(alpha, 1 / 6, rel_tol=1e-6) and beta == 0.5:
         return F.hardsigmoid(x)
     return torch.clamp(x * alpha + beta, 0.0, 1.0)
 
 
-def shrink(node: Node, x: Tensor) -> Tensor:
+def shrink(node: OnnxNode, x: Tensor) -> Tensor:
     bias, limit = node.get("bias", 0.0), node.get("lambd", 0.5)
     return torch.where(x < -limit, x + bias, torch.where(x > limit, x - bias, torch.zeros_like(x)))
 
 
-def swish(node: Node, x: Tensor) -> Tensor:
+def swish(node: OnnxNode, x: Tensor) -> Tensor:
     alpha = node.get("alpha", 1.0)
     return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(x * alpha)
 
 
-def thresholded_relu(node: Node, x: Tensor) -> Tensor:
+def thresholded_relu(node: OnnxNode, x: Tensor) -> Tensor:
     return F.threshold(x, node.get("alpha", 1.0), 0.0)

@@ -12,19 +12,19 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Node, Value, ints, plain
+from rowtune.importers.onnx_node import OnnxNode, Value, ints, plain
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def upsample(node: Node, x: Tensor, scales: Value = None) -> Tensor:
+def upsample(node: OnnxNode, x: Tensor, scales: Value = None) -> Tensor:
     """Opset 7 has the scales as an attribute, 8 and 9 as an input; always asymmetric coordinates, floor."""
     factors = _floats(node, node.get("scales") if scales is None else scales)
     assert factors is not None
     return _resample(node, x, factors, None, "asymmetric", "floor")
 
 
-def resize(node: Node, x: Tensor, *inputs: Value) -> Tensor:
+def resize(node: OnnxNode, x: Tensor, *inputs: Value) -> Tensor:
     if node.opset < 11:
         return upsample(node, x, *inputs)
     _roi, scales, sizes = (*inputs, None, None, None)[:3]
@@ -41,7 +41,7 @@ def resize(node: Node, x: Tensor, *inputs: Value) -> Tensor:
     return _resample(node, x, factors, targets, coordinate, node.get("nearest_mode", "round_prefer_floor"))
 
 
-def _refuse(node: Node) -> None:
+def _refuse(node: OnnxNode) -> None:
     policy = node.get("keep_aspect_ratio_policy", "stretch")
     if policy != "stretch":
         raise node.error(f"keep_aspect_ratio_policy {policy!r}; only 'stretch' can be trained")
@@ -49,7 +49,7 @@ def _refuse(node: Node) -> None:
         raise node.error("antialias=1 has no exact counterpart; export with antialias=False")
 
 
-def _floats(node: Node, value: Value) -> list[float] | None:
+def _floats(node: OnnxNode, value: Value) -> list[float] | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -64,7 +64,7 @@ def _spread(values: list[float], axes: list[int], default: list[float]) -> list[
 
 
 def _resample(
-    node: Node,
+    node: OnnxNode,
     x: Tensor,
     factors: list[float] | None,
     targets: list[int] | None,
@@ -98,7 +98,7 @@ def _resample(
     return F.interpolate(x, mode=name, align_corners=corners, **where)
 
 
-def _align_corners(node: Node, axes: list[tuple[int, int, float]], coordinate: str, mode: str) -> bool:
+def _align_corners(node: OnnxNode, axes: list[tuple[int, int, float]], coordinate: str, mode: str) -> bool:
     if mode not in ("linear", "cubic"):
         raise node.error(f"mode {mode!r}; 'nearest', 'linear' and 'cubic' can be trained")
     # With scales that do not divide, ONNX aligns to the fractional length, torch to the rounded one.
@@ -117,7 +117,7 @@ def _align_corners(node: Node, axes: list[tuple[int, int, float]], coordinate: s
     )
 
 
-def _nearest(node: Node, axes: list[tuple[int, int, float]], coordinate: str, rounding: str) -> str:
+def _nearest(node: OnnxNode, axes: list[tuple[int, int, float]], coordinate: str, rounding: str) -> str:
     whole = all(s == int(s) for _, _, s in axes)
     if (coordinate, rounding) == ("asymmetric", "floor"):
         return "nearest"

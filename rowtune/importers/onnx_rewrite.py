@@ -14,7 +14,7 @@ from typing import NamedTuple
 import onnx
 
 from rowtune.importers.onnx_fold import array
-from rowtune.importers.onnx_node import Node, Static
+from rowtune.importers.onnx_node import OnnxNode, Static
 
 # The input that tells two layers of this kind apart.
 PRIMARY = {"BatchNormalization": 1, "Conv": 1, "ConvTranspose": 1, "Gemm": 1}
@@ -24,7 +24,7 @@ PRIMARY = {"BatchNormalization": 1, "Conv": 1, "ConvTranspose": 1, "Gemm": 1}
 class Raw:
     """A node with its connections, before its inputs are resolved."""
 
-    node: Node
+    node: OnnxNode
     proto: onnx.NodeProto
     inputs: list[str]
     outputs: list[str]

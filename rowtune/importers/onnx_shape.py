@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rowtune.importers.onnx_node import (
     Mode,
-    Node,
+    OnnxNode,
     Static,
     Value,
     ints,
@@ -25,27 +25,27 @@ from rowtune.importers.onnx_node import (
 )
 
 
-def shape(node: Node, x: Value) -> Static:
+def shape(node: OnnxNode, x: Value) -> Static:
     sizes = [int(n) for n in x.shape]
     return np.asarray(sizes[node.get("start", 0) : node.get("end", len(sizes))], dtype=np.int64)
 
 
-def size(node: Node, x: Value) -> Static:
+def size(node: OnnxNode, x: Value) -> Static:
     return np.asarray(math.prod(int(n) for n in x.shape), dtype=np.int64)
 
 
-def identity(node: Node, x: Value) -> Value:
+def identity(node: OnnxNode, x: Value) -> Value:
     return x
 
 
-def reshape(node: Node, x: Tensor, target: Value = None) -> Tensor:
+def reshape(node: OnnxNode, x: Tensor, target: Value = None) -> Tensor:
     sizes = list(node.get("shape")) if target is None else ints(node, target, "target shape")
     if not node.get("allowzero", 0):
         sizes = [x.shape[i] if n == 0 else n for i, n in enumerate(sizes)]
     return x.reshape(sizes)
 
 
-def flatten(node: Node, x: Tensor) -> Tensor:
+def flatten(node: OnnxNode, x: Tensor) -> Tensor:
     axis = node.get("axis", 1)
     axis = axis + x.dim() if axis < 0 else axis
     if axis == 1 and x.dim() >= 2:
@@ -53,17 +53,17 @@ def flatten(node: Node, x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:axis]), -1)
 
 
-def transpose(node: Node, x: Tensor) -> Tensor:
+def transpose(node: OnnxNode, x: Tensor) -> Tensor:
     return x.permute(node.get("perm", list(reversed(range(x.dim())))))
 
 
-def _axes(node: Node, axes: Value, rank: int) -> list[int] | None:
+def _axes(node: OnnxNode, axes: Value, rank: int) -> list[int] | None:
     """Axes from the attribute of older opsets or the input of newer ones, counted from the front."""
     given = node.get("axes") if axes is None else ints(node, axes, "axes")
     return None if given is None else [a % rank for a in given]
 
 
-def squeeze(node: Node, x: Tensor, axes: Value = None) -> Tensor:
+def squeeze(node: OnnxNode, x: Tensor, axes: Value = None) -> Tensor:
     chosen = _axes(node, axes, max(x.dim(), 1))
     if chosen is None:
         chosen = [i for i, n in enumerate(x.shape) if n == 1]
@@ -72,27 +72,27 @@ def squeeze(node: Node, x: Tensor, axes: Value = None) -> Tensor:
     return x
 
 
-def unsqueeze(node: Node, x: Tensor, axes: Value = None) -> Tensor:
+def unsqueeze(node: OnnxNode, x: Tensor, axes: Value = None) -> Tensor:
     given = node.get("axes") if axes is None else ints(node, axes, "axes")
     for axis in sorted(a % (x.dim() + len(given)) for a in given):
         x = x.unsqueeze(axis)
     return x
 
 
-def expand(node: Node, x: Tensor, target: Value) -> Tensor:
+def expand(node: OnnxNode, x: Tensor, target: Value) -> Tensor:
     wanted = np.broadcast_shapes(tuple(x.shape), tuple(ints(node, target, "target shape")))
     return x if tuple(x.shape) == wanted else x.expand(wanted)
 
 
-def tile(node: Node, x: Tensor, repeats: Value) -> Tensor:
+def tile(node: OnnxNode, x: Tensor, repeats: Value) -> Tensor:
     return x.repeat(ints(node, repeats, "repeats"))
 
 
-def concat(node: Node, *values: Value) -> Tensor:
+def concat(node: OnnxNode, *values: Value) -> Tensor:
     return torch.cat(tensors(values), dim=node.get("axis", 1))
 
 
-def _split_sizes(node: Node, total: int, sizes: Value, parts: int) -> list[int]:
+def _split_sizes(node: OnnxNode, total: int, sizes: Value, parts: int) -> list[int]:
     given = node.get("split") if sizes is None else ints(node, sizes, "sizes")
     if given is not None:
         return list(given)
@@ -100,13 +100,13 @@ def _split_sizes(node: Node, total: int, sizes: Value, parts: int) -> list[int]:
     return [min(chunk, total - i * chunk) for i in range(parts)]
 
 
-def split(node: Node, x: Tensor, sizes: Value = None) -> tuple[Tensor, ...]:
+def split(node: OnnxNode, x: Tensor, sizes: Value = None) -> tuple[Tensor, ...]:
     axis = node.get("axis", 0)
     parts = node.get("num_outputs", node.outputs)
     return torch.split(x, _split_sizes(node, x.shape[axis], sizes, parts), dim=axis)
 
 
-def split_to_sequence(node: Node, x: Tensor, sizes: Value = None) -> list[Tensor]:
+def split_to_sequence(node: OnnxNode, x: Tensor, sizes: Value = None) -> list[Tensor]:
     axis, keep = node.get("axis", 0), node.get("keepdims", 1)
     total = x.shape[axis]
     if sizes is None:
@@ -118,24 +118,24 @@ def split_to_sequence(node: Node, x: Tensor, sizes: Value = None) -> list[Tensor
     return list(torch.split(x, given, dim=axis))
 
 
-def sequence_construct(node: Node, *values: Value) -> list[Value]:
+def sequence_construct(node: OnnxNode, *values: Value) -> list[Value]:
     return list(values)
 
 
-def sequence_at(node: Node, sequence: list[Value], position: Value) -> Value:
+def sequence_at(node: OnnxNode, sequence: list[Value], position: Value) -> Value:
     return sequence[ints(node, position, "position")[0]]
 
 
-def sequence_length(node: Node, sequence: list[Value]) -> Static:
+def sequence_length(node: OnnxNode, sequence: list[Value]) -> Static:
     return np.asarray(len(sequence), dtype=np.int64)
 
 
-def concat_from_sequence(node: Node, sequence: list[Value]) -> Tensor:
+def concat_from_sequence(node: OnnxNode, sequence: list[Value]) -> Tensor:
     join = torch.stack if node.get("new_axis", 0) else torch.cat
     return join(tensors(tuple(sequence)), dim=node.get("axis"))
 
 
-def slice_(node: Node, x: Tensor, *inputs: Value) -> Tensor:
+def slice_(node: OnnxNode, x: Tensor, *inputs: Value) -> Tensor:
     if node.opset < 10:
         starts, ends, axes = node.get("starts"), node.get("ends"), node.get("axes")
         steps = None
@@ -156,7 +156,7 @@ def slice_(node: Node, x: Tensor, *inputs: Value) -> Tensor:
     return x
 
 
-def gather(node: Node, x: Value, indices: Value) -> Tensor:
+def gather(node: OnnxNode, x: Value, indices: Value) -> Tensor:
     axis = node.get("axis", 0)
     if isinstance(x, Tensor) and is_static(indices):
         return _gather_static(x, axis, indices)
@@ -181,20 +181,20 @@ def _gather_static(x: Tensor, axis: int, indices: Static) -> Tensor:
     return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
-def gather_elements(node: Node, x: Value, indices: Value) -> Tensor:
+def gather_elements(node: OnnxNode, x: Value, indices: Value) -> Tensor:
     x, indices = tensors((x, indices))
     axis = node.get("axis", 0)
     return torch.gather(x, axis, torch.where(indices < 0, indices + x.shape[axis], indices).long())
 
 
-def gather_nd(node: Node, x: Value, indices: Value) -> Tensor:
+def gather_nd(node: OnnxNode, x: Value, indices: Value) -> Tensor:
     if node.get("batch_dims", 0):
         raise node.error("batch_dims other than 0 cannot be trained")
     data, at = tensors((x, indices))
     return data[tuple(at.long().unbind(-1))]
 
 
-def scatter_elements(node: Node, x: Value, indices: Value, updates: Value) -> Tensor:
+def scatter_elements(node: OnnxNode, x: Value, indices: Value, updates: Value) -> Tensor:
     data, at, new = tensors((x, indices, updates))
     axis, reduction = node.get("axis", 0), node.get("reduction", "none")
     at = torch.where(at < 0, at + data.shape[axis], at).long()
@@ -204,7 +204,7 @@ def scatter_elements(node: Node, x: Value, indices: Value, updates: Value) -> Te
     return data.scatter_reduce(axis, at, new, names[reduction])
 
 
-def scatter_nd(node: Node, x: Value, indices: Value, updates: Value) -> Tensor:
+def scatter_nd(node: OnnxNode, x: Value, indices: Value, updates: Value) -> Tensor:
     data, at, new = tensors((x, indices, updates))
     reduction = node.get("reduction", "none")
     if reduction not in ("none", "add"):
@@ -212,7 +212,7 @@ def scatter_nd(node: Node, x: Value, indices: Value, updates: Value) -> Tensor:
     return data.index_put(tuple(at.long().unbind(-1)), new, accumulate=reduction == "add")
 
 
-def one_hot(node: Node, indices: Value, depth: Value, values: Value) -> Tensor:
+def one_hot(node: OnnxNode, indices: Value, depth: Value, values: Value) -> Tensor:
     at, pair = tensors((indices, values))
     count, axis = int(number(node, depth, "depth")), node.get("axis", -1)
     kind = torch.int64
@@ -221,13 +221,13 @@ def one_hot(node: Node, indices: Value, depth: Value, values: Value) -> Tensor:
     return torch.where(hot, pair[1], pair[0]).movedim(-1, axis)
 
 
-def top_k(node: Node, x: Tensor, count: Value = None) -> tuple[Tensor, Tensor]:
+def top_k(node: OnnxNode, x: Tensor, count: Value = None) -> tuple[Tensor, Tensor]:
     k = node.get("k") if count is None else int(number(node, count, "k"))
     found = torch.topk(x, k, node.get("axis", -1), bool(node.get("largest", 1)), bool(node.get("sorted", 1)))
     return found.values, found.indices
 
 
-def cumsum(node: Node, x: Tensor, axis: Value) -> Tensor:
+def cumsum(node: OnnxNode, x: Tensor, axis: Value) -> Tensor:
     dim = int(number(node, axis, "axis"))
     x = x.flip(dim) if node.get("reverse", 0) else x
     y = x.cumsum(dim, dtype=x.dtype)
@@ -235,19 +235,19 @@ def cumsum(node: Node, x: Tensor, axis: Value) -> Tensor:
     return y.flip(dim) if node.get("reverse", 0) else y
 
 
-def trilu(node: Node, x: Tensor, diagonal: Value = None) -> Tensor:
+def trilu(node: OnnxNode, x: Tensor, diagonal: Value = None) -> Tensor:
     k = 0 if diagonal is None else int(number(node, diagonal, "diagonal"))
     return torch.triu(x, k) if node.get("upper", 1) else torch.tril(x, k)
 
 
-def eye_like(node: Node, x: Tensor) -> Tensor:
+def eye_like(node: OnnxNode, x: Tensor) -> Tensor:
     kind = torch_dtype(node, node.get("dtype")) if node.get("dtype") else x.dtype
     eye = torch.ones(x.shape, dtype=kind, device=x.device)
     k = node.get("k", 0)
     return torch.tril(torch.triu(eye, k), k)
 
 
-def constant_of_shape(node: Node, sizes: Value) -> Static:
+def constant_of_shape(node: OnnxNode, sizes: Value) -> Static:
     value = node.get("value")
     fill = np.zeros(1, np.float32) if value is None else value
     target = tuple(ints(node, sizes, "shape"))
@@ -255,27 +255,27 @@ def constant_of_shape(node: Node, sizes: Value) -> Static:
     return np.broadcast_to(fill.reshape(()), target)
 
 
-def range_(node: Node, start: Value, limit: Value, step: Value) -> Tensor:
+def range_(node: OnnxNode, start: Value, limit: Value, step: Value) -> Tensor:
     low, high, delta = (number(node, v, "limits") for v in (start, limit, step))
     return torch.arange(low, high, delta)
 
 
-def nonzero(node: Node, x: Tensor) -> Tensor:
+def nonzero(node: OnnxNode, x: Tensor) -> Tensor:
     raise node.error("the shape of its result depends on data, which no training plan can know beforehand")
 
 
-def random_like(node: Node, x: Value, *, mode: Mode) -> Tensor:
+def random_like(node: OnnxNode, x: Value, *, mode: Mode) -> Tensor:
     """Only the shape of the input counts, so it may well be a number's."""
     like = to_tensor(x, mode.device) if is_static(x) else x
     return _drawn(node, like, torch_dtype(node, node.get("dtype")) if node.get("dtype") else like.dtype)
 
 
-def random(node: Node, *, mode: Mode) -> Tensor:
+def random(node: OnnxNode, *, mode: Mode) -> Tensor:
     kind = torch_dtype(node, node.get("dtype", 1))
     return _drawn(node, torch.empty(node.get("shape"), dtype=kind, device=mode.device), kind)
 
 
-def _drawn(node: Node, like: Tensor, kind: torch.dtype) -> Tensor:
+def _drawn(node: OnnxNode, like: Tensor, kind: torch.dtype) -> Tensor:
     """Numbers from torch's generator; a seed attribute would repeat itself every step, so it is left."""
     if node.op.startswith("RandomUniform"):
         low, high = node.get("low", 0.0), node.get("high", 1.0)
@@ -286,13 +286,13 @@ def _drawn(node: Node, like: Tensor, kind: torch.dtype) -> Tensor:
     return y if (mean, scale) == (0.0, 1.0) else y * scale + mean
 
 
-def bernoulli(node: Node, x: Value, *, mode: Mode) -> Tensor:
+def bernoulli(node: OnnxNode, x: Value, *, mode: Mode) -> Tensor:
     x = to_tensor(x, mode.device) if is_static(x) else x
     kind = torch_dtype(node, node.get("dtype")) if node.get("dtype") else x.dtype
     return torch.bernoulli(x).to(kind)
 
 
-def constant(node: Node) -> Any:
+def constant(node: OnnxNode) -> Any:
     """The one value that a Constant node holds, as a static."""
     kinds = {
         "value_float": np.float32,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowtune.importers.onnx_node import Node, Value, ints, rows, tensor, tensors
+from rowtune.importers.onnx_node import OnnxNode, Value, ints, rows, tensor, tensors
 
 CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -21,13 +21,13 @@ GLOBAL_AVG: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d
 GLOBAL_MAX: dict[int, Any] = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
 
-def _for_rank(node: Node, table: dict[int, Any], rank: int) -> Any:
+def _for_rank(node: OnnxNode, table: dict[int, Any], rank: int) -> Any:
     if rank not in table:
         raise node.error(f"it has {rank} spatial axes; 1, 2 or 3 can be trained")
     return table[rank]
 
 
-def _pads(node: Node, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int]]:
+def _pads(node: OnnxNode, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int]]:
     """Padding before and after each spatial axis, with auto_pad resolved for this input."""
     rank = len(kernel)
     auto = node.get("auto_pad", "NOTSET")
@@ -51,7 +51,7 @@ def torch_pads(begin: Sequence[int], end: Sequence[int]) -> list[int]:
     return [p for pair in reversed(list(zip(begin, end, strict=True))) for p in pair]
 
 
-def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
+def conv(node: OnnxNode, x: Value, weight: Value, bias: Value = None) -> Tensor:
     x, weight, bias = tensors((x, weight, bias))
     rank = weight.dim() - 2
     begin, end = _pads(node, x, list(weight.shape[2:]))
@@ -63,7 +63,7 @@ def conv(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
     return y
 
 
-def conv_transpose(node: Node, x: Value, weight: Value, bias: Value = None) -> Tensor:
+def conv_transpose(node: OnnxNode, x: Value, weight: Value, bias: Value = None) -> Tensor:
     x, weight, bias = tensors((x, weight, bias))
     kernel = list(weight.shape[2:])
     rank = len(kernel)
@@ -90,7 +90,7 @@ def conv_transpose(node: Node, x: Value, weight: Value, bias: Value = None) -> T
 
 
 def _transpose_pads(
-    node: Node, x: Tensor, full: list[int], strides: list[int], extra: list[int]
+    node: OnnxNode, x: Tensor, full: list[int], strides: list[int], extra: list[int]
 ) -> tuple[list[int], list[int]]:
     rank = len(full)
     auto = node.get("auto_pad", "NOTSET")
@@ -110,7 +110,7 @@ def _transpose_pads(
     return (small, large) if auto == "SAME_UPPER" else (large, small)
 
 
-def max_pool(node: Node, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+def max_pool(node: OnnxNode, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     kernel = node.get("kernel_shape")
     rank = len(kernel)
     strides, dilations = node.get("strides", [1] * rank), node.get("dilations", [1] * rank)
@@ -132,7 +132,7 @@ def max_pool(node: Node, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     return y, index + planes.reshape(x.shape[0], x.shape[1], *[1] * rank)
 
 
-def average_pool(node: Node, x: Tensor) -> Tensor:
+def average_pool(node: OnnxNode, x: Tensor) -> Tensor:
     kernel = node.get("kernel_shape")
     rank = len(kernel)
     if any(d != 1 for d in node.get("dilations", [1] * rank)):
@@ -154,7 +154,7 @@ def average_pool(node: Node, x: Tensor) -> Tensor:
     return total / share
 
 
-def _dilated_average(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+def _dilated_average(node: OnnxNode, x: Tensor, kernel: Sequence[int]) -> Tensor:
     """torch's average pools have no dilation; a convolution of ones does, channel by channel."""
     rank, channels = len(kernel), x.shape[1]
     begin, end = _pads(node, x, kernel)
@@ -169,7 +169,7 @@ def _dilated_average(node: Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     return total / size
 
 
-def _beyond(node: Node, x: Tensor, kernel: Sequence[int]) -> list[int]:
+def _beyond(node: OnnxNode, x: Tensor, kernel: Sequence[int]) -> list[int]:
     """Elements after the padding that ceil_mode's last window reaches; it starts before the padding's end."""
     rank = len(kernel)
     begin, end = _pads(node, x, kernel)
@@ -183,7 +183,7 @@ def _beyond(node: Node, x: Tensor, kernel: Sequence[int]) -> list[int]:
     return found
 
 
-def lp_pool(node: Node, x: Tensor) -> Tensor:
+def lp_pool(node: OnnxNode, x: Tensor) -> Tensor:
     """The p-norm of each window: an average of powers, times the window's size (padding adds zeros)."""
     kernel, p = node.get("kernel_shape"), node.get("p", 2)
     if any(_beyond(node, x, kernel)):
@@ -194,23 +194,23 @@ def lp_pool(node: Node, x: Tensor) -> Tensor:
     return y
 
 
-def global_lp_pool(node: Node, x: Tensor) -> Tensor:
+def global_lp_pool(node: OnnxNode, x: Tensor) -> Tensor:
     axes, p = list(range(2, x.dim())), node.get("p", 2)
     y: Tensor = (x.abs() ** p).sum(axes, keepdim=True) ** (1.0 / p)
     return y
 
 
-def global_average_pool(node: Node, x: Tensor) -> Tensor:
+def global_average_pool(node: OnnxNode, x: Tensor) -> Tensor:
     y: Tensor = _for_rank(node, GLOBAL_AVG, x.dim() - 2)(x, 1)
     return y
 
 
-def global_max_pool(node: Node, x: Tensor) -> Tensor:
+def global_max_pool(node: OnnxNode, x: Tensor) -> Tensor:
     y: Tensor = _for_rank(node, GLOBAL_MAX, x.dim() - 2)(x, 1)
     return y
 
 
-def depth_to_space(node: Node, x: Tensor) -> Tensor:
+def depth_to_space(node: OnnxNode, x: Tensor) -> Tensor:
     block = node.get("blocksize")
     if node.get("mode", "DCR") == "DCR":
         # The same shuffle with the channels in another order; reordering them is local to a pixel.
@@ -219,7 +219,7 @@ def depth_to_space(node: Node, x: Tensor) -> Tensor:
     return F.pixel_shuffle(x, block)
 
 
-def space_to_depth(node: Node, x: Tensor) -> Tensor:
+def space_to_depth(node: OnnxNode, x: Tensor) -> Tensor:
     block = node.get("blocksize")
     y = F.pixel_unshuffle(x, block)
     if node.get("mode", "DCR") != "DCR":
@@ -228,7 +228,7 @@ def space_to_depth(node: Node, x: Tensor) -> Tensor:
     return y.reshape(n, c // block**2, block * block, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-def shuffle_of_reshapes(node: Node, x: Tensor, split: Value, target: Value) -> Tensor:
+def shuffle_of_reshapes(node: OnnxNode, x: Tensor, split: Value, target: Value) -> Tensor:
     """Reshape to six axes, a transpose, Reshape back: a pixel shuffle or its inverse, which keep rows apart,
     where the sizes are those of one; else as written."""
     parts, result = (_resolved(x, ints(node, sizes, "target shape")) for sizes in (split, target))
@@ -253,14 +253,14 @@ def _resolved(x: Tensor, sizes: list[int]) -> list[int]:
     return [rest if n == -1 else n for n in full]
 
 
-def grid_sample(node: Node, x: Value, grid: Value) -> Tensor:
+def grid_sample(node: OnnxNode, x: Value, grid: Value) -> Tensor:
     x, grid = tensors((x, grid))
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(node.get("mode", "linear"), node.get("mode"))
     padding = node.get("padding_mode", "zeros")
     return F.grid_sample(x, grid, mode, padding, bool(node.get("align_corners", 0)))
 
 
-def pad(node: Node, x: Tensor, pads: Value = None, value: Value = None, axes: Value = None) -> Tensor:
+def pad(node: OnnxNode, x: Tensor, pads: Value = None, value: Value = None, axes: Value = None) -> Tensor:
     if node.opset < 11:
         amounts, fill = node.get("pads"), node.get("value", 0.0)
     else:

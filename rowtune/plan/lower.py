@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rowtune.errors import PlanError
@@ -16,6 +16,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.training import LOSS, SUMS
 from rowtune.plan.banded import Scheduler, banded, by_policy
 from rowtune.plan.finish import finished
+from rowtune.plan.legal import there
 from rowtune.plan.narrow import divided
 from rowtune.plan.passes import passes
 from rowtune.plan.plan import Plan, Segment
@@ -124,10 +125,53 @@ def _known(
     return lowered[key]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What a graph says of the nodes that a segment covers (rowtune/plan/legal.py: Place)."""
+
+    graph: Graph
+    decision: Segment
+    start: int
+    stop: int
+    along: int
+    inside: bool
+
+    @property
+    def axis(self) -> int:
+        """What its bands lie along."""
+        return self.along if self.decision.band_rows else 0
+
+    @property
+    def read(self) -> bool:
+        """Whether anybody reads any of it."""
+        return bool(stretch(self.graph, self.start, self.stop).nodes)
+
+    @property
+    def not_banded(self) -> str:
+        return why_not(self.graph, self.start, self.stop, self.axis) if self.read else ""
+
+    @property
+    def barriers(self) -> int:
+        return len(barrier_parts(self.graph, self.start, self.stop, self.axis)) - 1
+
+    @property
+    def mixes_images(self) -> bool:
+        return self.read and not is_local(self.graph, self.start, self.stop, 0)
+
+
 def _segments(
-    graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
+    graph: Graph,
+    plan: Plan,
+    decision: Segment,
+    start: int,
+    stop: int,
+    scheduler: Scheduler,
+    *,
+    inside: bool = False,
 ) -> list[SegmentProgram]:
     """The programs of one segment: several where a rows segment stores the tensors at its barriers."""
+    if why := there(decision, _Place(graph, decision, start, stop, plan.axis, inside)):
+        raise PlanError(why)
     if decision.inside:
         return [_nested(graph, plan, decision, start, stop, scheduler)]
     if decision.policy != "rows":
@@ -135,15 +179,7 @@ def _segments(
     if not stretch(graph, start, stop).nodes:
         return [_part(graph, decision, start, stop, plan.axis, scheduler)]
     axis = plan.axis if decision.band_rows else 0
-    why = why_not(graph, start, stop, axis)
-    if why:
-        raise PlanError(f"segment {decision.first}..{decision.last} cannot be banded: {why}")
     parts = barrier_parts(graph, start, stop, axis)
-    if decision.barriers != "store" and decision.halo == "cache" and len(parts) > 1:
-        raise PlanError(
-            f"segment {decision.first}..{decision.last}: halo cache keeps rows from forward to backward; "
-            f"barriers {decision.barriers} takes halo sweep or recompute"
-        )
     if decision.barriers == "passes" and len(parts) > 1:
         return [_streamed(graph, decision, start, stop, axis, scheduler)]
     if decision.barriers == "narrow" and len(parts) > 1:
@@ -170,14 +206,10 @@ def _nested(
             f"the segments inside {decision.first}..{decision.last} end at "
             f"{spans[-1][0].last if spans else 'nothing'}, not at {decision.last}"
         )
-    for segment, _, _ in spans:
-        if segment.policy == "rows" and segment.halo == "cache":
-            raise PlanError(
-                f"segment {segment.first}..{segment.last}: halo cache keeps rows from forward to backward; "
-                f"inside a checkpoint rows take halo sweep or recompute"
-            )
     part = stretch(graph, start, stop)
-    inner = tuple(made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler))
+    inner = tuple(
+        made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler, inside=True)
+    )
     return _checkpoint(graph, decision, part, finished(graph, tuple(map(_twice, inner))))
 
 
@@ -221,13 +253,9 @@ def _nothing(decision: Segment, part: Stretch) -> SegmentProgram:
 
 
 def _plain(graph: Graph, decision: Segment, part: Stretch, scheduler: Scheduler) -> SegmentProgram:
-    if decision.images and decision.policy == "keep":
-        raise PlanError(f"segment {decision.first}..{decision.last}: keep takes no images")
     if not part.nodes:
         return _nothing(decision, part)
     if decision.images:
-        if not is_local(graph, part.start, part.stop, 0):
-            raise PlanError(f"segment {decision.first}..{decision.last} mixes images; checkpoint it whole")
         images = banding(graph, 0)
         return SegmentProgram(decision, part, banded(graph, decision, part, images, images, scheduler))
     part = restored(graph, part)

@@ -6,24 +6,12 @@ how its interior is computed. It holds no sizes that depend on the device, and n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rowtune.errors import PlanError
-
-Policy = Literal["keep", "checkpoint", "rows"]
-Halo = Literal["recompute", "cache", "sweep"]
-Tapes = Literal["split", "whole", "late", "replay"]
-Barriers = Literal["store", "recompute", "narrow", "passes"]
-Layout = Literal["contiguous", "channels_last"]
-Precision = Literal["as given", "bf16", "fp16"]
-Cheap = Literal["store", "recompute"]
-Home = Literal["device", "host"]
-Store = Literal["device", "host", "bf16", "fp16", "int8", "int4"]
-
-LOSSY: frozenset[Store] = frozenset({"bf16", "fp16", "int8", "int4"})
-"""Stores that give back something else than they were given."""
+from rowtune.plan.choices import LOSSY, Barriers, Cheap, Halo, Home, Layout, Policy, Precision, Store, Tapes
+from rowtune.plan.legal import legal
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +57,15 @@ class Segment:
     band_cols: int = 0
     inside: tuple[Segment, ...] = ()
 
+    def leaves(self) -> list[Segment]:
+        """The segments that it is made of and that are made of no others: itself, where there are none."""
+        return [leaf for s in self.inside for leaf in s.leaves()] if self.inside else [self]
+
+    @property
+    def parts(self) -> list[Segment]:
+        """All that lies inside, however deep."""
+        return [each for s in self.inside for each in (s, *s.parts)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; fields at their default are left out."""
         found: dict[str, Any] = {}
@@ -89,13 +86,13 @@ class Plan:
     step_in_backward
             the optimizer uses each gradient as soon as it is complete, and lets go of it
             (rowtune.step_in_backward); not with clipping or accumulation, which look at all of them
+    max_grad_error
+            of gradients, relative, that stores which round may cost; 0: none of them is allowed
     optimizer_state
             where it stays between updates. host: each parameter's is brought to the device for its own
             update and put back (rowtune.step_from_host; step_in_backward likewise, a parameter at a time)
     waiting_gradients
             where gradients of what skips over segments are until backward comes to its maker
-    max_grad_error
-            of gradients, relative, that stores which round may cost; 0: none of them is allowed
     """
 
     segments: tuple[Segment, ...]
@@ -103,9 +100,9 @@ class Plan:
     layout: Layout = "contiguous"
     dtype: Precision = "as given"
     step_in_backward: bool = False
+    max_grad_error: float = 0.0
     optimizer_state: Home = "device"
     waiting_gradients: Home = "device"
-    max_grad_error: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; fields at their default are left out."""
@@ -120,7 +117,7 @@ class Plan:
 
     def leaves(self) -> tuple[Segment, ...]:
         """The segments that are made of no others, in order."""
-        return tuple(leaf for s in self.segments for leaf in _leaves(s))
+        return tuple(leaf for s in self.segments for leaf in s.leaves())
 
     @staticmethod
     def from_dict(data: Any) -> Plan:
@@ -138,39 +135,9 @@ def checked(plan: Any) -> Plan:
     """The plan, if a file could hold it: PlanError names the first value out of range."""
     if not isinstance(plan, Plan):
         raise PlanError(f"a plan is a rowtune.Plan (uniform_plan makes one), not {plan!r}")
-    _check_choices(plan, WHOLE)
-    if type(plan.axis) is not int or plan.axis < 2:
-        raise PlanError(f"axis is a spatial dimension of the inputs (2 or more), not {plan.axis!r}")
-    if type(plan.step_in_backward) is not bool:
-        raise PlanError(f"step_in_backward is true or false, not {plan.step_in_backward!r}")
-    if plan.step_in_backward and plan.dtype == "fp16":
-        raise PlanError(
-            "step_in_backward does not go with dtype fp16: loss scaling looks at all gradients before the "
-            "first is used; take dtype bf16, or leave step_in_backward out"
-        )
-    if plan.optimizer_state == "host" and plan.dtype == "fp16":
-        raise PlanError(
-            "optimizer_state host does not go with dtype fp16: loss scaling steps all parameters at once; "
-            "take dtype bf16, or optimizer_state device"
-        )
-    error = plan.max_grad_error
-    if type(error) not in (int, float) or not 0 <= error < math.inf:
-        raise PlanError(f"max_grad_error is a number of at least 0, not {error!r}")
-    for segment in plan.segments:
-        _check(segment)
-        if segment.store in LOSSY and not error:
-            raise PlanError(
-                f"segment {segment.first}..{segment.last}: store {segment.store} rounds what it keeps, and "
-                "the plan allows no error of gradients; give it max_grad_error, or take store host"
-            )
+    if why := legal(plan):
+        raise PlanError(why)
     return plan
-
-
-WHOLE = {"layout": Layout, "dtype": Precision, "optimizer_state": Home, "waiting_gradients": Home}
-
-
-def _leaves(segment: Segment) -> list[Segment]:
-    return [leaf for s in segment.inside for leaf in _leaves(s)] if segment.inside else [segment]
 
 
 def _segment(data: Any) -> Segment:
@@ -181,49 +148,3 @@ def _segment(data: Any) -> Segment:
     if not isinstance(inside, list):
         raise PlanError(f"inside is a list of segments, not {inside!r}")
     return Segment(**{**data, "inside": tuple(_segment(item) for item in inside)})
-
-
-def _check_choices(made: Any, choices: dict[str, Any]) -> None:
-    for key, kind in choices.items():
-        if getattr(made, key) not in get_args(kind):
-            raise PlanError(f"{key} is one of {', '.join(get_args(kind))}, not {getattr(made, key)!r}")
-
-
-def _check(made: Segment) -> None:
-    for inner in made.inside:
-        _check(inner)
-    choices = {"policy": Policy, "halo": Halo, "tapes": Tapes, "barriers": Barriers, "store": Store}
-    choices["cheap"] = Cheap
-    _check_choices(made, choices)
-    for key in ("band_rows", "images", "band_cols"):
-        value = getattr(made, key)
-        if type(value) is not int or value < 0:
-            raise PlanError(f"{key} is a whole number of at least 0, not {value!r}")
-    if made.policy == "rows" and made.band_rows < 1 and made.images < 1:
-        raise PlanError(f"segment {made.first}..{made.last}: rows needs band_rows or images of at least 1")
-    if made.cheap == "recompute" and made.policy != "keep":
-        raise PlanError(
-            f"segment {made.first}..{made.last}: cheap recompute leaves out what a keep segment need not "
-            f"keep; policy {made.policy} recomputes by itself: take cheap store"
-        )
-    if made.inside and made.policy != "checkpoint":
-        raise PlanError(f"segment {made.first}..{made.last}: only a checkpoint has segments inside")
-    inside = [s for inner in made.inside for s in (inner, *_leaves(inner))]
-    lean = [s for s in inside if s.cheap == "recompute"]
-    if lean:
-        raise PlanError(
-            f"segment {lean[0].first}..{lean[0].last} lies inside a checkpoint, which keeps "
-            "everything while it is recomputed: take cheap store"
-        )
-    stored = [s for s in inside if s.store != "device"]
-    if stored:
-        raise PlanError(
-            f"segment {stored[0].first}..{stored[0].last} lies inside a checkpoint and keeps nothing from "
-            f"forward to backward; give store {stored[0].store} to {made.first}..{made.last}"
-        )
-    if made.inside and made.images:
-        raise PlanError(f"segment {made.first}..{made.last}: give images to the segments inside")
-    if made.band_cols:
-        raise PlanError("band_cols (a second band axis) is reserved; this version bands one axis")
-    if not isinstance(made.first, str) or not isinstance(made.last, str):
-        raise PlanError("a segment's first and last are node names")

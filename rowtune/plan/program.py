@@ -111,7 +111,7 @@ class Banded:
     spared: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
 
-    def left_out(self, group: Group, tape: bool) -> bool:
+    def spares(self, group: Group, tape: bool) -> bool:
         """Whether backward has no use for a run of this group."""
         return all(o in self.spared or (o in self.unread and not tape) for o in group.outputs)
 

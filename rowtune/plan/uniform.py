@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from rowtune.graph.cuts import stretches
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import Barriers, Halo, Plan, Policy, Segment, Tapes, checked
+from rowtune.plan.choices import Barriers, Halo, Policy, Tapes
+from rowtune.plan.plan import Plan, Segment, checked
 
 
 def uniform_plan(

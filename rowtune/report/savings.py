@@ -9,7 +9,8 @@ from rowtune.cost.predict import predict
 from rowtune.cost.state import Stateful
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.plan.choices import LOSSY
+from rowtune.plan.plan import Plan, Segment
 from rowtune.report.page import Saving
 from rowtune.tune.savers import used
 

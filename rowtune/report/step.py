@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rowtune.cost.compose import Peak
 from rowtune.cost.predict import composed, predict
 from rowtune.cost.profile import Clock, Profile
-from rowtune.cost.seen import Step
+from rowtune.cost.seen import RecordedStep
 from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.errors import RowtuneError, UsageError
 from rowtune.graph.graph import Graph
@@ -95,7 +95,7 @@ def segment_costs(graph: Graph, plan: Plan, optimizer: Stateful, clock: Clock) -
     return tuple(_cost(size, part, step, peak, clock) for size, part in zip(sizes, parts, strict=True))
 
 
-def _cost(share: float, part: Sequence[int], step: Step, peak: Peak, clock: Clock) -> SegmentCost:
+def _cost(share: float, part: Sequence[int], step: RecordedStep, peak: Peak, clock: Clock) -> SegmentCost:
     linked = [step.segments[i] for i in part]
     return SegmentCost(
         share=share,

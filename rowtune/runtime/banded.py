@@ -224,7 +224,7 @@ class BandedRun:
     def _run(self, step: Run) -> None:
         piece = self.program.pieces[step.piece]
         group = self.program.groups[piece.group]
-        if not self.collect and self.program.left_out(group, step.tape):
+        if not self.collect and self.program.spares(group, step.tape):
             return
         if step.tape and any(o in self.carriers for o in group.outputs):
             outputs = self._run_tape(step.piece, piece, group)
@@ -285,7 +285,7 @@ class BandedRun:
         """The tape of rows that were made before, about to run."""
         piece = self.program.pieces[number]
         group = self.program.groups[piece.group]
-        left_out = not self.collect and self.program.left_out(group, tape=True)
+        left_out = not self.collect and self.program.spares(group, tape=True)
         if left_out or not any(o in self.carriers for o in group.outputs):
             return
         assert group.replay is not None

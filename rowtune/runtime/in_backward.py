@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rowtune.errors import UsageError
-from rowtune.plan.plan import Home, Plan
+from rowtune.plan.choices import Home
+from rowtune.plan.plan import Plan
 from rowtune.runtime.optimizer_state import step_one, step_one_from_host, wait
 
 ONCE = "a plan with step_in_backward uses each gradient as it comes, once a step"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rowtune.plan.plan import Layout
+from rowtune.plan.choices import Layout
 
 ORDERS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """By rank. Tensors of other ranks have one layout."""

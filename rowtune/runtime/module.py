@@ -28,8 +28,9 @@ from rowtune.plan.program import Program
 from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast
-from rowtune.runtime.segments import Engine as Engine
-from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import Engine as Engine
+from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.waiting import Skips
 from rowtune.torch_private import pytree, storage_of
@@ -96,6 +97,7 @@ class RowtuneModule(nn.Module):
         self.loss = loss
         self.loss_scale: float | Tensor = 1.0
         self._fingerprint, self._graph = fingerprint, graph
+        self._graph_flags = _flags(self)
         self._programs: dict[Any, Program] = {}
         self.lists = Lists()
         self.host = HostPool()
@@ -144,7 +146,7 @@ class RowtuneModule(nn.Module):
         key = (
             tuple((tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t
                   for t in pytree.tree_leaves((inputs, named or {}))),
-            with_targets, outputs, self.training, _training_flags(self),
+            with_targets, outputs, self.training, _flags(self),
         )  # fmt: skip
         if key not in self._programs:
             self._programs[key] = self._make_program(inputs, named or {}, with_targets, outputs)
@@ -154,7 +156,7 @@ class RowtuneModule(nn.Module):
         self, inputs: tuple[Any, ...], named: dict[str, Any], with_targets: bool, outputs: bool
     ) -> Program:
         check_whole(self.__dict__["_model"])
-        graph = self._graph
+        graph = self._graph if self._graph_flags == _flags(self) else None
         if graph is None or graph.training != self.training or not _is_for(graph, inputs, named):
             graph = trace(self.__dict__["_model"], inputs, training=self.training, named=named)
         for note in () if self._programs else graph.notes:
@@ -188,7 +190,7 @@ class RowtuneModule(nn.Module):
         outside = frozenset(map(storage_of, given)) if stored else frozenset()
         seed = _step_seed(graph)
         host = self.host
-        step = Step(program, seed, self.loss_scale, lists, outside=outside, host=host, skips=Skips(host))
+        step = StepRun(program, seed, self.loss_scale, lists, outside=outside, host=host, skips=Skips(host))
         flat.clear()
         for segment, dead in zip(program.segments, program.drops, strict=True):
             run_segment(step, segment, env)
@@ -239,7 +241,8 @@ def _step_seed(graph: Graph) -> int:
     return int(torch.randint(0, 2**31 - 1, ()).item())
 
 
-def _training_flags(module: nn.Module) -> int:
-    """Frozen norms (train mode with eval submodules) trace to another graph."""
-    flags = tuple(m.training for m in module._modules.values() if m is not None for m in m.modules())
-    return hash(flags)
+def _flags(module: nn.Module) -> int:
+    """What else a trace depends on: all flags of the model's modules, `training` of each (frozen norms) and
+    those of its own (nnU-Net turns `decoder.deep_supervision` off to validate)."""
+    found = (vars(m).values() for m in module.__dict__["_model"].modules())
+    return hash(tuple(v for values in found for v in values if v is True or v is False))

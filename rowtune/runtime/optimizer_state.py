@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rowtune.errors import UsageError
-from rowtune.plan.plan import Home
+from rowtune.plan.choices import Home
 from rowtune.torch_private import inner_tensors, pytree, without_modes
 
 Group = dict[str, Any]

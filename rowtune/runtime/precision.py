@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rowtune.plan.plan import Precision
+from rowtune.plan.choices import Precision
 from rowtune.torch_private import FakeTensorMode
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,8 @@ from rowtune.runtime.layout import arranged
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recording import Recording, Role, check
-from rowtune.runtime.segments import Engine, Step, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import Engine, StepRun
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Recorder
@@ -88,7 +89,7 @@ class _Step:
         inputs = self.graph.inputs
         env |= zip(inputs, arranged((env[n] for n in inputs), self.program.plan.layout), strict=True)
         outside = frozenset(map(storage_of, self.given.values()))
-        step = Step(self.program, lists=self.lists, outside=outside, skips=Skips(HostPool()))
+        step = StepRun(self.program, lists=self.lists, outside=outside, skips=Skips(HostPool()))
         with self.cast:
             for i, (segment, dead) in enumerate(zip(self.program.segments, self.program.drops, strict=True)):
                 self.recorder.place = (i, "forward")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from rowtune.graph.graph import Graph
 from rowtune.kernels.constants import standing_for
+from rowtune.plan.choices import Precision
 from rowtune.plan.lower import uncollected
-from rowtune.plan.plan import Plan, Precision
+from rowtune.plan.plan import Plan
 from rowtune.plan.program import Checkpoint, Program, SegmentProgram
 from rowtune.runtime.blank import Answers
 from rowtune.runtime.layout import differs
@@ -27,7 +28,8 @@ from rowtune.runtime.left_out import LeftOut
 from rowtune.runtime.precision import autocast, blank_mode
 from rowtune.runtime.recorder import ROLES, Brought, use_gradient
 from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_of
-from rowtune.runtime.segments import Step, run_segment
+from rowtune.runtime.segments import run_segment
+from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
 from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Counted, Lives, Recorder
@@ -84,7 +86,7 @@ class SegmentRun:
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
             outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
             skips = Skips(HostPool())
-            step = Step(one, outside=outside, host=host, skips=skips)
+            step = StepRun(one, outside=outside, host=host, skips=skips)
             with self.recorder, autocast(how.dtype, self.blank.type):
                 run_segment(step, one.segments[0], env)
             waits = sum(_bytes(env[n]) for n in segment.leaves if env[n].requires_grad)

@@ -14,8 +14,9 @@ from torch import nn
 
 from rowtune.graph.graph import Graph
 from rowtune.graph.losses import Loss
+from rowtune.plan.choices import LOSSY
 from rowtune.plan.file import PlanFile
-from rowtune.plan.plan import LOSSY, Plan
+from rowtune.plan.plan import Plan
 from rowtune.runtime.module import apply
 from rowtune.runtime.precision import DTYPES
 from rowtune.tune.step import Batch

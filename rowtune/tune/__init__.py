@@ -8,7 +8,7 @@ reference where the plain network can run once, to be compared with
 verify    gradients of a plan against the plain network
 measure   verify, time and meter one plan
 worker    the process that measures; supervisor: its parent's side
-space     the knobs that the search turns, and the plan that follows from them
+knobs     what a search turns; space: the plan that follows
 records   what was measured, appended to a file
 task      what a search is given, says and returns
 shared    one study of several processes and machines; helpers, helper: those of this machine

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from rowtune.plan.plan import Home, Plan
+from rowtune.plan.choices import Home
+from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.problem import Problem
 from rowtune.runtime.module import RowtuneModule, apply

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 
 from rowtune.errors import UsageError, meant
-from rowtune.plan.plan import LOSSY, Plan, Segment
+from rowtune.plan.choices import LOSSY
+from rowtune.plan.plan import Plan, Segment
 
 SAVERS: dict[str, str] = {
     "rows": "bands of rows (and what else bands take)",

@@ -12,14 +12,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
 
-from rowtune.cost.candidates import ROUNDING, around, batch, first, heights, offloaded, rounded, shelved
+from rowtune.cost.candidates import around, first, heights, offloaded, rounded, shelved
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
@@ -27,13 +26,13 @@ from rowtune.cost.state import Stateful, brought, state_bytes
 from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.graph.places import has_barriers
-from rowtune.plan.plan import LOSSY, Home, Plan
+from rowtune.plan.choices import LOSSY, Home
+from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Signature
+from rowtune.tune.knobs import BANDS, ZONES, Values, guesses, knobs, usable
 from rowtune.tune.savers import DEFAULT, of_segments
 from rowtune.tune.task import Situation
 
-Values = Mapping[str, str]
 Calibrate = Callable[[Mapping[Signature, float], float], Profile]
 """Measures calls, by how much they matter, for so many seconds at most."""
 
@@ -45,16 +44,6 @@ class Tables(Protocol):
 
     def remember(self, table: Table) -> None: ...
 
-
-ZONES = ("front", "middle", "back")
-POLICIES = ("any", "keep", "checkpoint", "rows")
-"""What a zone may be beside kept."""
-MARGINS = ("1", "0.97", "0.93", "0.88", "0.8")
-"""The share of the memory that the programme is told of."""
-BANDS = {"any": (0, 1 << 40), "low": (0, 12), "middle": (12, 48), "high": (48, 1 << 40)}
-
-HOMES = ("host", "device")
-"""Of the optimizer's state, where it may be on the host."""
 
 LEAST, MOST, STEPS = 4.0, 45.0, 80.0
 """Planning takes as long as so many plain steps, and so many seconds at least and at most."""
@@ -75,12 +64,6 @@ BATCH = 16
 """Options that are recorded at a time while no plan fits."""
 PULL = 0.1
 """How much a factor of the time model is drawn to 1."""
-
-
-@dataclass(frozen=True)
-class Knob:
-    name: str
-    choices: tuple[str, ...]
 
 
 class ProgrammeSpace:
@@ -122,41 +105,11 @@ class ProgrammeSpace:
         self.profile = Profile()
         self.most = float("inf")
         self.prepared = False
+        self.knobs = knobs(self.table, savers)
         self.box = 0.0
 
-    @cached_property
-    def knobs(self) -> tuple[Knob, ...]:
-        """The same for every search of a graph."""
-        found = [Knob("margin", MARGINS), *(Knob(zone, POLICIES) for zone in ZONES)]
-        found += [Knob("band", tuple(BANDS)), Knob("halo", ("any", "sweep", "recompute", "cache"))]
-        found += [Knob("tapes", ("any", "split", "whole", "late", "replay")), Knob("turns", ("any", "no"))]
-        if has_barriers(self.graph, self.table.axis):
-            found.append(Knob("barriers", ("any", "store", "recompute", "narrow", "passes")))
-        if batch(self.table) > 1:
-            found.append(Knob("images", ("any", "whole", "split")))
-        if "rounding" in self.savers:
-            found.append(Knob("rounding", ("any", "none", *ROUNDING)))
-        if "channels_last" in self.savers:
-            found.append(Knob("layout", ("contiguous", "channels_last")))
-        if self.home == "host":
-            found.append(Knob("state", HOMES))
-        return tuple(found)
-
     def guesses(self) -> list[dict[str, str]]:
-        """The programme's own, with some memory to spare, and with each policy left out of all zones."""
-        all_of = {knob.name: knob.choices[0] for knob in self.knobs}
-        found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
-        if "channels_last" in self.savers:
-            found.insert(1, all_of | {"layout": "channels_last"})
-        if self.home == "host":
-            found.insert(1, all_of | {"state": "device"})
-        if "rounding" in self.savers:  # whether its error is within bounds, only a measurement tells
-            found[1:1] = [all_of | {"rounding": which} for which in (*ROUNDING, "none")]
-        found += [all_of | {"tapes": tapes} for tapes in ("replay", "late", "split")]
-        found += [all_of | {"halo": halo} for halo in ("sweep", "recompute")]
-        found += [all_of | dict.fromkeys(ZONES, policy) for policy in ("rows", "checkpoint")]
-        found += [all_of | {"band": band} for band in ("high", "low")]
-        return found
+        return guesses(self.knobs, self.savers)
 
     def plan(self, values: Values) -> Plan:
         """The fastest allowed plan within the memory there is; where none fits, the smallest of all.
@@ -248,8 +201,8 @@ class ProgrammeSpace:
     def _look_around(self, now: Situation) -> bool:
         """Measurements move what looks best to where fewer options are known: record some around the plan
         that was measured last, and around the best of all."""
-        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots)
-        asked = [r.values for r in now.records if r.ok and self._usable(r.values)][-1:]
+        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots, self.home)
+        asked = [r.values for r in now.records if r.ok and usable(self.knobs, r.values)][-1:]
         ways = [*map(self._allowed, asked), self._may]
         found = [fastest(self.table, limit, way) for way in ways]
         near = around(self.table, [path for path in found if path is not None])
@@ -360,11 +313,6 @@ class ProgrammeSpace:
             return not main.band_rows or low <= min(main.band_rows, tallest) < high
 
         return allowed
-
-    def _usable(self, values: Mapping[str, Any]) -> bool:
-        """Whether these are of this space's knobs, not of an older one's."""
-        choices = {knob.name: knob.choices for knob in self.knobs}
-        return values.keys() == choices.keys() and all(v in choices[n] for n, v in values.items())
 
     def _may(self, option: Option) -> bool:
         """Whether the savers leave an option in."""

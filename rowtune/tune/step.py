@@ -18,7 +18,8 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers import source
 from rowtune.importers.source import Loaded
 from rowtune.importers.trace import trace
-from rowtune.plan.plan import Home, Plan
+from rowtune.plan.choices import Home
+from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, Source, TensorSpec
 from rowtune.runtime.in_backward import step_in_backward
 from rowtune.runtime.module import RowtuneModule

@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 
+from rowtune.tune.knobs import usable
 from rowtune.tune.records import Record
 from rowtune.tune.shared import Shared, as_attribute
 
@@ -22,6 +23,7 @@ class Trials:
     """
 
     def __init__(self, knobs: Sequence[Any], seed: int, shared: Shared | None = None) -> None:
+        self.knobs = knobs
         self.choices: dict[str, Any] = {
             knob.name: optuna.distributions.CategoricalDistribution(tuple(knob.choices)) for knob in knobs
         }
@@ -36,9 +38,7 @@ class Trials:
 
     def usable(self, values: Mapping[str, Any]) -> bool:
         """Whether these are a setting of this space, not of an older one."""
-        return set(values) == set(self.choices) and all(
-            v in self.choices[k].choices for k, v in values.items()
-        )
+        return usable(self.knobs, values)
 
     def ask(self) -> optuna.Trial:
         return self.study.ask(self.choices)

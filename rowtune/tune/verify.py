@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rowtune.errors import RowtuneError
 from rowtune.graph.losses import Loss
-from rowtune.plan.plan import Precision
+from rowtune.plan.choices import Precision
 from rowtune.runtime.module import RowtuneModule
 from rowtune.runtime.precision import DTYPES, autocast
 from rowtune.tune.device import full_precision, release

@@ -58,7 +58,7 @@ class Begin(NamedTuple):
     casts: bool = False
 
 
-class Step(NamedTuple):
+class Runnable(NamedTuple):
     """A section that can be run again: `function` takes what is given and then the state, and returns the
     results and then what is left for later sections, once constants are up to date (`renew`). The listing
     that it was made of is gone."""
@@ -71,13 +71,13 @@ class Step(NamedTuple):
     renew: tuple[Callable[[], object], ...]
 
 
-def _step(listed: Listed) -> Step:
+def _step(listed: Listed) -> Runnable:
     whole = rolled(listed.listing)
     try:
         shorter = rolled(rewritten(listed.listing), whole)
     except NotAlike:
         shorter = _one_by_one(listed.listing, whole)
-    return Step(compiled(shorter), *listed[1:])
+    return Runnable(compiled(shorter), *listed[1:])
 
 
 def _one_by_one(listing: Listing, whole: Rolled) -> Rolled:
@@ -102,7 +102,7 @@ class Kind:
     layout: Any
     way: Way = in_turns
     lives: tuple[Life, ...] = ()
-    steps: dict[Place, Step | None] = field(default_factory=dict)
+    steps: dict[Place, Runnable | None] = field(default_factory=dict)
     leaves: frozenset[View] = frozenset()
     why_not: str = ""
 
@@ -151,7 +151,7 @@ def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin, lives: tuple[Li
         kind.why_not = f"{type(why).__name__}: {why}" if not isinstance(why, NotListed) else str(why)
         return
     kept = dict.fromkeys(view for sections in runs for view in sections[0][1].leaves)
-    steps: dict[Place, Step | None] = {}
+    steps: dict[Place, Runnable | None] = {}
     for place, listed in (section for sections in runs for section in sections):
         if place not in steps:
             steps[place] = _step(_leaving(listed, kept) if len(place[0]) == 1 else listed)

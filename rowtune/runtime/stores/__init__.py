@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rowtune.plan.plan import Store as Name
+from rowtune.plan.choices import Store as Name
 from rowtune.runtime.stores.bf16 import BF16
 from rowtune.runtime.stores.fp16 import FP16
 from rowtune.runtime.stores.host import Host, HostPool
