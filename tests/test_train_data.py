@@ -40,6 +40,19 @@ class Running(IterableDataset):
     def __iter__(self):
         return iter([Numbers()[i] for i in range(5)])
 
+class Columns:
+    "As Hugging Face's datasets are in their format torch: dicts, and the class is none of torch's."
+    def __len__(self):
+        return 7
+    def __getitem__(self, i):
+        return dict(zip(("image", "label"), Numbers()[i]))
+
+Columns.__module__ = "datasets.arrow_dataset"
+
+class Names(Numbers):
+    def __getitem__(self, i):
+        return {"image": Numbers()[i][0], "label": "cat"}
+
 def number():
     return 7
 """
@@ -313,6 +326,7 @@ def test_a_dataset_is_shuffled_for_training_only(folder: Path) -> None:
     assert [len(b) for b in first] == [2, 2, 2] and first != second
     assert seen(work, "data_sets:Numbers", 0, start=2) == first[2:]
     assert seen(work, "data_sets:Numbers", flag="--val") == [[0, 1], [2, 3], [4, 5], [6]]
+    assert seen(work, "data_sets:Columns", 0) == first
     assert seen(work, "data_sets:Running") == [[0, 1], [2, 3]]
     assert seen(work, "data_sets:Numbers", workers=1) == first
 
@@ -323,6 +337,7 @@ def test_a_dataset_is_shuffled_for_training_only(folder: Path) -> None:
         ("data_sets:number", 0, "returned int, neither a DataLoader nor a Dataset"),
         ("data_sets:nothing", 0, "AttributeError"),
         ("data_sets:Broken", 0, "KeyError.*no item"),
+        ("data_sets:Names", 0, "a batch is .* all tensors, not dict"),
         ("data_sets:Running", 1, "--workers is for folders and Datasets"),
         ("no/such/folder", 0, "does not exist: give a folder with class folders"),
         ("data_sets.py", 0, "is a file: give a folder"),

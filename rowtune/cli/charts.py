@@ -26,7 +26,7 @@ def gauge(value: float, full: float, width: int = 24) -> Text:
     share = value / full if full else 0.0
     filled = min(width, max(0, round(share * width)))
     style = BAD if share > 1 else GOOD
-    return Text.assemble(("━" * filled, style), ("━" * (width - filled), "bright_black"), f" {share:>4.0%}")
+    return Text.assemble(("━" * filled, style), ("─" * (width - filled), "bright_black"), f" {share:>4.0%}")
 
 
 class _Axis:

@@ -60,7 +60,7 @@ def open_data(
     made, said = _open(text, work, fit, flag)
     size = work.problem.inputs[0].shape[0]
     training = flag == "--data"
-    if isinstance(made, Dataset) and hasattr(made, "__len__"):
+    if _has_items(made):
         count = len(made)
         if count < (size * shard.of if training else 1):
             each = f"a batch of {size}" + (f" for each of {shard.of} processes" if shard.of > 1 else "")
@@ -83,6 +83,12 @@ def synthetic(work: Workload, shard: Shard = ALL) -> Feed:
         work = replace(work, problem=replace(work.problem, seed=work.problem.seed + shard.rank))
     batch = work.batch(device=work.problem.device)
     return Stream(_Same(batch), lambda item: item)
+
+
+def _has_items(made: Any) -> bool:
+    """A Dataset with a length; those of Hugging Face's `datasets` are none of torch's by type."""
+    theirs = type(made).__module__.partition(".")[0] == "datasets" and hasattr(made, "__getitem__")
+    return (isinstance(made, Dataset) or theirs) and hasattr(made, "__len__")
 
 
 class _Same:
@@ -259,8 +265,14 @@ def _placer(work: Workload, what: str) -> Place:
     device, specs = work.problem.device, work.problem.inputs
 
     def place(item: Any) -> Batch:
+        kind = type(item).__name__
+        if isinstance(item, dict) and len(item) > 1:  # columns, as Hugging Face's datasets have them
+            *columns, target = item.values()
+            item = (columns, target)
         if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Tensor)):
-            raise UsageError(f"{what}: a batch is (inputs, target), not {type(item).__name__}")
+            raise UsageError(
+                f"{what}: a batch is (inputs, target) or a dict of such columns, all tensors, not {kind}"
+            )
         given: Sequence[Any] = item[0] if isinstance(item[0], (tuple, list)) else [item[0]]
         if len(given) != len(specs) or not all(isinstance(t, Tensor) for t in given):
             raise UsageError(
