@@ -32,7 +32,7 @@ def test_a_page_is_what_the_code_says(name: str) -> None:
 
 def test_all_that_rowtune_exports_is_on_the_page_of_the_api() -> None:
     page = (DOCS / "api.md").read_text(encoding="utf-8")
-    assert [n for n in rowtune.__all__ if f"rowtune.{n}" not in page and n != "__version__"] == []
+    assert [n for n in rowtune.__all__ if f"`rowtune.{n}" not in page and n != "__version__"] == []
 
 
 def test_links_lead_somewhere() -> None:
