@@ -7,7 +7,7 @@ Plain, the best checkpointing (every combination of keep and checkpoint segments
 more than anybody writes by hand), save_on_cpu and rowtune are predicted, from recordings on tensors without
 data. torch.compile, whose buffers are not tensors, is measured at two small sizes, by the allocator's peak,
 for several activation_memory_budgets, and goes on in proportion to the pixels; the best one counts. What is
-predicted is then confirmed: with a budget that leaves room for a thirtieth of the activations, the largest
+predicted is then confirmed: with a budget that leaves room for a hundredth of the activations, the largest
 sizes of plain, checkpointing and rowtune run a real step each.
 """
 
@@ -44,7 +44,7 @@ NETWORKS: dict[str, tuple[str, str, list[str]]] = {
 """Inputs to begin with, what of them grows, and arguments of the factory."""
 COMPILED = (1.0, 0.5, 0.0)
 """torch.compile's activation_memory_budget."""
-SHARE = 30
+SHARE = 100
 """Of the activations' part of the budget, what the confirming steps have."""
 
 
