@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 CHUNK = 100
 """Files to a process: what ends the process itself costs no more than the rest of its chunk's time."""
@@ -298,9 +299,7 @@ def _app() -> Any:
 
     from rowtune.cli.app import app
 
-    command = typer.main.get_command(app)
-    typer.testing._get_command = lambda made: made  # type: ignore[attr-defined]
-    return command
+    return typer.main.get_command(app)
 
 
 def _called(words: list[str], seconds: float) -> tuple[str, int, str]:
@@ -319,7 +318,8 @@ def _called(words: list[str], seconds: float) -> tuple[str, int, str]:
     signal.setitimer(signal.ITIMER_REAL, BY_THE_CLOCK * seconds, 1)
     result: Any = None
     try:
-        result = CliRunner().invoke(_app(), words)
+        with mock.patch("typer.testing._get_command", lambda made: made):  # which is one already
+            result = CliRunner().invoke(_app(), words)
     except Late:
         pass
     finally:
