@@ -91,4 +91,5 @@ def inner_tensors(t: Tensor) -> list[Tensor]:
     if type(t) is Tensor or not _python_dispatch.is_traceable_wrapper_subclass(t):
         return [t]
     names, _ = t.__tensor_flatten__()
-    return [inner for name in names for inner in inner_tensors(getattr(t, name))]
+    held = (getattr(t, name) for name in names)  # a DTensor's mesh is among them
+    return [inner for each in held if isinstance(each, Tensor) for inner in inner_tensors(each)]
