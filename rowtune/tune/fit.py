@@ -43,11 +43,13 @@ CHECKPOINTING = frozenset({"checkpoint", "turns"})
 
 
 class Found(NamedTuple):
-    """The plan that takes least at a size, and the fastest within the limit (None: none is)."""
+    """The plan that takes least at a size, the fastest within the limit (None: none is), and the options that
+    make up the one that takes least: where to begin at another size."""
 
     peak_bytes: int
     plan: Plan | None
     seconds: float | None
+    least: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,16 @@ def fit(
         assert here is not None, "the size asked for was traced before"
         largest = _largest(work, sizes, way, limit, here, profile, watch)
         found.append(Fit(way, here, *(largest or (None, None))))
-    return found
+    plain, checkpointing, ours = found
+    return [plain, checkpointing, _at_least(ours, checkpointing)]
+
+
+def _at_least(ours: Fit, checkpointing: Fit) -> Fit:
+    """Rowtune's plans may be checkpoints alone: where the time for recording was too short to find anything
+    smaller, they are those."""
+    here = min(ours.here, checkpointing.here, key=lambda found: found.peak_bytes)
+    better = max(ours, checkpointing, key=lambda one: math.prod(one.largest or (0,)))
+    return Fit(ours.way, here, better.largest, better.there)
 
 
 def least_peaks(work: Workload, seconds: float = PEEK) -> dict[str, int]:
@@ -146,18 +157,32 @@ class _Sizes:
         return tuple(found)
 
 
-def _at(work: Workload, k: int, sizes: _Sizes, way: str, limit: int, profile: Profile | None) -> Found | None:
-    """None where the model does not take this size."""
+def _at(
+    work: Workload,
+    k: int,
+    sizes: _Sizes,
+    way: str,
+    limit: int,
+    profile: Profile | None,
+    begin: tuple[Key, ...] = (),
+) -> Found | None:
+    """None where the model does not take this size. The options `begin` are looked at first."""
     try:
         graph = work.graph if k == sizes.own else with_loss(plain_graph(work.module, sizes.at(k)), work.loss)
     except ModelError:
         return None
     seconds = SECONDS if k == sizes.own else LATER
-    return _found(Table(graph), work.optimizer, way, limit, profile, seconds)
+    return _found(Table(graph), work.optimizer, way, limit, profile, seconds, begin)
 
 
 def _found(
-    table: Table, slots: Stateful, way: str, limit: int, profile: Profile | None, seconds: float
+    table: Table,
+    slots: Stateful,
+    way: str,
+    limit: int,
+    profile: Profile | None,
+    seconds: float,
+    begin: tuple[Key, ...] = (),
 ) -> Found:
     graph = table.graph
     if profile is not None:
@@ -178,15 +203,18 @@ def _found(
 
     keys = (key for key in _options(table) if may(key[2]))
     table.add([table.keep(k, k + 1) for k in range(len(table.cuts) - 1)], math.inf)
+    table.add(begin, math.inf)
     table.add(keys, within(seconds))
     least = smallest(table, allowed)
     assert least is not None, "to keep everything is always an option"
+    leanest = fastest(table, least, allowed)
     spare = SHARED if way == "rowtune" else 0
     path: Path | None = fastest(table, limit - fixed - spare, allowed)
     return Found(
         least + fixed,
         None if path is None else plan_of(table, path),
         None if path is None else path.seconds,
+        tuple((o.start, o.stop, o.segments) for o in leanest.options) if leanest else (),
     )
 
 
@@ -224,7 +252,8 @@ def _largest(
     for _ in range(TRIES):
         if k not in known:
             watch(f"{way}: {sizes.text(k)}")
-            known[k] = _at(work, k, sizes, way, limit, profile)
+            near = min((f for f in known.values() if f is not None), key=lambda f: f.peak_bytes)
+            known[k] = _at(work, k, sizes, way, limit, profile, near.least)
         found = known[k]
         if found is not None and found.peak_bytes <= limit:
             low = max(low, k)
