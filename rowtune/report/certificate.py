@@ -3,12 +3,15 @@ unexplored."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
+from rowtune.errors import PlanError
 from rowtune.plan.file import PlanFile
+from rowtune.plan.plan import Plan
 from rowtune.report.page import Certificate, Knob
-from rowtune.report.words import nested
 from rowtune.tune.records import Record
+from rowtune.tune.savers import ASKED, used
 
 FIXED = (
     "by the planner's design: segments end at some twenty places of the network, bands run along one axis, "
@@ -65,17 +68,11 @@ def _unexplored(records: Sequence[Record], knobs: Sequence[Knob]) -> list[str]:
 
 def unused_savers(records: Sequence[Record]) -> list[str]:
     """Savers that a search has to be allowed, and that no plan tried uses."""
-    used = set()
+    seen: set[str] = set()
     for record in records:
-        plan = record.decisions or {}
-        used |= {"bf16"} if plan.get("dtype") == "bf16" else set()
-        used |= {"step_in_backward"} if plan.get("step_in_backward") else set()
-        used |= {"offload_gradients"} if plan.get("waiting_gradients") == "host" else set()
-        used |= {"offload_state"} if plan.get("optimizer_state") == "host" else set()
-        if any(s.get("store") == "host" for _, s in nested(plan.get("segments", ()))):
-            used.add("offload")
-    asked = ("offload", "offload_gradients", "offload_state", "bf16", "step_in_backward")
-    return [name for name in asked if name not in used]
+        with contextlib.suppress(PlanError, TypeError):  # decisions of another version
+            seen |= used(Plan.from_dict(dict(record.decisions or {})))
+    return [name for name in ASKED if name not in seen]
 
 
 def _plans(count: int) -> str:

@@ -31,6 +31,9 @@ DEFAULT = frozenset({"rows", "checkpoint", "turns", "images", "recompute", "chan
 RESORT = frozenset({"offload", "offload_gradients", "offload_state", "step_in_backward"})
 """What else may be used, unless it is forbidden, where no plan fits without."""
 
+ASKED = tuple(name for name in SAVERS if name not in DEFAULT | {"rounding"})
+"""What a search uses only where it is asked to, in the order of the table."""
+
 ON_HOST = frozenset({"offload", "offload_gradients", "offload_state"})
 """What takes memory of the host."""
 
@@ -41,7 +44,7 @@ def parse(text: str) -> frozenset[str]:
     Raises:
         UsageError: a name is unknown, or names and changes are mixed.
     """
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = _words(text)
     if not words:
         return DEFAULT
     changes = [word for word in words if word[0] in "+-"]
@@ -62,10 +65,14 @@ def parse(text: str) -> frozenset[str]:
 
 def last_resort(text: str) -> frozenset[str]:
     """Of what `parse` reads: the savers that may be used as well where no plan fits without."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = _words(text)
     if any(word[0] not in "+-" for word in words):
         return frozenset()  # all that may be used is named
     return RESORT - {word[1:] for word in words}
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def with_error(savers: frozenset[str], max_grad_error: float) -> frozenset[str]:
