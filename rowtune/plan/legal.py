@@ -1,7 +1,8 @@
-"""Which plans there may be: every rule, in three tables.
+"""Which plans there may be: every rule, in four tables.
 
 A rule says why not, or nothing. Those of the first table look at a plan as a whole, those of the second at a
-segment by itself, those of the third at where a segment stands in a graph.
+segment by itself, those of the third at a segment in its plan, those of the fourth at where it stands in a
+graph.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Place(Protocol):
 
 def legal(plan: Plan) -> str:
     """Why no file could hold this plan; empty: one could."""
-    found = [rule(plan) for rule in PLAN]
-    return _first(found) or _first(alone(segment) or _may_round(plan, segment) for segment in plan.segments)
+    return _first(rule(plan) for rule in PLAN) or _first(
+        alone(segment) or _first(rule(segment, plan) for rule in IN_PLAN) for segment in plan.segments
+    )
 
 
 def alone(segment: Segment) -> str:
@@ -103,15 +105,6 @@ def _error(plan: Plan) -> str:
     error = plan.max_grad_error
     if type(error) not in (int, float) or not 0 <= error < math.inf:
         return f"max_grad_error is a number of at least 0, not {error!r}"
-    return ""
-
-
-def _may_round(plan: Plan, segment: Segment) -> str:
-    if segment.store in LOSSY and not plan.max_grad_error:
-        return (
-            f"{_span(segment)}: store {segment.store} rounds what it keeps, and "
-            "the plan allows no error of gradients; give it max_grad_error, or take store host"
-        )
     return ""
 
 
@@ -196,6 +189,21 @@ SEGMENT: tuple[Callable[[Segment], str], ...] = (
     _only_checkpoints_have_parts, _parts_keep_everything, _parts_keep_nothing_between, _images_are_the_parts,
     _one_axis, _names,
 )  # fmt: skip
+
+
+# -- of a segment in its plan ----------------------------------------------------------------------------
+
+
+def _rounds_where_it_may(segment: Segment, plan: Plan) -> str:
+    if segment.store in LOSSY and not plan.max_grad_error:
+        return (
+            f"{_span(segment)}: store {segment.store} rounds what it keeps, and "
+            "the plan allows no error of gradients; give it max_grad_error, or take store host"
+        )
+    return ""
+
+
+IN_PLAN: tuple[Callable[[Segment, Plan], str], ...] = (_rounds_where_it_may,)
 
 
 # -- of a segment at its place ---------------------------------------------------------------------------

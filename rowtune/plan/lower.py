@@ -42,7 +42,8 @@ def lower(
     """
     spans = _spans(graph, plan)
     with uncollected():
-        segments = tuple(made for span in spans for made in _known(graph, plan, *span, scheduler, lowered))
+        places = [_Place(graph, *span, plan.axis) for span in spans]
+        segments = tuple(made for place in places for made in _known(place, scheduler, lowered))
     segments = finished(graph, segments)
     if plan.waiting_gradients == "host":
         segments = with_waits(graph, segments)
@@ -108,33 +109,16 @@ def _with_loss(graph: Graph, plan: Plan, spans: list[Span]) -> list[Span]:
     return [*spans, (Segment(SUMS, LOSS), stop, end)]
 
 
-def _known(
-    graph: Graph,
-    plan: Plan,
-    decision: Segment,
-    start: int,
-    stop: int,
-    scheduler: Scheduler,
-    lowered: Lowered | None,
-) -> list[SegmentProgram]:
-    if lowered is None:
-        return _segments(graph, plan, decision, start, stop, scheduler)
-    key = decision, start, stop, plan.axis
-    if key not in lowered:
-        lowered[key] = _segments(graph, plan, decision, start, stop, scheduler)
-    return lowered[key]
-
-
 @dataclass(frozen=True)
 class _Place:
-    """What a graph says of the nodes that a segment covers (rowtune/plan/legal.py: Place)."""
+    """A segment, and what a graph says of the nodes that it covers (rowtune/plan/legal.py: Place)."""
 
     graph: Graph
     decision: Segment
     start: int
     stop: int
     along: int
-    inside: bool
+    inside: bool = False
 
     @property
     def axis(self) -> int:
@@ -142,75 +126,76 @@ class _Place:
         return self.along if self.decision.band_rows else 0
 
     @property
-    def read(self) -> bool:
-        """Whether anybody reads any of it."""
-        return bool(stretch(self.graph, self.start, self.stop).nodes)
+    def part(self) -> Stretch:
+        return stretch(self.graph, self.start, self.stop)
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """What lies between barriers."""
+        return barrier_parts(self.graph, self.start, self.stop, self.axis)
 
     @property
     def not_banded(self) -> str:
-        return why_not(self.graph, self.start, self.stop, self.axis) if self.read else ""
+        return why_not(self.graph, self.start, self.stop, self.axis) if self.part.nodes else ""
 
     @property
     def barriers(self) -> int:
-        return len(barrier_parts(self.graph, self.start, self.stop, self.axis)) - 1
+        return len(self.parts) - 1
 
     @property
     def mixes_images(self) -> bool:
-        return self.read and not is_local(self.graph, self.start, self.stop, 0)
+        return bool(self.part.nodes) and not is_local(self.graph, self.start, self.stop, 0)
 
 
-def _segments(
-    graph: Graph,
-    plan: Plan,
-    decision: Segment,
-    start: int,
-    stop: int,
-    scheduler: Scheduler,
-    *,
-    inside: bool = False,
-) -> list[SegmentProgram]:
+def _known(at: _Place, scheduler: Scheduler, lowered: Lowered | None) -> list[SegmentProgram]:
+    if lowered is None:
+        return _segments(at, scheduler)
+    key = at.decision, at.start, at.stop, at.along
+    if key not in lowered:
+        lowered[key] = _segments(at, scheduler)
+    return lowered[key]
+
+
+def _segments(at: _Place, scheduler: Scheduler) -> list[SegmentProgram]:
     """The programs of one segment: several where a rows segment stores the tensors at its barriers."""
-    if why := there(decision, _Place(graph, decision, start, stop, plan.axis, inside)):
+    graph, decision, axis, part = at.graph, at.decision, at.axis, at.part
+    if why := there(decision, at):
         raise PlanError(why)
     if decision.inside:
-        return [_nested(graph, plan, decision, start, stop, scheduler)]
+        return [_nested(at, scheduler)]
     if decision.policy != "rows":
-        return [_plain(graph, decision, stretch(graph, start, stop), scheduler)]
-    if not stretch(graph, start, stop).nodes:
-        return [_part(graph, decision, start, stop, plan.axis, scheduler)]
-    axis = plan.axis if decision.band_rows else 0
-    parts = barrier_parts(graph, start, stop, axis)
+        return [_plain(graph, decision, part, scheduler)]
+    if not part.nodes:
+        return [_nothing(decision, part)]
+    parts = at.parts
     if decision.barriers == "passes" and len(parts) > 1:
-        return [_streamed(graph, decision, start, stop, axis, scheduler)]
+        return [_streamed(graph, decision, at.start, at.stop, axis, scheduler)]
     if decision.barriers == "narrow" and len(parts) > 1:
         inner = tuple(
             _streamed(graph, decision, a, b, axis, scheduler)
             if several
             else _part(graph, decision, a, b, axis, scheduler)
-            for a, b, several in divided(graph, start, stop, axis)
+            for a, b, several in divided(graph, at.start, at.stop, axis)
         )
     else:
         inner = tuple(_part(graph, decision, a, b, axis, scheduler) for a, b in parts)
     if decision.barriers == "store" or len(parts) == 1:
         return list(inner)
-    return [_checkpoint(graph, decision, stretch(graph, start, stop), tuple(map(_twice, inner)))]
+    return [_checkpoint(graph, decision, part, tuple(map(_twice, inner)))]
 
 
-def _nested(
-    graph: Graph, plan: Plan, decision: Segment, start: int, stop: int, scheduler: Scheduler
-) -> SegmentProgram:
+def _nested(at: _Place, scheduler: Scheduler) -> SegmentProgram:
     """A checkpoint made of segments."""
-    spans = _in_order(graph, decision.inside, start)
-    if not spans or spans[-1][2] != stop:
+    graph, decision = at.graph, at.decision
+    spans = _in_order(graph, decision.inside, at.start)
+    if not spans or spans[-1][2] != at.stop:
         raise PlanError(
             f"the segments inside {decision.first}..{decision.last} end at "
             f"{spans[-1][0].last if spans else 'nothing'}, not at {decision.last}"
         )
-    part = stretch(graph, start, stop)
-    inner = tuple(
-        made for s, a, b in spans for made in _segments(graph, plan, s, a, b, scheduler, inside=True)
-    )
-    return _checkpoint(graph, decision, part, finished(graph, tuple(map(_twice, inner))))
+    places = [_Place(graph, s, a, b, at.along, inside=True) for s, a, b in spans]
+    inner = tuple(made for place in places for made in _segments(place, scheduler))
+    return _checkpoint(graph, decision, at.part, finished(graph, tuple(map(_twice, inner))))
 
 
 def _checkpoint(
