@@ -53,12 +53,15 @@ class Skips:
         return total.add_(near)
 
 
+def _through(ctx: Any, skips: Skips, name: str, value: Tensor) -> Tensor:
+    """The value as it is; backward comes by here."""
+    ctx.skips, ctx.name = skips, name
+    ctx.set_materialize_grads(False)
+    return value.view_as(value)
+
+
 class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, skips: Skips, name: str, value: Tensor) -> Tensor:
-        ctx.skips, ctx.name = skips, name
-        ctx.set_materialize_grads(False)
-        return value.view_as(value)
+    forward = staticmethod(_through)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, None]:
@@ -69,11 +72,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Return(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, skips: Skips, name: str, value: Tensor) -> Tensor:
-        ctx.skips, ctx.name = skips, name
-        ctx.set_materialize_grads(False)
-        return value.view_as(value)
+    forward = staticmethod(_through)
 
     @staticmethod
     def backward(ctx: Any, near: Tensor | None) -> tuple[None, None, Tensor | None]:
