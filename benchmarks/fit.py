@@ -70,7 +70,7 @@ def saved_on_cpu(work: Workload, limit: int, over: str) -> tuple[int, ...]:
         (keep,) = uniform_plan(graph, "keep").segments
         plan = Plan((replace(keep, store="host"),), 2)
         sizes.append(volume(tuple(scale * n for n in lengths_of(work, over))))
-        peaks.append(predict(graph, plan, work.optimizer.slots).peak_bytes)
+        peaks.append(predict(graph, plan, work.optimizer).peak_bytes)
     return root(on_line(sizes, peaks, limit), axes)
 
 
@@ -88,7 +88,7 @@ def compiled(work: Workload, limit: int, over: str) -> tuple[tuple[int, ...], di
     """The largest size under the best of torch.compile's budgets, and what was measured."""
     axes, found = len(over.split(",")), {}
     best = 0.0
-    state = fixed_bytes(work.graph, work.optimizer.slots)  # the batch is little beside it
+    state = fixed_bytes(work.graph, work.optimizer)  # the batch is little beside it
     for budget in COMPILED:
         sizes, peaks = [], []
         for quarter in (2, 3):
@@ -161,7 +161,7 @@ def measure(name: str, limit: int, peers: bool, steps: bool) -> dict[str, Any]:
     )
     print(f"  {name:10}{row['times']:.1f} times the best peer's ({best})", flush=True)
     if steps:
-        fixed = fixed_bytes(work.graph, work.optimizer.slots)
+        fixed = fixed_bytes(work.graph, work.optimizer)
         small = fixed + (limit - fixed) // SHARE
         row["confirmed"] = confirmed(work, over, fit(work, small, over), small)
     return row

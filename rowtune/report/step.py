@@ -75,11 +75,11 @@ def step_cost(file: PlanFile) -> StepCost | Unknown:
             f"no memory over the step: the plan was made for a model with fingerprint {file.fingerprint}, "
             f"but {file.problem.model} now has {work.graph.fingerprint}"
         )
-    graph, slots = work.graph, work.optimizer
+    graph, optimizer = work.graph, work.optimizer
     profile = _profile(work.problem.device)
-    costs = segment_costs(graph, file.plan, slots, Clock(profile or Profile()))
-    memory = Memory(curve(graph, file.plan, slots), curve(graph, uniform_plan(graph, "keep"), slots))
-    taken_off, host = savings(graph, file.plan, slots), predict(graph, file.plan, slots).host_bytes
+    costs = segment_costs(graph, file.plan, optimizer, Clock(profile or Profile()))
+    memory = Memory(curve(graph, file.plan, optimizer), curve(graph, uniform_plan(graph, "keep"), optimizer))
+    taken_off, host = savings(graph, file.plan, optimizer), predict(graph, file.plan, optimizer).host_bytes
     return StepCost(costs, memory, profile is not None, taken_off, host)
 
 

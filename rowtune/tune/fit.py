@@ -103,9 +103,9 @@ def _at_least(ours: Fit, checkpointing: Fit) -> Fit:
 def least_peaks(work: Workload, seconds: float = PEEK) -> dict[str, int]:
     """The predicted peak of the smallest plan of each way, in bytes, at the workload's own size. `seconds`
     are how long plans of one way are recorded, at most: with more of them a smaller one may be found."""
-    slots = work.optimizer
+    optimizer = work.optimizer
     plain, checkpointing, ours = (
-        _found(Table(work.graph), slots, way, 0, None, seconds).peak_bytes for way in WAYS
+        _found(Table(work.graph), optimizer, way, 0, None, seconds).peak_bytes for way in WAYS
     )
     return {"plain": plain, "checkpointing": checkpointing, "rowtune": min(ours, checkpointing)}
 
@@ -177,7 +177,7 @@ def _at(
 
 def _found(
     table: Table,
-    slots: Stateful,
+    optimizer: Stateful,
     way: str,
     limit: int,
     profile: Profile | None,
@@ -190,10 +190,10 @@ def _found(
     if way == "plain":
         last = len(table.cuts) - 1
         plan = Plan((table.segment(0, table.cuts[last], "keep"),), table.axis)
-        cost = predict(graph, plan, slots, profile)
+        cost = predict(graph, plan, optimizer, profile)
         fits = cost.peak_bytes <= limit
         return Found(cost.peak_bytes, plan if fits else None, cost.seconds if fits else None)
-    fixed = fixed_bytes(graph, slots)
+    fixed = fixed_bytes(graph, optimizer)
 
     def may(segments: Iterable[Segment]) -> bool:
         return way == "rowtune" or of_segments(segments) <= CHECKPOINTING

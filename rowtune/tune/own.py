@@ -90,10 +90,7 @@ def search(
         ModelError: the model cannot be exported.
         InfeasibleError: no plan fits; says which budget would do.
     """
-    size = parse_budget(budget) if isinstance(budget, str) else budget
-    kept = parse_size(reserve, "reserve") if isinstance(reserve, str) else reserve
-    if type(size) not in (int, float) or size <= 0 or kept < 0:
-        raise UsageError(f"budget is a size such as 8GB, or bytes above 0, not {budget!r} less {reserve!r}")
+    size, kept = _sizes(budget, reserve)
     name, here, allowed = spelled(loss), resolve_device(device), parse_savers(savers)
     with _folder(out) as plan:
         program, fingerprint = _program(model, inputs)
@@ -109,6 +106,14 @@ def search(
             found = _file(asked, progress)
         kept_as = found.problem.model if out is not None else Source("python", type(model).__name__)
         return replace(found, problem=replace(found.problem, model=kept_as))
+
+
+def _sizes(budget: str | int, reserve: str | int) -> tuple[int | float, int]:
+    size = parse_budget(budget) if isinstance(budget, str) else budget
+    kept = parse_size(reserve, "reserve") if isinstance(reserve, str) else reserve
+    if type(size) not in (int, float) or size <= 0 or kept < 0:
+        raise UsageError(f"budget is a size such as 8GB, or bytes above 0, not {budget!r} less {reserve!r}")
+    return size, kept
 
 
 def _check_place(plan: Path, fingerprint: str, force: bool) -> None:

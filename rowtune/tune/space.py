@@ -70,7 +70,7 @@ class ProgrammeSpace:
     """The programme's plans for a training graph (with its loss).
 
     Args:
-        slots: what the optimizer keeps: so many parameter-sized tensors, say.
+        optimizer: what the optimizer keeps: so many parameter-sized tensors, say.
         calibrate: makes the profile; without one, times are rough.
         savers: those that plans may use (rowtune/tune/savers.py).
         max_grad_error: of gradients, relative, that stores which round may cost.
@@ -81,14 +81,14 @@ class ProgrammeSpace:
     def __init__(
         self,
         graph: Graph,
-        slots: Stateful = 0,
+        optimizer: Stateful = 0,
         calibrate: Calibrate | None = None,
         savers: frozenset[str] = DEFAULT,
         max_grad_error: float = 0.0,
         tables: Tables | None = None,
         host_bytes: int = UNBOUNDED,
     ) -> None:
-        self.graph, self.slots, self.calibrate, self.savers = graph, slots, calibrate, savers
+        self.graph, self.optimizer, self.calibrate, self.savers = graph, optimizer, calibrate, savers
         self.tables = tables
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
         if "step_in_backward" in savers:
@@ -98,8 +98,8 @@ class ProgrammeSpace:
         self.home: Home = "host" if "offload_state" in savers else "device"
         if self.home == "host":
             whole |= {"optimizer_state": "host"}
-            host_bytes -= state_bytes(graph, slots)
-        meanwhile = brought(graph, slots, self.home)
+            host_bytes -= state_bytes(graph, optimizer)
+        meanwhile = brought(graph, optimizer, self.home)
         self.table = Table(graph, 2, whole, max_grad_error, host_bytes, meanwhile)
         self.layouts: dict[str, float] = {}
         self.profile = Profile()
@@ -120,7 +120,7 @@ class ProgrammeSpace:
         """
         most = min(float(values["margin"]) * self.most, 1 << 60)
         home: Any = values.get("state", self.home)
-        limit, allowed = int(most) - fixed_bytes(self.graph, self.slots, home), self._allowed(values)
+        limit, allowed = int(most) - fixed_bytes(self.graph, self.optimizer, home), self._allowed(values)
         layout: Any = values.get("layout", "contiguous")
         best: Plan | None = None
         low, high = 0, limit
@@ -130,7 +130,7 @@ class ProgrammeSpace:
                 low = limit
             else:
                 plan = replace(plan_of(self.table, found), layout=layout, optimizer_state=home)
-                over = composed(self.graph, plan, self.slots)[1].total - most
+                over = composed(self.graph, plan, self.optimizer)[1].total - most
                 if over <= 0:
                     best, low = plan, limit
                 else:
@@ -143,10 +143,10 @@ class ProgrammeSpace:
     def predict(self, plan: Plan) -> Cost:
         """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
         times what measured plans of that layout took more or less; it may win where none was."""
-        cost = predict(self.graph, plan, self.slots, self.profile)
+        cost = predict(self.graph, plan, self.optimizer, self.profile)
         if plan.layout == "contiguous":
             return cost
-        like = predict(self.graph, replace(plan, layout="contiguous"), self.slots, self.profile)
+        like = predict(self.graph, replace(plan, layout="contiguous"), self.optimizer, self.profile)
         return replace(cost, seconds=like.seconds * self.layouts.get(plan.layout, UNTRIED))
 
     def smallest(self) -> Path:
@@ -201,10 +201,9 @@ class ProgrammeSpace:
     def _look_around(self, now: Situation) -> bool:
         """Measurements move what looks best to where fewer options are known: record some around the plan
         that was measured last, and around the best of all."""
-        limit = int(min(now.most, 1 << 60)) - fixed_bytes(self.graph, self.slots, self.home)
         asked = [r.values for r in now.records if r.ok and usable(self.knobs, r.values)][-1:]
         ways = [*map(self._allowed, asked), self._may]
-        found = [fastest(self.table, limit, way) for way in ways]
+        found = [fastest(self.table, self._room(), way) for way in ways]
         near = around(self.table, [path for path in found if path is not None])
         new = [key for key in near if key not in self.table.known and of_segments(key[2]) <= self.savers]
         added = self.table.add(new, within(LOOK * self.box))
@@ -215,8 +214,7 @@ class ProgrammeSpace:
     def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
         """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
         options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit = now.most - fixed_bytes(self.graph, self.slots, self.home)
-        until = within(min(MOST, 0.1 * now.left))
+        limit, until = self._room(), within(min(MOST, 0.1 * now.left))
         more = (key for key in coarse if of_segments(key[2]) <= self.savers)
         least, before = self.smallest(), math.inf
         while least.peak > limit and time.monotonic() < until:
@@ -229,6 +227,10 @@ class ProgrammeSpace:
                 self.table.add(islice(near, 2 * BATCH), until)
             least = self.smallest()
 
+    def _room(self) -> int:
+        """Bytes that the memory there is leaves for what plans decide on."""
+        return int(min(self.most, 1 << 60)) - fixed_bytes(self.graph, self.optimizer, self.home)
+
     def paths(self) -> list[Path]:
         """The fastest paths under limits from the least that will do to what plain takes, and under the
         limit of this search."""
@@ -239,7 +241,7 @@ class ProgrammeSpace:
         share = (max(most.peak, low) / max(low, 1)) ** (1 / (FRONT - 1))
         limits = [int(low * share**i) + 1 for i in range(FRONT)]
         if self.most < 1e300:
-            limits.append(int(self.most) - fixed_bytes(self.graph, self.slots, self.home))
+            limits.append(self._room())
         found = [fastest(self.table, limit, self._may) for limit in limits]
         return [path for path in found if path is not None]
 
