@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def contenders(plans: Plans, limit: int) -> dict[str, Plan]:
     return found
 
 
-def measure(network: str, at: list[int], rounds: int) -> list[dict[str, Any]]:
+def measure(network: str, at: list[int], rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """What is found at each limit, one after another."""
     shape, args = NETWORKS[network]
     work = define(parse_source(f"zoo:{network}", args), [shape])
     bench = Bench(work.problem, work=work)
@@ -99,8 +101,8 @@ def measure(network: str, at: list[int], rounds: int) -> list[dict[str, Any]]:
         flush=True,
     )
     keep = plans.space.predict(uniform_plan(work.graph, "keep")).peak_bytes - plans.fixed
-    rows = []
     for percent in at:
+        rows = []
         found = contenders(plans, keep * percent // 100)
         timed = bench.race([Contender(None), *(Contender(p) for p in found.values())], rounds)
         plain = timed[0].seconds if timed[0] else math.nan
@@ -114,10 +116,19 @@ def measure(network: str, at: list[int], rounds: int) -> list[dict[str, Any]]:
                     "plain_seconds": plain, "decisions": plan.to_dict(),
                 }
             )  # fmt: skip
-        told = "  ".join(f"{r['savers']} {r['over_plain']:.2f}" for r in rows if r["percent"] == percent)
+        told = "  ".join(f"{r['savers']} {r['over_plain']:.2f}" for r in rows)
         missing = [name for name in SINGLE if name not in found]
         print(f"  {percent:3}%  {told}  {' '.join(f'{name} -' for name in missing)}", flush=True)
-    return rows
+        yield rows
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """In place of what was measured today at the same limits."""
+    out = Path(__file__).parent / "results" / f"{datetime.date.today()}-savers.json"
+    here = {(r["network"], r["percent"]) for r in rows}
+    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    kept = [r for r in before if (r["network"], r["percent"]) not in here]
+    out.write_text(json.dumps({"torch": torch.__version__, "rows": [*kept, *rows]}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -129,11 +140,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    rows = [row for n in given.networks or NETWORKS for row in measure(n, given.at, given.rounds)]
-    if given.save:
-        out = Path(__file__).parent / "results" / f"{datetime.date.today()}-savers.json"
-        out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-        print(f"written to benchmarks/results/{out.name}")
+    for network in given.networks or NETWORKS:
+        for rows in measure(network, given.at, given.rounds):
+            if given.save:
+                save(rows)
 
 
 if __name__ == "__main__":
