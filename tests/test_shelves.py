@@ -21,7 +21,7 @@ from rowtune.plan.choices import LOSSY
 from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import Host, HostPool
-from rowtune.runtime.stores.shelf import MOST_CHUNKS, Shelf
+from rowtune.runtime.stores.shelf import MOST_BANDS, Shelf
 from rowtune.runtime.stores.store import cut
 
 BANDED = ["recompute", "cache", "sweep", "late", "passes"]
@@ -66,10 +66,10 @@ def test_a_part_is_what_the_whole_has_there(name, layout, shape, data):
 
 def test_no_more_chunks_than_a_few():
     shelf = Shelf(STORES["host"](HostPool()), torch.randn(1, 1, 1000, 2), 2, 1)
-    assert len([*shelf.bands()]) <= MOST_CHUNKS
+    assert len([*shelf.bands()]) <= MOST_BANDS
     assert shelf.bytes == 0
     small = Shelf(STORES["int8"](HostPool()), torch.randn(1, 1, 1000, 2), 2, 1)
-    assert small.bytes <= 2000 + 4 * MOST_CHUNKS
+    assert small.bytes <= 2000 + 4 * MOST_BANDS
 
 
 def in_two(graph: Graph, how: dict[str, Any]) -> Plan:

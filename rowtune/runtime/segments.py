@@ -94,7 +94,7 @@ def _first_shelves(
     found = {}
     for name, place in banded_inputs(step.program.graph, first).items():
         if name in segment.part.inputs and name not in elsewhere:
-            if (shelf := keeping.shelved(env[name], *place)) is not None:
+            if (shelf := keeping.shelved(env[name], place)) is not None:
                 found[name] = shelf
     return found
 
