@@ -45,6 +45,12 @@ class HostPool:
         self.bytes -= buffer.numel()
         self._free[buffer.numel(), device.type].append(buffer)
 
+    def settle(self) -> None:
+        """A segment's forward is over: what leaves is not held beyond it, so that a segment takes by itself
+        what it takes among others."""
+        for lane in self._lanes.values():
+            lane.settle()
+
     def lane(self, device: torch.device) -> Lane:
         """Copies to and from a device, in order: what a buffer is used for next waits for what it was."""
         key = device, STANDS_FOR.get() if device.type == "meta" else ""

@@ -133,6 +133,9 @@ class Lane(Protocol):
     def leave(self, t: Tensor, place: Place) -> None:
         """The tensor may be let go of, or written to."""
 
+    def settle(self) -> None:
+        """Nothing is held any more that leaves."""
+
     def fetch(self, place: Place, size: list[int], stride: list[int], part: Part) -> Tensor:
         """A part of what is there, of this size and these strides, in new memory."""
 
@@ -145,6 +148,9 @@ class Here:
 
     def leave(self, t: Tensor, place: Place) -> None:
         self.stream.copy(place.host, t)
+
+    def settle(self) -> None:
+        pass
 
     def fetch(self, place: Place, size: list[int], stride: list[int], part: Part) -> Tensor:
         found = torch.empty_strided(size, stride, dtype=place.dtype, device=place.device)
@@ -166,8 +172,11 @@ class Ahead:
             self._let_go(LEAVING - 1)
             self.leaving.append(Way(piece, self.stream.copy(room, piece)))
 
+    def settle(self) -> None:
+        self._let_go(0)
+
     def fetch(self, place: Place, size: list[int], stride: list[int], part: Part) -> Tensor:
-        self._let_go(0)  # forward is over, or waits for what it needs again
+        self.settle()  # forward is over, or waits for what it needs again
         way = place.coming.pop(part, None) or self._start(place, part)
         self._look_ahead(place, part)
         self.stream.wait(way.mark)
@@ -178,7 +187,8 @@ class Ahead:
 
     def _let_go(self, most: int) -> None:
         while len(self.leaving) > most:
-            self.stream.wait(self.leaving.popleft().mark)
+            self.stream.wait(self.leaving[0].mark)
+            self.leaving.popleft()
 
     def _look_ahead(self, place: Place, part: Part) -> None:
         if not part:
@@ -189,7 +199,8 @@ class Ahead:
         after = place.next_part(part)
         sizes = [many for _, _, many in part]
         for other in [p for p in place.coming if p != after and [many for _, _, many in p] == sizes]:
-            self.stream.wait(place.coming.pop(other).mark)
+            self.stream.wait(place.coming[other].mark)
+            del place.coming[other]
         if after is not None and after not in place.coming:
             place.coming[after] = self._start(place, after)
 
