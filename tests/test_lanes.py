@@ -71,7 +71,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Late]]:
     """Every pool's copies go by such a stream, also where a plan is predicted (then without data)."""
     found: list[Late] = []
 
-    def lane(device: torch.device, stands_for: str) -> Ahead:
+    def lane(device: torch.device, stands_for: str, told: Any) -> Ahead:
         if device.type == "meta":
             return Ahead(Blank())
         found.append(Late())

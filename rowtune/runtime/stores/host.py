@@ -15,7 +15,20 @@ from torch import Tensor
 
 from rowtune.kernels.constants import STANDS_FOR, TRACING
 from rowtune.runtime.stores import calls
-from rowtune.runtime.stores.lanes import Ahead, Blank, Here, Lane, Place, Prompt, Side, Stream, Way, ended
+from rowtune.runtime.stores.lanes import (
+    Ahead,
+    Blank,
+    Here,
+    Lane,
+    Place,
+    Prompt,
+    Side,
+    Stream,
+    Told,
+    Way,
+    ended,
+    nobody,
+)
 from rowtune.runtime.stores.store import Lay, Part
 from rowtune.torch_private import FakeTensor, without_modes
 
@@ -23,9 +36,14 @@ META = torch.device("meta")
 
 
 class HostPool:
-    """Host memory of one module's steps. `bytes` are in use, `peak_bytes` were at most."""
+    """Host memory of one module's steps. `bytes` are in use, `peak_bytes` were at most.
 
-    def __init__(self) -> None:
+    Args:
+        told: of copies of tensors without data, where those of the device are not made beside its work.
+    """
+
+    def __init__(self, told: Told = nobody) -> None:
+        self.told = told
         self.bytes = self.peak_bytes = 0
         self._free: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(list)
         self._lanes: dict[tuple[torch.device, str], Lane] = {}
@@ -55,15 +73,15 @@ class HostPool:
         """Copies to and from a device, in order: what a buffer is used for next waits for what it was."""
         key = device, STANDS_FOR.get() if device.type == "meta" else ""
         if key not in self._lanes:
-            self._lanes[key] = _lane(device, key[1])
+            self._lanes[key] = _lane(device, key[1], self.told)
         return self._lanes[key]
 
 
-def _lane(device: torch.device, stands_for: str) -> Lane:
+def _lane(device: torch.device, stands_for: str, told: Told) -> Lane:
     if device.type == "cuda":
         return Ahead(Side(device))
     if device.type == "meta":
-        return Ahead(Blank()) if stands_for.startswith("cuda") else Here(Blank())
+        return Ahead(Blank()) if stands_for.startswith("cuda") else Here(Blank(told))
     return Here(Prompt())
 
 
