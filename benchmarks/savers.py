@@ -115,10 +115,9 @@ def measure(network: str, at: list[int], rounds: int) -> Iterator[list[dict[str,
         plans.look(limit)
         found = contenders(plans, limit)
         mixed = mixtures(plans, limit)
-        tried = bench.race([Contender(p) for p in mixed], 2)
-        if any(tried):
-            _, at_best = min((t.seconds, i) for i, t in enumerate(tried) if t)
-            found["mixture"] = mixed[at_best]
+        tried = bench.race([Contender(p) for p in mixed], 2) if len(mixed) > 1 else []
+        best = min(((t.seconds, i) for i, t in enumerate(tried) if t), default=(0.0, 0))[1]
+        found |= {"mixture": mixed[best]} if mixed else {}
         timed = bench.race([Contender(None), *(Contender(p) for p in found.values())], rounds)
         plain = timed[0].seconds if timed[0] else math.nan
         for (name, plan), timing in zip(found.items(), timed[1:], strict=True):
