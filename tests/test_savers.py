@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import TOLERANCE
+from exactness import TOLERANCE, run_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from savers import NETS, Case, case, plans
@@ -39,7 +39,7 @@ from rowtune.train.loop import train
 from rowtune.train.options import Options
 from rowtune.tune.measure import Bench
 from rowtune.tune.reference import Place
-from rowtune.tune.step import Plain, run_step, scaler_for
+from rowtune.tune.step import Plain, scaler_for
 from rowtune.tune.verify import Verifier
 
 WAYS = {

@@ -12,7 +12,7 @@ from rowtune.errors import RowtuneError
 from rowtune.graph.graph import carried
 from rowtune.plan.program import Banded, Passes, SegmentProgram
 from rowtune.runtime.banded import BandedRun
-from rowtune.runtime.dropout import draws
+from rowtune.runtime.dropout import as_tensor, draws
 from rowtune.runtime.gradients import Gradients, blank_like
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
 from rowtune.runtime.passes import PassesRun
@@ -68,7 +68,7 @@ class _Call:
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
         drawn = step.lists is not None and any(map(draws, segment.part.nodes))
-        self.seed = torch.full((), step.seed, device=device) if drawn else None
+        self.seed = as_tensor(step.seed, device) if drawn else None
         self.autocast = autocast_key()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None

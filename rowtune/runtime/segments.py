@@ -64,7 +64,7 @@ def _run_kept(step: StepRun, segment: SegmentProgram, run: Whole, env: Env, keep
     run_node: Callable[[Node, Callable[[str], Any]], Any]
     run_node = partial(run_whole, seed=step.seed, first_time=first_time)
     if segment.decision.cheap == "recompute" and torch.is_grad_enabled():
-        spared = not_kept(segment, env, step.seed)
+        spared = not_kept(segment, env)
         hooks = remaking = Remaking(spared, step.seed, keeping, segment.decision.store in LOSSY)
         run_node = remaking.run
     with saving(hooks):

@@ -191,6 +191,7 @@ class _Run:
     ) -> ValReport | None:
         """A validation changes nothing, so one that runs out of memory begins anew under a smaller plan."""
         learner = self.learner
+        learner.gradients.release()  # whose memory is not a validation's
         while True:
             try:
                 with guarded(learner.model, self.device):
