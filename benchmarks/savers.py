@@ -5,9 +5,9 @@
 
 For each limit the programme plans with one saver, with two, and with all; what it finds takes turns with
 plain PyTorch. The mixture is what a search with all of them would measure and choose: the fastest, in steps
-of their own, of what the programme finds with all savers and with all but one. A dash: with those savers
-nothing is small enough. Limits are of activations as predicted, at the moment when there is most of
-everything and all gradients of parameters are there.
+of their own, of what the programme finds with all savers, with all but one, and by keeping alone. A dash:
+with those savers nothing is small enough. Limits are of activations as predicted, at the moment when there
+is most of everything and all gradients of parameters are there.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ NETWORKS = {
     "unet3d": ("1x1x64x48x48", ["depth=3"]),
 }
 SINGLE = ("rows", "checkpoint", "recompute", "offload", "images")
+KEEPING = frozenset({"offload", "recompute"})
 EVERY = (DEFAULT | {"offload"}) - {"channels_last"}
 """Exact ones that do not hang on how one trains; another layout is another plain to compare with."""
 
@@ -96,8 +97,9 @@ def contenders(plans: Plans, limit: int) -> dict[str, Plan]:
 
 
 def mixtures(plans: Plans, limit: int) -> list[Plan]:
-    """With all savers, and with all but one."""
-    made = [plans.best(EVERY, limit), *(plans.best(EVERY - {name}, limit) for name in SINGLE)]
+    """With all savers, with all but one, and by keeping alone, on the host or as it was."""
+    allowed = [EVERY, *(EVERY - {name} for name in SINGLE), frozenset({"offload"}), KEEPING]
+    made = [plans.best(savers, limit) for savers in allowed]
     return list(dict.fromkeys(found[1] for found in made if found is not None))
 
 

@@ -48,9 +48,13 @@ def knobs(table: Table, savers: frozenset[str]) -> tuple[Knob, ...]:
 
 
 def guesses(among: Sequence[Knob], savers: frozenset[str]) -> list[dict[str, str]]:
-    """The programme's own, with some memory to spare, and with each policy left out of all zones."""
+    """The programme's own, with some memory to spare, and with each policy left out of all zones. What is
+    kept, on the host or not, is not computed again: predictions are least wrong about that, so where the host
+    may be used it comes early."""
     all_of = {knob.name: knob.choices[0] for knob in among}
     found = [all_of | {"margin": margin} for margin in MARGINS[:3]]
+    if "offload" in savers:
+        found.insert(1, all_of | dict.fromkeys(ZONES, "keep"))
     if "channels_last" in savers:
         found.insert(1, all_of | {"layout": "channels_last"})
     if "offload_state" in savers:
