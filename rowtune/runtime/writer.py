@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rowtune.kernels.constants import STANDS_FOR
-from rowtune.runtime.blank import Answers
+from rowtune.runtime.blank import Answers, Like, Signature
 from rowtune.runtime.recording import (
     At,
     Buffer,
@@ -26,6 +26,8 @@ from rowtune.runtime.recording import (
 )
 from rowtune.runtime.temporary import temporary_bytes
 from rowtune.torch_private import TorchDispatchMode, key_of
+
+COPY = torch.ops.aten.copy_.default
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -166,6 +168,12 @@ class Counted(Lives):  # type: ignore[no-untyped-call]
             writes = bool(written_arguments(func))
             self.uses.append(Use(self.calls - 1, reads, made, writes, asked, self.times))
         return out
+
+    def copied(self, into: Tensor, of: Tensor) -> None:
+        """To the host's memory or from there: work, of which no call comes by."""
+        likes = tuple(Like(tuple(t.shape), t.stride(), t.dtype) for t in (into, of))
+        self.host += self.times
+        self.uses.append(Use(self.calls - 1, (), (), True, Signature(COPY, likes, ()), self.times))
 
 
 class Recorder(Lives):  # type: ignore[no-untyped-call]
