@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
-from rowtune.runtime.captured import Backward, Captured, capture
+from rowtune.runtime.captured import Backward, Captured, capture, cuda_graph
 from rowtune.runtime.module import RowtuneModule
 from rowtune.train.loop import train
 from rowtune.train.options import Options
@@ -299,6 +300,31 @@ def test_a_generator_that_the_host_seeds_is_refused() -> None:
     step(x, targets=y)
     with pytest.raises(UsageError, match="rand_like draws"):
         step(x, targets=y)
+
+
+def test_what_failed_is_not_hidden_by_the_end_of_its_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory is what steps down to a smaller plan."""
+
+    @contextlib.contextmanager
+    def capturing(graph: Any, **how: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Graph:
+        def replay(self) -> None:
+            """Nothing was captured."""
+
+    def work() -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda_graph(work)
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graph(lambda: torch.zeros(()))
 
 
 def test_there_are_graphs_on_cuda_devices_only() -> None:

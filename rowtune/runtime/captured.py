@@ -33,10 +33,21 @@ it."""
 
 
 def cuda_graph(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-    """A CUDA graph of what `work` launches."""
+    """A CUDA graph of what `work` launches, whichever threads do (autograd's); what others do meanwhile (pin
+    memory for the next batch) is no part of it and no error."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = work()
+    failed: list[Exception] = []
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            try:
+                made = work()
+            except Exception as error:
+                failed.append(error)
+                raise
+    except Exception:
+        if failed:  # what ends a capture that failed fails as well, and would hide that memory ran out
+            raise failed[0] from None
+        raise
     return made, graph.replay
 
 

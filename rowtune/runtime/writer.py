@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowtune.kernels.constants import STANDS_FOR
 from rowtune.runtime.blank import Answers, Like, Signature
 from rowtune.runtime.recording import (
     At,
@@ -23,6 +24,7 @@ from rowtune.runtime.recording import (
     Way,
     written_arguments,
 )
+from rowtune.runtime.temporary import temporary_bytes
 from rowtune.torch_private import TorchDispatchMode, key_of
 
 COPY = torch.ops.aten.copy_.default
@@ -101,6 +103,14 @@ class Lives(TorchDispatchMode):
         """What was recorded."""
         return Recording((), (), self.finished())
 
+    def _note_temporary(self, func: Any, args: tuple[Any, ...]) -> None:
+        """What the call's kernel takes for itself."""
+        size = temporary_bytes(func, args, STANDS_FOR.get())
+        if size:
+            now = self.calls - 1
+            self._died[len(self._buffers)] = now
+            self._buffers.append(Buffer(f"{func._opname}'s copies", size, "temporary", now, None))
+
     def _gone(self, life: _Life) -> None:
         del self._known[life.key]
         self.live -= self._buffers[life.number].bytes
@@ -109,6 +119,7 @@ class Lives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
+        self._note_temporary(func, args)
         if isinstance(out, Tensor):
             self.buffer_of(out, func._opname, "activation")
         elif isinstance(out, (list, tuple)):
@@ -197,6 +208,7 @@ class Recorder(Lives):  # type: ignore[no-untyped-call]
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
+        self._note_temporary(func, args)
         self._calls.append(Call(func, given, named, tuple(reads), self._made(out, name), *self._placed()))
         return out
 
