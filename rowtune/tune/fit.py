@@ -41,8 +41,9 @@ SECONDS, LOOK, PEEK = 10.0, 60.0, 2.0
 """Of the processor, a way: recording plans at the size asked for, and at all others; for peaks alone."""
 TRIES, LARGEST = 8, 1 << 20
 """Sizes tried for one way; no size is larger than that many times."""
-SHARE = 0.5
-"""Of the seconds that are left, what is spent at one size."""
+SHARE, FAR, GLIMPSE = 0.5, 2.0, 0.125
+"""Of the seconds that are left, what is spent at one size; and at one that is so many times longer than any
+that was looked at, where the next guess will be elsewhere."""
 
 
 SHARED = 1 << 16
@@ -204,8 +205,9 @@ class _Search:
         self.work, self.sizes, self.way, self.limit = work, sizes, way, limit
         self.profile, self.host_bytes, self.left, self.watch = profile, host_bytes, seconds, watch
 
-    def at(self, k: int, begin: tuple[Key, ...] = ()) -> Found | None:
-        """None where the model does not take this size. The options `begin` are looked at first."""
+    def at(self, k: int, begin: tuple[Key, ...] = (), share: float = SHARE) -> Found | None:
+        """None where the model does not take this size. The options `begin` are looked at first, `share` is
+        how much of the time that is left is spent."""
         work, sizes = self.work, self.sizes
         self.watch(f"{self.way}: {sizes.text(k)}")
         own = k == sizes.own
@@ -217,7 +219,7 @@ class _Search:
         if self.way == WITH_HOST:
             table = Table(graph, whole={"waiting_gradients": "host"}, host_bytes=self.host_bytes)
         began = time.process_time()
-        seconds = SECONDS if own else SHARE * self.left
+        seconds = SECONDS if own else share * self.left
         found = _found(table, work.optimizer, self.way, self.limit, self.profile, seconds, begin)
         if not own:
             self.left = max(self.left - (time.process_time() - began), 0.0)
@@ -232,7 +234,8 @@ class _Search:
         for _ in range(TRIES):
             if k not in known:
                 least = {n: f.least for n, f in known.items() if f is not None}
-                known[k] = self.at(k, least[min(least, key=lambda n: abs(math.log(n / k)))])
+                near = min(least, key=lambda n: abs(math.log(n / k)))
+                known[k] = self.at(k, least[near], GLIMPSE if k > FAR * near else SHARE)
             found = known[k]
             if found is not None and found.peak_bytes <= limit:
                 low = max(low, k)
