@@ -4,8 +4,10 @@
     python benchmarks/savers.py unet_bn resnet50 --at 50 25 --rounds 5 --save
 
 For each limit the programme plans with one saver, with two, and with all; what it finds takes turns with
-plain PyTorch. A dash: with those savers nothing is small enough. Limits are of activations, gradients of
-parameters included, as predicted; what is measured beside is the whole peak.
+plain PyTorch. The mixture is what a search with all of them would measure and choose: the fastest, in steps
+of their own, of what the programme finds with all savers and with all but one. A dash: with those savers
+nothing is small enough. Limits are of activations as predicted, at the moment when there is most of
+everything and all gradients of parameters are there.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import datetime
 import itertools
 import json
 import math
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +62,20 @@ class Plans:
             lambda calls, box: calibrated(None, calls, "cpu", 3 * box),
             EVERY,
         )
-        self.space.tell(Situation(math.inf, None, (), seconds))
         self.fixed = fixed_bytes(work.graph, work.optimizer.slots)
+        self.gradients = sum(v.bytes for v in work.graph.parameters())
+        self.seconds = seconds
+
+    def look(self, limit: int) -> None:
+        """Record what may be fast within the limit."""
+        for _ in range(3):
+            self.space.tell(Situation(limit + self.fixed, None, (), self.seconds))
 
     def best(self, savers: frozenset[str], limit: int) -> tuple[float, Plan] | None:
         """Predicted seconds and the plan, of activations of at most `limit` bytes."""
         self.space.savers = savers | ({"turns"} if "checkpoint" in savers else set())
         found = fastest(self.space.table, limit, self.space._may)
+        self.space.savers = EVERY
         return None if found is None else (found.seconds, plan_of(self.space.table, found))
 
 
@@ -83,41 +92,59 @@ def contenders(plans: Plans, limit: int) -> dict[str, Plan]:
     if pairs:
         _, name, plan = min(pairs, key=lambda p: p[0])
         found[f"pair: {name}"] = plan
-    if (made := plans.best(EVERY, limit)) is not None:
-        found["mixture"] = made[1]
     return found
 
 
-def measure(network: str, at: list[int], rounds: int) -> list[dict[str, Any]]:
+def mixtures(plans: Plans, limit: int) -> list[Plan]:
+    """With all savers, and with all but one."""
+    made = [plans.best(EVERY, limit), *(plans.best(EVERY - {name}, limit) for name in SINGLE)]
+    return list(dict.fromkeys(found[1] for found in made if found is not None))
+
+
+def measure(network: str, at: list[int], rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """What is found at each limit, one after another."""
     shape, args = NETWORKS[network]
     work = define(parse_source(f"zoo:{network}", args), [shape])
     bench = Bench(work.problem, work=work)
-    begun = time.perf_counter()
     plans = Plans(work, 600.0)
-    print(
-        f"{network} {shape}: {len(plans.space.table.options)} options in {time.perf_counter() - begun:.0f} s",
-        flush=True,
-    )
-    keep = plans.space.predict(uniform_plan(work.graph, "keep")).peak_bytes - plans.fixed
-    rows = []
-    for percent in at:
-        found = contenders(plans, keep * percent // 100)
+    print(f"{network} {shape}", flush=True)
+    keep = plans.space.predict(uniform_plan(work.graph, "keep")).activation_bytes
+    for percent in sorted(at):
+        rows = []
+        limit = keep * percent // 100 + plans.gradients
+        plans.look(limit)
+        found = contenders(plans, limit)
+        mixed = mixtures(plans, limit)
+        tried = bench.race([Contender(p) for p in mixed], 2) if len(mixed) > 1 else []
+        best = min(((t.seconds, i) for i, t in enumerate(tried) if t), default=(0.0, 0))[1]
+        found |= {"mixture": mixed[best]} if mixed else {}
         timed = bench.race([Contender(None), *(Contender(p) for p in found.values())], rounds)
         plain = timed[0].seconds if timed[0] else math.nan
         for (name, plan), timing in zip(found.items(), timed[1:], strict=True):
             ratio = timing.seconds / plain if timing else math.nan
-            peak = plans.space.predict(plan).peak_bytes - plans.fixed
+            cost = plans.space.predict(plan)
             rows.append(
                 {
                     "network": network, "shape": shape, "percent": percent, "savers": name,
-                    "predicted_percent": 100 * peak / keep, "over_plain": ratio,
+                    "predicted_percent": 100 * cost.activation_bytes / keep, "over_plain": ratio,
+                    "predicted_seconds": cost.seconds,
                     "plain_seconds": plain, "decisions": plan.to_dict(),
                 }
             )  # fmt: skip
-        told = "  ".join(f"{r['savers']} {r['over_plain']:.2f}" for r in rows if r["percent"] == percent)
+        told = "  ".join(f"{r['savers']} {r['over_plain']:.2f}" for r in rows)
         missing = [name for name in SINGLE if name not in found]
-        print(f"  {percent:3}%  {told}  {' '.join(f'{name} -' for name in missing)}", flush=True)
-    return rows
+        gone = " ".join(f"{name} -" for name in missing)
+        print(f"  {percent:3}% of {len(plans.space.table.options)} options: {told}  {gone}", flush=True)
+        yield rows
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """In place of what was measured today at the same limits."""
+    out = Path(__file__).parent / "results" / f"{datetime.date.today()}-savers.json"
+    here = {(r["network"], r["percent"]) for r in rows}
+    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    kept = [r for r in before if (r["network"], r["percent"]) not in here]
+    out.write_text(json.dumps({"torch": torch.__version__, "rows": [*kept, *rows]}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -129,11 +156,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    rows = [row for n in given.networks or NETWORKS for row in measure(n, given.at, given.rounds)]
-    if given.save:
-        out = Path(__file__).parent / "results" / f"{datetime.date.today()}-savers.json"
-        out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-        print(f"written to benchmarks/results/{out.name}")
+    for network in given.networks or NETWORKS:
+        for rows in measure(network, given.at, given.rounds):
+            if given.save:
+                save(rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rowtune.plan.plan import Plan as Plan
     from rowtune.plan.plan import Segment as Segment
     from rowtune.plan.uniform import uniform_plan as uniform_plan
+    from rowtune.runtime.captured import capture as capture
     from rowtune.runtime.in_backward import step_in_backward as step_in_backward
     from rowtune.runtime.module import apply as apply
     from rowtune.runtime.optimizer_state import step_from_host as step_from_host
@@ -41,6 +42,7 @@ _HOMES = {
     "PlanFile": "rowtune.plan.file",
     "Segment": "rowtune.plan.plan",
     "apply": "rowtune.runtime.module",
+    "capture": "rowtune.runtime.captured",
     "load": "rowtune.tune.own",
     "lower": "rowtune.plan.lower",
     "predict": "rowtune.cost.predict",
@@ -52,7 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
-    *("Plan", "PlanFile", "Segment", "__version__", "apply", "load", "lower", "predict", "search"),
+    *("Plan", "PlanFile", "Segment", "__version__", "apply", "capture", "load", "lower", "predict", "search"),
     *("step_from_host", "step_in_backward", "trace", "uniform_plan", "zoo"),
 ]
 

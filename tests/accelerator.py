@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from exactness import run_step
 from test_exact_zoo import NETS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,7 +38,7 @@ from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import target_dtype, target_shape, with_loss
 from rowtune.plan.plan import Plan, Segment
 from rowtune.problem import TensorSpec
-from rowtune.tune.step import Plain, plain_graph, run_step
+from rowtune.tune.step import Plain, plain_graph
 from rowtune.zoo import build
 
 NAMED = "fake"

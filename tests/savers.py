@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from exactness import Step, error, step
+from exactness import Step, error, run_step, step
 from hypothesis import strategies as st
 from test_exact_cuts import segments
 from torch import nn
@@ -20,7 +20,7 @@ from rowtune.plan.choices import Precision, Store
 from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.step import Plain, run_step
+from rowtune.tune.step import Plain
 from rowtune.zoo import build
 
 NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from rowtune.cli.app import app
 from rowtune.cost.predict import predict
 from rowtune.importers.source import parse_source
 from rowtune.plan.uniform import uniform_plan
+from rowtune.runtime.captured import capture
 from rowtune.runtime.module import apply
 from rowtune.tune.device import cap_memory, context_bytes, warm_up
 from rowtune.tune.measure import Bench
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.step import Workload, define
+from rowtune.tune.step import Workload, define, steps_of
 
 pytestmark = [
     pytest.mark.cuda,
@@ -67,6 +70,40 @@ def test_bf16_autocast_trains_in_bands() -> None:
         loss = runner(*inputs, targets=target)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("policy", ["keep", "checkpoint", "rows"])
+@pytest.mark.parametrize("name", ["unet", "unet_bn"])
+def test_captured_steps_train_as_others_do(name: str, policy: Any) -> None:
+    work = workload(name)
+    plan = uniform_plan(work.graph, policy, 16 if policy == "rows" else 0)
+    batches = [work.batch(device=CARD) for _ in range(4)]
+    weights = {}
+    for how in ("off", "on"):
+        module = copy.deepcopy(work.module).to(CARD, torch.float64)
+        runner = apply(module, replace(plan, capture=how), work.loss)
+        step = steps_of(runner, torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9))
+        for at, (inputs, target) in enumerate(batches):
+            step(tuple(t.double() * (1 + at) for t in inputs), target)
+        weights[how] = module.state_dict()
+    for key, wanted in weights["off"].items():
+        torch.testing.assert_close(weights["on"][key], wanted, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_a_captured_step_is_launched_sooner() -> None:
+    work = workload("per_pixel", "", "1x3x512x512")
+    module = work.module.to(CARD)
+    inputs, target = work.batch(device=CARD)
+    runner = apply(module, uniform_plan(work.graph, "rows", 16), work.loss)
+    step = capture(runner)
+    launches = []
+    for _ in range(3):
+        module.zero_grad(set_to_none=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step(*inputs, targets=target)
+            torch.cuda.synchronize()
+        launches.append(sum(e.name.startswith("aten::") for e in profile.events() or []))
+    assert launches[2] < 0.1 * launches[0], launches
 
 
 def test_a_cap_can_be_lifted() -> None:

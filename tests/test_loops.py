@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,9 +35,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Rolled]:
     found: list[Rolled] = []
     compile_ = kinds.compiled
 
-    def compiled(what: Rolled) -> Any:
+    def compiled(what: Rolled, own: Any) -> Any:
         found.append(what)
-        return compile_(what)
+        return compile_(what, own)
 
     monkeypatch.setattr(kinds, "compiled", compiled)
     return found
@@ -91,6 +92,22 @@ def test_networks_run_in_loops_bit_for_bit(name: str, how: dict[str, Any], writt
     model, plan, call, x, loss = case(name, 128, 4, batch=2 if "images" in how else 1, **how)
     module = both(model, plan, call, x, loss)
     assert loops_of(written) and not module.lists.why_not()
+
+
+@pytest.mark.parametrize("store", ["host", "int4"])
+@pytest.mark.parametrize("how", [{}, {"tapes": "replay"}], ids=str)
+def test_loops_fetch_rows_from_stores(
+    how: dict[str, Any], store: Any, written: list[Rolled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where autograd asks for them by name: the rows that it then gets are the turn's own."""
+    monkeypatch.setattr("rowtune.runtime.stores.keeping.LEAST_BYTES", 256)
+    model, plan, call, x, loss = case("unet_bn", 128, 4, **how)
+    segments = tuple(replace(s, store=store) for s in plan.segments)
+    plan = replace(plan, segments=segments, max_grad_error=1.0)
+    module = both(model, plan, call, x, loss)
+    assert not module.lists.why_not()
+    inside = {c.name for loop in loops_of(written) for c in loop.body}
+    assert ("rowtune::fetch" in inside) == (store == "host")
 
 
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))

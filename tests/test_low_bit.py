@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from exactness import run_step
 from training import plan_file
 
 from rowtune.cost.predict import predict
@@ -20,7 +21,7 @@ from rowtune.train.loop import train
 from rowtune.train.options import Options
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.optimizers import parse_optimizer, without_warnings
-from rowtune.tune.step import Workload, define, run_step
+from rowtune.tune.step import Workload, define
 
 NAMES = ["adamw8bit", "adamw4bit"]
 

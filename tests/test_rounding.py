@@ -68,8 +68,9 @@ def test_bits_and_halves(shape, seed):
     bits = packed(mask)
     assert bits.numel() == (mask.numel() + 7) // 8 and torch.equal(unpacked(bits, mask.shape), mask)
     codes = torch.randint(-7, 8, shape, dtype=torch.int8)
-    halves = halved(codes)
-    assert halves.numel() == (codes.numel() + 1) // 2 and torch.equal(doubled(halves, codes.shape), codes)
+    for dim, many in enumerate(shape):
+        halves = halved(codes, dim)
+        assert halves.shape[dim] == (many + 1) // 2 and torch.equal(doubled(halves, dim, many), codes)
 
 
 def test_no_dice_of_pytorchs_are_thrown():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import TOLERANCE
+from exactness import TOLERANCE, run_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from savers import NETS, Case, case, plans
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from training import plan_file, workload
 
 import rowtune
+from rowtune.cost.predict import predict
+from rowtune.cost.profile import Profile
 from rowtune.errors import PlanError, RowtuneError, UsageError
 from rowtune.graph.cuts import legal_cut
 from rowtune.graph.graph import Graph
@@ -37,7 +39,7 @@ from rowtune.train.loop import train
 from rowtune.train.options import Options
 from rowtune.tune.measure import Bench
 from rowtune.tune.reference import Place
-from rowtune.tune.step import Plain, run_step, scaler_for
+from rowtune.tune.step import Plain, scaler_for
 from rowtune.tune.verify import Verifier
 
 WAYS = {
@@ -296,6 +298,16 @@ def test_an_error_that_is_allowed_is_none_and_a_larger_one_is_wrong(small):
     assert 1e-3 < found.max_relative_error < plan.max_grad_error
     assert bench.measure(replace(plan, max_grad_error=1e-4)).status == "wrong"
     assert replace(plan, segments=(replace(plan.segments[0], store="host"),)).allowed_error == 0
+
+
+@pytest.mark.parametrize("way", ["keep", "recompute", "cache"])
+def test_copies_to_the_host_and_back_take_time(way, small):
+    """Each byte that is away is copied twice at least, at the rate of what nobody timed."""
+    made = case("unet_bn", torch.float32)
+    plan = uniform(made.training, way)
+    here, away = (predict(made.training, p, 1, Profile()) for p in (plan, stored(plan, "host")))
+    assert away.host_bytes > 0
+    assert away.seconds - here.seconds > 1.9 * 2 * away.host_bytes / Profile().bytes_per_second
 
 
 # -- the optimizer's step in backward ----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rowtune.plan.choices import LOSSY
 from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.stores import STORES
 from rowtune.runtime.stores.host import Host, HostPool
-from rowtune.runtime.stores.shelf import MOST_CHUNKS, Shelf
+from rowtune.runtime.stores.shelf import MOST_BANDS, Shelf
 from rowtune.runtime.stores.store import cut
 
 BANDED = ["recompute", "cache", "sweep", "late", "passes"]
@@ -66,10 +66,10 @@ def test_a_part_is_what_the_whole_has_there(name, layout, shape, data):
 
 def test_no_more_chunks_than_a_few():
     shelf = Shelf(STORES["host"](HostPool()), torch.randn(1, 1, 1000, 2), 2, 1)
-    assert len([*shelf.bands()]) <= MOST_CHUNKS
+    assert len([*shelf.bands()]) <= MOST_BANDS
     assert shelf.bytes == 0
     small = Shelf(STORES["int8"](HostPool()), torch.randn(1, 1, 1000, 2), 2, 1)
-    assert small.bytes <= 2000 + 4 * MOST_CHUNKS
+    assert small.bytes <= 2000 + 4 * MOST_BANDS
 
 
 def in_two(graph: Graph, how: dict[str, Any]) -> Plan:
@@ -134,6 +134,30 @@ def test_less_is_on_the_device_than_with_whole_tensors(read, monkeypatch):
     monkeypatch.setattr("rowtune.runtime.rows_call.banded_inputs", lambda graph, segment: {})
     whole = made.memory(replace(plan))
     assert banded.real_activations < 0.85 * whole.real_activations
+
+
+@pytest.mark.parametrize("store", sorted(STORES))
+@pytest.mark.parametrize("way", ["recompute", "cache", "sweep", "replay"])
+def test_lists_make_what_schedules_make(way, store, read):
+    """Bit for bit, with rows that their own calls fetch, and stashes that they put away."""
+    made = case("unet_bn", torch.float32, (1, 3, 32, 8))
+    plan = replace(stored(in_two(made.training, {**WAYS[way], "band_rows": 4}), store), max_grad_error=1.0)
+    module = made.apply(plan, "listed")
+    module.lists.after = 0
+    expected, *found = [made.step(m) for m in (made.apply(plan), module, module)]
+    assert not module.lists.why_not()
+    for step in found:
+        assert all(torch.equal(step.gradients[n], g) for n, g in expected.gradients.items())
+
+
+@pytest.mark.parametrize("name", ["unet_bn", "edsr"])
+@pytest.mark.parametrize("store", ["host", "int8"])
+@pytest.mark.parametrize("halo", ["cache", "sweep"])
+def test_lists_take_what_is_predicted(name, store, halo):
+    """What is on shelves goes with its last use."""
+    made = case(name, torch.float32, (1, 3, 128, 48))
+    plan = in_two(made.training, {"policy": "rows", "band_rows": 16, "halo": halo})
+    assert made.memory(replace(stored(plan, store), max_grad_error=1.0), "listed").error < 0.01
 
 
 CHECKPOINTS = {

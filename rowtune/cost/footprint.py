@@ -58,7 +58,7 @@ def footprint(made: SegmentRecording) -> Footprint:
     buffers, start, stop = made.recording.buffers, made.forward, made.calls
     given = {*made.inputs.values(), *made.outer.values()}
     crossing = (given | {c.memory for c in (*made.outputs, *made.gradients)}) - {*made.weights.values()}
-    mine = [b for n, b in enumerate(buffers) if b.role == "activation" and n not in crossing]
+    mine = [b for n, b in enumerate(buffers) if b.role in ("activation", "temporary") and n not in crossing]
     own = _Curve([*mine, *made.left_out], stop)
     state = _Curve([b for b in buffers if b.role == "gradient"], stop)
     begins = {n: max(buffers[n].born, 0) for n in crossing - given}

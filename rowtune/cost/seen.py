@@ -189,9 +189,8 @@ class Seen:
 
 
 def _listed(segment: SegmentProgram) -> bool:
-    """Whether the segment runs from lists: what lies in a store is got band by band, by its schedule."""
-    by_rows = isinstance(segment.how, Banded | Passes) and segment.decision.store == "device"
-    return segment.single_sweep or by_rows
+    """Whether the segment runs from lists."""
+    return isinstance(segment.how, Banded | Passes)
 
 
 class _Unlike(Exception):

@@ -34,6 +34,9 @@ class Tracing(Protocol):
     def steps(self, run: Any, steps: Any) -> None:
         """Run steps of a schedule: those that do what others did may be left out."""
 
+    def rows_of_now(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, calls look at rows that are worked out now, though autograd asks for them."""
+
 
 TRACING: ContextVar[Tracing | None] = ContextVar("TRACING", default=None)
 
@@ -55,6 +58,12 @@ def during(variable: ContextVar[T], value: T) -> Iterator[None]:
 def standing_for(device: str) -> contextlib.AbstractContextManager[None]:
     """Kernels are those of this kind of device meanwhile ("meta": of none)."""
     return during(STANDS_FOR, device)
+
+
+def rows_of_now() -> contextlib.AbstractContextManager[None]:
+    """Around what autograd asks for by name, and not by rows that it knew when its graph was made."""
+    tracing = TRACING.get()
+    return contextlib.nullcontext() if tracing is None else tracing.rows_of_now()
 
 
 def device_of(t: Tensor) -> torch.device:

@@ -66,11 +66,11 @@ def _codes(t: Tensor, scale: Tensor, most: int) -> Tensor:
 
 
 def _chunks(t: Tensor, scale: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Parts along the longest of the two outermost dimensions."""
+    """Parts along the longest of the three outermost dimensions."""
     if t.dim() == 0 or t.numel() <= CHUNK:
         yield t, scale, codes
         return
-    dim = max(range(min(2, t.dim())), key=lambda d: t.shape[d])
+    dim = max(range(min(3, t.dim())), key=lambda d: t.shape[d])
     length = max(1, t.shape[dim] * max(CHUNK, t.numel() // PARTS) // t.numel())
     for start in range(0, t.shape[dim], length):
         some = min(length, t.shape[dim] - start)
@@ -87,19 +87,18 @@ def _back(order: tuple[int, ...]) -> list[int]:
     return [order.index(d) for d in range(len(order))]
 
 
-def halved(codes: Tensor) -> Tensor:
-    """Codes of -7 to 7, two in a byte."""
-    flat = codes.flatten().add(8).view(torch.uint8)
-    if flat.numel() % 2:
-        flat = torch.cat((flat, flat.new_zeros(1)))
-    low, high = flat.view(-1, 2).unbind(1)
-    return high.bitwise_left_shift(4).bitwise_or_(low)
+def halved(codes: Tensor, dim: int) -> Tensor:
+    """Codes of -7 to 7, neighbours along a dimension two in a byte."""
+    whole = (slice(None),) * dim
+    low, high = (codes[(*whole, slice(at, None, 2))].add(8).view(torch.uint8) for at in (0, 1))
+    low.narrow(dim, 0, high.shape[dim]).bitwise_or_(high.bitwise_left_shift_(4))
+    return low
 
 
-def doubled(halves: Tensor, shape: torch.Size) -> Tensor:
-    """The codes again."""
-    both = torch.stack((halves.bitwise_and(15), halves.bitwise_right_shift(4)), 1)
-    return both.flatten()[: shape.numel()].view(torch.int8).sub_(8).view(shape)
+def doubled(halves: Tensor, dim: int, many: int) -> Tensor:
+    """The codes again, of which there were so many."""
+    both = torch.stack((halves.bitwise_and(15), halves.bitwise_right_shift(4)), dim + 1)
+    return both.flatten(dim, dim + 1).narrow(dim, 0, many).view(torch.int8).sub_(8)
 
 
 def packed(mask: Tensor) -> Tensor:

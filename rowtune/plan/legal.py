@@ -108,7 +108,25 @@ def _error(plan: Plan) -> str:
     return ""
 
 
-PLAN: tuple[Callable[[Plan], str], ...] = (_plan_choices, _axis, _in_backward, _state_by_parameter, _error)
+def not_captured(plan: Plan) -> str:
+    """Why no CUDA graph can hold this plan's steps; empty: one may."""
+    if plan.step_in_backward:
+        return "with step_in_backward the optimizer uses gradients as they come"
+    if plan.waiting_gradients == "host" or any(s.store == "host" for s in plan.segments):
+        return (
+            "what it keeps goes to the host's memory (store or waiting_gradients host), by the host's copies"
+        )
+    return ""
+
+
+def _captured(plan: Plan) -> str:
+    why = not_captured(plan) if plan.capture == "on" else ""
+    return f"capture on: {why}, which is nothing that a CUDA graph repeats; take capture off" if why else ""
+
+
+PLAN: tuple[Callable[[Plan], str], ...] = (
+    _plan_choices, _axis, _in_backward, _state_by_parameter, _error, _captured,
+)  # fmt: skip
 
 
 # -- of a segment by itself ------------------------------------------------------------------------------

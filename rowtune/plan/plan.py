@@ -10,7 +10,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rowtune.errors import PlanError
-from rowtune.plan.choices import LOSSY, Barriers, Cheap, Halo, Home, Layout, Policy, Precision, Store, Tapes
+from rowtune.plan.choices import (
+    LOSSY,
+    Barriers,
+    Capture,
+    Cheap,
+    Halo,
+    Home,
+    Layout,
+    Policy,
+    Precision,
+    Store,
+    Tapes,
+)
 from rowtune.plan.legal import legal
 
 
@@ -93,6 +105,8 @@ class Plan:
             update and put back (rowtune.step_from_host; step_in_backward likewise, a parameter at a time)
     waiting_gradients
             where gradients of what skips over segments are until backward comes to its maker
+    capture on: forward and backward are replayed as one CUDA graph (rowtune.capture); on other devices steps
+            run as ever
     """
 
     segments: tuple[Segment, ...]
@@ -103,6 +117,7 @@ class Plan:
     max_grad_error: float = 0.0
     optimizer_state: Home = "device"
     waiting_gradients: Home = "device"
+    capture: Capture = "off"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; fields at their default are left out."""

@@ -68,4 +68,4 @@ WITHOUT: dict[str, Without] = {
     "offload_state": lambda plan: replace(plan, optimizer_state="device"),
     "step_in_backward": lambda plan: replace(plan, step_in_backward=False),
 }
-"""By name: the same plan without it. (`channels_last` is for time.)"""
+"""By name: the same plan without it. (`channels_last` and `capture` are for time.)"""

@@ -144,6 +144,7 @@ class BandedRun:
 
     def _complete(self, beyond: Mapping[str, Tensor] | None = None) -> None:
         """All tapes have run."""
+        self.summing.flush()
         self.arriving.finish(self.dims)
         alone = apart(beyond or {}, (*self.outer.values(), *self.sums.gradients.values()))
         for name, g in alone.items():
@@ -163,10 +164,10 @@ class BandedRun:
             n: t.detach().requires_grad_(n in self.wanted) if t.dtype.is_floating_point else t
             for n, t in self._weights().items()
         }
-        summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
+        self.summing = WeightSums(self.gradients.weights, self.segment.part.nodes)
         for name, leaf in self.leaves.items():
             if leaf.requires_grad:
-                leaf.register_hook(summing.hook(name))  # type: ignore[no-untyped-call]
+                leaf.register_hook(self.summing.hook(name))  # type: ignore[no-untyped-call]
         self._images(ALL_IMAGES)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -199,6 +200,7 @@ class BandedRun:
     def step(self, step: Step) -> None:
         """One step of the program."""
         if type(step) is Run:
+            self.summing.flush()  # a band of a sweep begins
             self._run(step)
         elif type(step) is Replay:
             self._replay(step.piece)

@@ -35,6 +35,11 @@ Seed = int | Tensor
 """Of a step: a number, or a whole number on the device, so that calls written down take another each time."""
 
 
+def as_tensor(seed: Seed, device: torch.device) -> Tensor:
+    """The seed on a device."""
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, device=device)
+
+
 def draws(node: Node) -> bool:
     """Whether a node is a dropout that draws a mask."""
     return node.op == "dropout" and bool(node.args[1]) and bool(node.args[2])

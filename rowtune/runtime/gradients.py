@@ -14,7 +14,7 @@ from rowtune.plan.program import SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.evaluate import grad_dtype
 from rowtune.runtime.stores.shelf import Shelf
-from rowtune.runtime.stores.store import cut
+from rowtune.runtime.stores.store import Lay, cut
 from rowtune.torch_private import storage_of
 
 Part = Callable[[Tensor, Rows], Tensor]
@@ -161,6 +161,8 @@ def finish(
             reduction.add_gradient(node, x.get(band), finished, grad, cut(into, band))
 
 
-def blank_like(like: Tensor | Shelf, dtype: torch.dtype) -> Tensor:
+def blank_like(like: Tensor | Shelf | Lay, dtype: torch.dtype) -> Tensor:
     """New memory of a tensor's size and order."""
-    return torch.empty_like(like, dtype=dtype) if isinstance(like, Tensor) else like.blank(dtype)
+    if isinstance(like, Shelf):
+        like = like.lay
+    return torch.empty_like(like, dtype=dtype) if isinstance(like, Tensor) else like.blank(dtype=dtype)

@@ -96,6 +96,7 @@ class RowtuneModule(nn.Module):
         self.engine = engine
         self.loss = loss
         self.loss_scale: float | Tensor = 1.0
+        self.seed: Tensor | None = None  # of random masks, where somebody else draws it
         self._fingerprint, self._graph = fingerprint, graph
         self._graph_flags = _flags(self)
         self._programs: dict[Any, Program] = {}
@@ -171,6 +172,14 @@ class RowtuneModule(nn.Module):
             graph = with_loss(graph, self.loss, keep_outputs=outputs)
         return lower(graph, self.plan if self.training else eval_plan(graph, self.plan))
 
+    def drawn_seed(self, inputs: tuple[Any, ...]) -> int:
+        """The seed of the next step with targets: as a call draws it itself, unless `seed` is given."""
+        return _step_seed(self.program(inputs, with_targets=True).graph)
+
+    def flags(self) -> int:
+        """Changes with what a trace depends on beside its inputs."""
+        return _flags(self)
+
     # -- running -------------------------------------------------------------------------------------------
 
     def _run(self, program: Program, flat: list[Tensor], targets: Tensor | None) -> list[Tensor]:
@@ -188,7 +197,7 @@ class RowtuneModule(nn.Module):
         given = (*flat, *(t for n, t in env.items() if graph.values[n].kind != "input"))
         stored = any(s.store != "device" for s in self.plan.segments)
         outside = frozenset(map(storage_of, given)) if stored else frozenset()
-        seed = _step_seed(graph)
+        seed = _step_seed(graph) if self.seed is None else self.seed
         host = self.host
         step = StepRun(program, seed, self.loss_scale, lists, outside=outside, host=host, skips=Skips(host))
         flat.clear()

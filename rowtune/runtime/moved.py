@@ -38,7 +38,7 @@ def seen_from(run: BandedRun, turns: Turns, turn: int) -> Any:
     arriving = {n: (r.lo, rows(n, r).hi) for n, r in run.arriving.filled.items()}
     sums = {n: {at: _like(t) for at, t in found.items()} for n, found in run.sums.shares.items()}
     whole = [*run.outputs], [*run.gradients.inputs], [*run.gradients.weights], [*run.stash]
-    return lines, shares, tapes, arriving, sums, whole
+    return lines, shares, tapes, arriving, sums, whole, [[*some] for some in run.summing.waiting]
 
 
 def _like(t: Tensor) -> Any:

@@ -18,7 +18,7 @@ import torch
 from rowtune.runtime.blank import Signature
 from rowtune.torch_private import OpOverload
 
-Role = Literal["parameter", "buffer", "batch", "constant", "gradient", "activation"]
+Role = Literal["parameter", "buffer", "batch", "constant", "gradient", "activation", "temporary"]
 Way = Literal["forward", "backward"]
 
 STATE: frozenset[str] = frozenset({"parameter", "buffer", "gradient"})
@@ -28,7 +28,8 @@ STATE: frozenset[str] = frozenset({"parameter", "buffer", "gradient"})
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """Memory of `bytes` bytes, alive from the end of call `born` (-1: before the first) to the end of call
-    `died` (None: beyond the last). `name` is that of a value or of the operator that made it."""
+    `died` (None: beyond the last). `name` is that of a value or of the operator that made it; what is
+    temporary is a kernel's own, of one call (runtime/temporary.py)."""
 
     name: str
     bytes: int
@@ -178,7 +179,7 @@ def check(recording: Recording) -> Recording:
         made |= {*fresh}
     for number, buffer in enumerate(recording.buffers):
         assert buffer.died is None or buffer.died >= buffer.born, f"{buffer.name} ends before it begins"
-        given = buffer.born < 0 or buffer.role == "constant"
+        given = buffer.born < 0 or buffer.role in ("constant", "temporary")
         assert given or number in made, f"no call makes {buffer.name}, or one made before"
         left = buffer.died is None and buffer.role == "activation"
         assert not left, f"{buffer.name} ({buffer.bytes} bytes) is left over"

@@ -12,7 +12,7 @@ from rowtune.errors import RowtuneError
 from rowtune.graph.graph import carried
 from rowtune.plan.program import Banded, Passes, SegmentProgram
 from rowtune.runtime.banded import BandedRun
-from rowtune.runtime.dropout import draws
+from rowtune.runtime.dropout import as_tensor, draws
 from rowtune.runtime.gradients import Gradients, blank_like
 from rowtune.runtime.lists.kinds import Begin, Life, Traced
 from rowtune.runtime.passes import PassesRun
@@ -20,7 +20,9 @@ from rowtune.runtime.precision import as_it_was, autocast_key
 from rowtune.runtime.step_run import Env, StepRun
 from rowtune.runtime.stores.keeping import Keeping, saving
 from rowtune.runtime.stores.shelf import Shelf, banded_inputs
+from rowtune.runtime.stores.store import Lay, lay_of
 from rowtune.runtime.sums import changed_buffers
+from rowtune.torch_private import storage_of
 
 
 def run_rows(step: StepRun, segment: SegmentProgram, env: Env, keeping: Keeping | None) -> None:
@@ -66,7 +68,7 @@ class _Call:
         self.step, self.segment, self.names, self.changed = step, segment, names, changed
         self.earlier = step.earlier
         drawn = step.lists is not None and any(map(draws, segment.part.nodes))
-        self.seed = torch.full((), step.seed, device=device) if drawn else None
+        self.seed = as_tensor(step.seed, device) if drawn else None
         self.autocast = autocast_key()
         self.grad_enabled = torch.is_grad_enabled()
         self.stored: Gradients | None = None
@@ -104,23 +106,31 @@ class _Call:
     def begun(self, given: dict[str, Tensor], needs: tuple[bool, ...]) -> Traced:
         """A run of the segment's schedule, or of the calls that an earlier run of it made."""
         wanted, step, segment = self.wanted(needs), self.step, self.segment
-        graph, seed, keeping = step.program.graph, step.seed, self.keeping  # not the step: it knows its runs
+        graph, seed = step.program.graph, step.seed  # not the step: it knows its runs
+        keeping, outside = self.keeping, self.outside(given)
 
-        def run(tensors: dict[str, Tensor], first_time: bool) -> Traced:
-            own = tensors.get(SEED, seed)
+        def run(tensors: Mapping[str, Tensor | Shelf], first_time: bool) -> Traced:
+            own = tensors[SEED] if SEED in tensors else seed
+            assert not isinstance(own, Shelf)
             if isinstance(segment.how, Passes):
                 return PassesRun(graph, segment, tensors, wanted, own, first_time=first_time)
-            return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=keeping)
+            memory = {storage_of(t) for n, t in tensors.items() if n in outside and isinstance(t, Tensor)}
+            stashing = None if keeping is None else keeping.over(memory)
+            return BandedRun(graph, segment, tensors, wanted, own, first_time=first_time, keeping=stashing)
 
         nodes = segment.part.nodes
-        in_store = (keeping is not None or bool(self.shelves)) and not segment.single_sweep
-        if step.lists is None or in_store or any(n.random and n.op != "dropout" for n in nodes):
+        if step.lists is None or any(n.random and n.op != "dropout" for n in nodes):
             return run(given, True)
         casts = any(n.region is not None and n.region.autocast for n in nodes)
-        begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale, casts)
+        begin = Begin(run, self.lives(any(needs)), self.carried(wanted), step.scale, step.host, casts)
         scale = None if isinstance(step.scale, Tensor) else step.scale
-        key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), *self.autocast)
-        return step.lists.run(id(segment), key, given, begin)
+        key = (wanted, scale, torch.are_deterministic_algorithms_enabled(), outside, *self.autocast)
+        return step.lists.run(id(segment), key, given, begin, self.shelves)
+
+    def outside(self, given: Mapping[str, Any]) -> frozenset[str]:
+        """Of what the segment reads, the names of what lies in memory that lives anyway."""
+        memory = () if self.keeping is None else self.keeping.outside
+        return frozenset(n for n, t in given.items() if isinstance(t, Tensor) and storage_of(t) in memory)
 
     def lives(self, needs: bool) -> tuple[Life, ...]:
         """What a run may do."""
@@ -147,7 +157,7 @@ class _Call:
         for name, t in zip(self.names, tensors, strict=True):
             shelf = self.step.shelves.get(name)
             if shelf is None and self.keeping is not None and name in places:
-                shelf = self.keeping.shelved(t, *places[name])
+                shelf = self.keeping.shelved(t, places[name])
             if shelf is None:
                 rest.append(t.detach())
             else:
@@ -219,10 +229,19 @@ def _replay(ctx: Any, call: _Call, grads: tuple[Tensor | None, ...]) -> list[Ten
     tensors = call.recalled()
     given = {n: g for n, g in zip(call.segment.part.outputs, grads, strict=True) if g is not None}
     run.recall(call.detached(tensors))
+    like = tuple([_lay(t) for t in tensors])
+    del tensors  # what is on shelves, or comes from a store, goes with its last use
+    call.shelves = {}
     with as_it_was(call.autocast):
         made = run.backward(given)
     call.done()
-    return _in_order(call, made, tensors, ctx.needs, _reached(call, given) - _finished(call))
+    return _in_order(call, made, like, ctx.needs, _reached(call, given) - _finished(call))
+
+
+def _lay(t: Tensor | Shelf) -> Tensor | Lay:
+    if isinstance(t, Shelf):
+        return t.lay
+    return lay_of(t) if type(t) is Tensor else t
 
 
 def _reached(call: _Call, given: Iterable[str]) -> set[str]:
@@ -243,7 +262,7 @@ def _finished(call: _Call) -> set[str]:
 def _in_order(
     call: _Call,
     made: Gradients,
-    tensors: tuple[Tensor | Shelf, ...],
+    tensors: tuple[Tensor | Lay, ...],
     needs: tuple[bool, ...],
     reached: set[str],
 ) -> list[Tensor | None]:

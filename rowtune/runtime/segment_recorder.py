@@ -31,6 +31,7 @@ from rowtune.runtime.segment_recording import Crossing, SegmentRecording, work_o
 from rowtune.runtime.segments import run_segment
 from rowtune.runtime.step_run import StepRun
 from rowtune.runtime.stores.host import HostPool
+from rowtune.runtime.stores.lanes import nobody
 from rowtune.runtime.waiting import Skips
 from rowtune.runtime.writer import Counted, Lives, Recorder
 from rowtune.torch_private import storage_of
@@ -77,7 +78,8 @@ class SegmentRun:
         self.caught: dict[str, Tensor] = {}
         self.tails: dict[str, _Tail] = {}
         self.weights: dict[str, Tensor] = {}
-        host = HostPool()
+        told = self.recorder.copied if isinstance(self.recorder, Counted) else nobody
+        host = HostPool(told)
         self.left_out = LeftOut(self.recorder, host)
         self.model = _model(segment)
         with self.mode, standing_for(graph.device), uncollected():
@@ -85,7 +87,7 @@ class SegmentRun:
             self.given = {n: self._know(n, t) for n, t in env.items()}
             one = Program(graph, Plan(()), (self.left_out.marked(segment),), ((),))
             outside = frozenset(storage_of(t) for n, t in env.items() if self._outside(n, t))
-            skips = Skips(HostPool())
+            skips = Skips(HostPool(told))
             step = StepRun(one, outside=outside, host=host, skips=skips)
             with self.recorder, autocast(how.dtype, self.blank.type):
                 run_segment(step, one.segments[0], env)

@@ -47,6 +47,8 @@ def _run_segment(step: StepRun, segment: SegmentProgram, env: Env) -> None:
             env |= _run_parts(step, segment, run, env)
         case Whole() as run:
             _run_kept(step, segment, run, env, keeping)
+    if keeping is not None:
+        step.host.settle()
 
 
 def _run_kept(step: StepRun, segment: SegmentProgram, run: Whole, env: Env, keeping: Keeping | None) -> None:
@@ -62,7 +64,7 @@ def _run_kept(step: StepRun, segment: SegmentProgram, run: Whole, env: Env, keep
     run_node: Callable[[Node, Callable[[str], Any]], Any]
     run_node = partial(run_whole, seed=step.seed, first_time=first_time)
     if segment.decision.cheap == "recompute" and torch.is_grad_enabled():
-        spared = not_kept(segment, env, step.seed)
+        spared = not_kept(segment, env)
         hooks = remaking = Remaking(spared, step.seed, keeping, segment.decision.store in LOSSY)
         run_node = remaking.run
     with saving(hooks):
@@ -94,7 +96,7 @@ def _first_shelves(
     found = {}
     for name, place in banded_inputs(step.program.graph, first).items():
         if name in segment.part.inputs and name not in elsewhere:
-            if (shelf := keeping.shelved(env[name], *place)) is not None:
+            if (shelf := keeping.shelved(env[name], place)) is not None:
                 found[name] = shelf
     return found
 

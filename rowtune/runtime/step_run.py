@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rowtune.plan.program import Program, SegmentProgram
+from rowtune.runtime.dropout import Seed
 from rowtune.runtime.lists.kinds import Traced
 from rowtune.runtime.lists.run import Lists
 from rowtune.runtime.stores import STORES
@@ -38,7 +39,7 @@ class StepRun:
     """
 
     program: Program
-    seed: int = 0
+    seed: Seed = 0
     scale: float | Tensor = 1.0
     lists: Lists | None = None
     earlier: Earlier = field(default_factory=dict)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rowtune.kernels.constants import rows_of_now
 from rowtune.rows import Rows
 from rowtune.runtime.lines import Lines
 from rowtune.torch_private import storage_of
@@ -67,4 +68,5 @@ class Windows:
             return packed
         name, rows, size, stride, offset = packed
         rows = rows.shifted(self.lines.moved.get(name, 0))
-        return self.lines.get(name, rows)[0].as_strided(size, stride, offset)
+        with rows_of_now():
+            return self.lines.get(name, rows)[0].as_strided(size, stride, offset)

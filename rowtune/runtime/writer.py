@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowtune.runtime.blank import Answers
+from rowtune.kernels.constants import STANDS_FOR
+from rowtune.runtime.blank import Answers, Like, Signature
 from rowtune.runtime.recording import (
     At,
     Buffer,
@@ -23,7 +24,10 @@ from rowtune.runtime.recording import (
     Way,
     written_arguments,
 )
+from rowtune.runtime.temporary import temporary_bytes
 from rowtune.torch_private import TorchDispatchMode, key_of
+
+COPY = torch.ops.aten.copy_.default
 
 Answer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -99,6 +103,14 @@ class Lives(TorchDispatchMode):
         """What was recorded."""
         return Recording((), (), self.finished())
 
+    def _note_temporary(self, func: Any, args: tuple[Any, ...]) -> None:
+        """What the call's kernel takes for itself."""
+        size = temporary_bytes(func, args, STANDS_FOR.get())
+        if size:
+            now = self.calls - 1
+            self._died[len(self._buffers)] = now
+            self._buffers.append(Buffer(f"{func._opname}'s copies", size, "temporary", now, None))
+
     def _gone(self, life: _Life) -> None:
         del self._known[life.key]
         self.live -= self._buffers[life.number].bytes
@@ -107,6 +119,7 @@ class Lives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
+        self._note_temporary(func, args)
         if isinstance(out, Tensor):
             self.buffer_of(out, func._opname, "activation")
         elif isinstance(out, (list, tuple)):
@@ -156,6 +169,12 @@ class Counted(Lives):  # type: ignore[no-untyped-call]
             self.uses.append(Use(self.calls - 1, reads, made, writes, asked, self.times))
         return out
 
+    def copied(self, into: Tensor, of: Tensor) -> None:
+        """To the host's memory or from there: work, of which no call comes by."""
+        likes = tuple(Like(tuple(t.shape), t.stride(), t.dtype) for t in (into, of))
+        self.host += self.times
+        self.uses.append(Use(self.calls - 1, (), (), True, Signature(COPY, likes, ()), self.times))
+
 
 class Recorder(Lives):  # type: ignore[no-untyped-call]
     """Writes down every aten call as well, with the views of buffers that it reads and makes."""
@@ -189,6 +208,7 @@ class Recorder(Lives):  # type: ignore[no-untyped-call]
         named = {k: self._given(a, reads) for k, a in kwargs.items()} if kwargs else {}
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
+        self._note_temporary(func, args)
         self._calls.append(Call(func, given, named, tuple(reads), self._made(out, name), *self._placed()))
         return out
 

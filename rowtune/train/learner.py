@@ -28,7 +28,7 @@ from rowtune.importers.synced import shares
 from rowtune.plan.file import PlanFile, exact_one, figures, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
-from rowtune.runtime.module import Engine, RowtuneModule, apply
+from rowtune.runtime.module import Engine, apply
 from rowtune.train import ranks, sharded
 from rowtune.train.gradient_error import Watch, refusal
 from rowtune.train.group import Group, OutOfMemory
@@ -39,7 +39,7 @@ from rowtune.tune.device import release, synchronize
 from rowtune.tune.measurement import out_of_memory
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.optimizers import OptimizerSpec
-from rowtune.tune.step import Batch, Workload, run_backward, scaler_for, use_gradients
+from rowtune.tune.step import Batch, Workload, gradients_of, scaler_for, use_gradients
 from rowtune.tune.verify import compare, outcome
 
 
@@ -68,6 +68,7 @@ class Learner:
             update = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(self.model, multi_avg_fn=update)
             self.averaged = apply(self.average.module, file.plan, work.loss, engine=options.engine)
+        self.gradients = gradients_of(self.runner, self.optimizer, self.scaler)
         self.done = self.here = 0
         self.loss: float | None = None
         self.times: list[float] = []
@@ -191,8 +192,7 @@ class Learner:
             return None
         if (file := exact_one(self.file, self._may)) is None:
             raise GradientError(refusal(at, check, self.file))
-        self.take(file)
-        release(self.device)
+        self._change(file)
         return MadeExact(at, check.max_relative_error, check.worst, allowed, *figures(file))
 
     def step_down(self, reason: str, step: int) -> SteppedDown:
@@ -207,9 +207,14 @@ class Learner:
                 "search again with a smaller --budget (rowtune search --from the file keeps what was "
                 "measured), or free memory that others hold; the last --checkpoint can be gone on from"
             )
-        self.take(file)
-        release(self.device)
+        self._change(file)
         return SteppedDown(step, reason, *figures(file))
+
+    def _change(self, file: PlanFile) -> None:
+        self.gradients.release()
+        self.take(file)
+        self.gradients = gradients_of(self.runner, self.optimizer, self.scaler)
+        release(self.device)
 
     def _may(self, plan: Plan) -> bool:
         """Whether the run's options go with a plan."""
@@ -278,7 +283,7 @@ class _Step:
                     gradients=self.count > 0, whole=learner.whole,
                 )  # fmt: skip
             with learner.group.guarded(learner.waits):
-                loss = self._backward(learner.runner, self.batch)
+                loss = self._backward(self.batch)
             more = self._next()
             if more is None:
                 break
@@ -324,11 +329,11 @@ class _Step:
             self.norm = float(sharded.whole(nn.utils.clip_grad_norm_(learner.trained, options.clip)))
         use_gradients(learner.runner, learner.optimizer, learner.scaler)
 
-    def _backward(self, runner: RowtuneModule, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         inputs, target = batch
         learner = self.learner
         try:
-            return run_backward(runner, learner.optimizer, inputs, target, learner.scaler)
+            return learner.gradients(*inputs, targets=target)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, RowtuneError) or out_of_memory(error) or ranks.lost(error):
                 raise

@@ -192,6 +192,7 @@ class _Run:
     ) -> ValReport | None:
         """A validation changes nothing, so one that runs out of memory begins anew under a smaller plan."""
         learner = self.learner
+        learner.gradients.release()  # whose memory is not a validation's
         while True:
             try:
                 with learner.group.guarded(waits=True):  # it asks for signals, in all ranks

@@ -25,7 +25,7 @@ from rowtune.tune.output import check_replaceable, keep
 from rowtune.tune.profiles import calibration
 from rowtune.tune.records import RecordFile, correction
 from rowtune.tune.reference import plain_peak
-from rowtune.tune.savers import DEFAULT, ON_HOST, used
+from rowtune.tune.savers import DEFAULT, ON_HOST, check_capture, used
 from rowtune.tune.shared import Shared
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
@@ -173,6 +173,7 @@ def find(
 
 def _find(request: Request, progress: Callable[[Progress], None]) -> Found:
     work, out = request.work, request.out
+    check_capture(request.savers, work.problem.device)
     check_replaceable(out, work.graph.fingerprint, request.force)
     budget = budget_bytes(request)
     records = RecordFile(records_path(out), study_identity(work), fresh=request.fresh or _foreign(request))

@@ -27,7 +27,7 @@ from rowtune.tune.device import cap_memory, context_bytes, release, step_clock, 
 from rowtune.tune.measurement import Contender, Effort, Measurement, Timing, failure
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.reference import places
-from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, run_step, scaler_for
+from rowtune.tune.step import Batch, Plain, Workload, plain_graph, prepare, scaler_for, steps_of
 from rowtune.tune.verify import Check, Verifier
 
 Clock = Callable[[], float]
@@ -128,10 +128,10 @@ class Bench:
         if isinstance(runner, RowtuneModule):
             # Lists are written down by the first step, which is not timed, and not by the second.
             runner.lists.after = 0
-        scaler = scaler_for(plan, self.device)
+        made = steps_of(runner, optimizer, scaler_for(plan, self.device))
 
         def step() -> None:
-            run_step(runner, optimizer, *batch, scaler)
+            made(*batch)
 
         return step
 

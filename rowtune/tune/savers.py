@@ -21,6 +21,7 @@ SAVERS: dict[str, str] = {
     "bf16": "autocast to bfloat16",
     "offload_gradients": "gradients of what skips over segments wait on the host",
     "offload_state": "the optimizer's state stays on the host, and comes for the update of each parameter",
+    "capture": "forward and backward are replayed as one CUDA graph: no memory, but the host's time",
     "step_in_backward": "each gradient is used and freed as it comes: no clipping, no accumulation",
 }
 """What each does. Gradients are those of plain PyTorch, with bf16 those of plain under bf16."""
@@ -31,11 +32,14 @@ DEFAULT = frozenset({"rows", "checkpoint", "turns", "images", "recompute", "chan
 RESORT = frozenset({"offload", "offload_gradients", "offload_state", "step_in_backward"})
 """What else may be used, unless it is forbidden, where no plan fits without."""
 
-ASKED = tuple(name for name in SAVERS if name not in DEFAULT | {"rounding"})
-"""What a search uses only where it is asked to, in the order of the table."""
+ASKED = tuple(name for name in SAVERS if name not in DEFAULT | {"rounding", "capture"})
+"""What saves memory and a search uses only where it is asked to, in the order of the table."""
 
 ON_HOST = frozenset({"offload", "offload_gradients", "offload_state"})
 """What takes memory of the host."""
+
+NOT_IN_GRAPHS = frozenset({"offload", "offload_gradients", "step_in_backward"})
+"""What does not go with capture: see rowtune/plan/legal.py."""
 
 
 def parse(text: str) -> frozenset[str]:
@@ -63,12 +67,30 @@ def parse(text: str) -> frozenset[str]:
     return frozenset((DEFAULT | more) - {word[1:] for word in words if word[0] == "-"})
 
 
+def check_capture(savers: frozenset[str], device: str) -> None:
+    """Capture is of CUDA devices, and goes with what repeats itself.
+
+    Raises:
+        UsageError: it is asked for elsewhere, or beside what it does not go with.
+    """
+    if "capture" not in savers:
+        return
+    if not device.startswith("cuda"):
+        raise UsageError(
+            f"--savers capture replays steps as CUDA graphs, and the device is {device}: leave it out, or "
+            "give --device cuda"
+        )
+    if others := sorted(savers & NOT_IN_GRAPHS):
+        raise UsageError(f"--savers capture does not go with {', '.join(others)}: leave out one or the other")
+
+
 def last_resort(text: str) -> frozenset[str]:
     """Of what `parse` reads: the savers that may be used as well where no plan fits without."""
     words = _words(text)
     if any(word[0] not in "+-" for word in words):
         return frozenset()  # all that may be used is named
-    return RESORT - {word[1:] for word in words}
+    forbidden = NOT_IN_GRAPHS if "+capture" in words else frozenset()
+    return RESORT - forbidden - {word[1:] for word in words}
 
 
 def _words(text: str) -> list[str]:
@@ -96,6 +118,7 @@ def used(plan: Plan) -> frozenset[str]:
     uses = {
         "channels_last": plan.layout == "channels_last",
         "bf16": plan.dtype == "bf16",
+        "capture": plan.capture == "on",
         "offload_gradients": plan.waiting_gradients == "host",
         "offload_state": plan.optimizer_state == "host",
         "step_in_backward": plan.step_in_backward,

@@ -90,6 +90,8 @@ class ProgrammeSpace:
         self.graph, self.optimizer, self.calibrate, self.savers = graph, optimizer, calibrate, savers
         self.tables = tables
         whole: dict[str, Any] = {"dtype": "bf16"} if "bf16" in savers else {}
+        if "capture" in savers:
+            whole |= {"capture": "on"}
         if "step_in_backward" in savers:
             whole |= {"step_in_backward": True}
         if "offload_gradients" in savers:

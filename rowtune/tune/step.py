@@ -5,8 +5,9 @@ A step is: forgotten gradients (zero_grad at its start), forward, loss, backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from rowtune.importers.trace import trace
 from rowtune.plan.choices import Home
 from rowtune.plan.plan import Plan
 from rowtune.problem import Problem, Source, TensorSpec
+from rowtune.runtime.captured import Backward, Captured, recorder_for
 from rowtune.runtime.in_backward import step_in_backward
 from rowtune.runtime.module import RowtuneModule
 from rowtune.runtime.optimizer_state import settle, step_from_host
@@ -137,18 +139,19 @@ def scaler_for(plan: Plan | None, device: str) -> torch.amp.GradScaler | None:
     return torch.amp.GradScaler(torch.device(device).type) if fp16 else None
 
 
-def run_step(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    inputs: tuple[Tensor, ...],
-    target: Tensor,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Tensor:
-    """One training step; the loss, detached."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = run_backward(module, optimizer, inputs, target, scaler)
-    use_gradients(module, optimizer, scaler)
-    return loss
+def steps_of(
+    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
+    """Training steps, one after another: of inputs and a target; each returns its loss, detached."""
+    gradients = gradients_of(module, optimizer, scaler)
+
+    def step(inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = gradients(*inputs, targets=target)
+        use_gradients(module, optimizer, scaler)
+        return loss
+
+    return step
 
 
 def state_home(module: nn.Module) -> Home:
@@ -177,6 +180,33 @@ def run_backward(
     else:
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+class Plainly(NamedTuple):
+    """Steps that run as they come; called like `Captured`."""
+
+    backward: Backward
+
+    def __call__(self, *inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.backward(inputs, targets)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def gradients_of(
+    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> Captured | Plainly:
+    """Forward and backward of one batch after another: `run_backward`, or its replay as a CUDA graph where
+    the module's plan has it so and the device can."""
+
+    def backward(inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        return run_backward(module, optimizer, inputs, target, scaler)
+
+    if isinstance(module, RowtuneModule) and module.plan.capture == "on":
+        if (record := recorder_for(next(module.parameters()).device)) is not None:
+            return Captured(module, backward, record)
+    return Plainly(backward)
 
 
 def use_gradients(

@@ -20,6 +20,8 @@ from rowtune.torch_private import OpOverload
 
 aten = torch.ops.aten
 
+NOTHING: Mapping[Any, Callable[..., Any]] = {}
+
 Function = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 QUICK: dict[Any, Callable[..., Any]] = {
@@ -44,9 +46,10 @@ QUICK: dict[Any, Callable[..., Any]] = {
 """PyTorch's own bindings of operators with the same arguments, which are called faster than the operators."""
 
 
-def compiled(listing: Rolled) -> Function:
-    """A function of the given tensors, in a list that it empties, for the results."""
-    writer = _Writer(listing)
+def compiled(listing: Rolled, own: Mapping[Any, Callable[..., Any]] = NOTHING) -> Function:
+    """A function of the given tensors, in a list that it empties, for the results; `own` are functions in the
+    place of operators."""
+    writer = _Writer(listing, own)
     source = "\n".join(writer.lines())
     names = writer.names
     exec(compile(source, "<a rowtune listing>", "exec"), names)
@@ -57,8 +60,8 @@ def compiled(listing: Rolled) -> Function:
 class _Writer:
     """Views are local variables, named anew when they are free; everything else is a global name."""
 
-    def __init__(self, listing: Rolled) -> None:
-        self.listing = listing
+    def __init__(self, listing: Rolled, own: Mapping[Any, Callable[..., Any]]) -> None:
+        self.listing, self.quick = listing, {**QUICK, **own}
         self.names: dict[str, Any] = {}
         self._global: dict[Any, str] = {}
         self._local: dict[int, str] = {}
@@ -148,7 +151,7 @@ class _Writer:
         kwargs = [f"{k}={self._argument(a)}" for k, a in call.kwargs.items()]
         if call.op is aten.slice.Tensor and not kwargs and (narrowed := self._narrow(call)):
             return self._named(torch.narrow, torch.narrow), narrowed
-        target = QUICK.get(call.op, call.op._op)
+        target = self.quick.get(call.op, call.op._op)
         return self._named(call.op, target), [*args, *kwargs]
 
     def _narrow(self, call: Call) -> list[str] | None:

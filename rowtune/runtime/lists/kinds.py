@@ -27,8 +27,13 @@ from rowtune.runtime.lists.rewrites import REWRITES, rewritten
 from rowtune.runtime.lists.tracer import Key, Listed, NotListed, Tracer
 from rowtune.runtime.lists.turns import Way, each, in_turns
 from rowtune.runtime.recording import View
+from rowtune.runtime.stores import calls
+from rowtune.runtime.stores.host import Host, HostPool
+from rowtune.runtime.stores.shelf import Shelf
 from rowtune.runtime.writer import Answer
 from rowtune.torch_private import FakeTensorMode, storage_of, without_modes
+
+META = torch.device("meta")
 
 Life = tuple[str, ...]
 """What a run does, in order: forward alone; forward and backward; with the forward again in between, inside a
@@ -42,20 +47,36 @@ class Traced(Protocol):
     def again(self) -> dict[str, Tensor]: ...
     def single_sweep(self, scale: Tensor | float) -> tuple[dict[str, Tensor], Gradients]: ...
     def backward(self, grads: Mapping[str, Tensor]) -> Gradients: ...
-    def recall(self, tensors: dict[str, Any]) -> None: ...
+    def recall(self, tensors: Mapping[str, Tensor | Shelf]) -> None: ...
     def forget(self) -> None: ...
 
 
 class Begin(NamedTuple):
     """How runs of a segment begin: `run(tensors, first_time)` is one of the schedule itself; only the first
     time do buffers change. Outputs `carried` may get gradients; a sweep's are for `scale` times the loss.
-    `casts`: the model turns autocast on or off by itself somewhere in the segment."""
+    What is put on the host goes to the pool `host`. `casts`: the model turns autocast on or off by itself
+    somewhere in the segment."""
 
-    run: Callable[[dict[str, Tensor], bool], Traced]
+    run: Callable[[Mapping[str, Tensor | Shelf], bool], Traced]
     lives: tuple[Life, ...]
     carried: frozenset[str]
     scale: Tensor | float
+    host: HostPool
     casts: bool = False
+
+
+class Given(NamedTuple):
+    """Tensors without data in the place of what a segment reads, on `device`: as it is when a run begins, and
+    the shelves that some of it is on from then on."""
+
+    tensors: Mapping[str, Tensor]
+    shelves: Mapping[str, Shelf]
+    device: torch.device
+
+    def on(self, blank: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor | Shelf]]:
+        """Stand-ins on a device of tensors without data: for the first section, and for those after it."""
+        first = stand_ins(self.tensors, blank)
+        return first, {**first, **{n: s.without_data(blank) for n, s in self.shelves.items()}}
 
 
 class Runnable(NamedTuple):
@@ -71,13 +92,13 @@ class Runnable(NamedTuple):
     renew: tuple[Callable[[], object], ...]
 
 
-def _step(listed: Listed) -> Runnable:
+def _step(listed: Listed, host: HostPool) -> Runnable:
     whole = rolled(listed.listing)
     try:
         shorter = rolled(rewritten(listed.listing), whole)
     except NotAlike:
         shorter = _one_by_one(listed.listing, whole)
-    return Runnable(compiled(shorter), *listed[1:])
+    return Runnable(compiled(shorter, calls.own(Host(host).leave)), *listed[1:])
 
 
 def _one_by_one(listing: Listing, whole: Rolled) -> Rolled:
@@ -96,9 +117,11 @@ Place = tuple[Life, Any]
 
 @dataclass
 class Kind:
-    """One kind of runs: its sections, and what its forward leaves for all of them."""
+    """One kind of runs: its sections, and what its forward leaves for all of them. `layout` is that of what
+    is not on shelves later."""
 
     answer: Answer
+    given: Given
     layout: Any
     way: Way = in_turns
     lives: tuple[Life, ...] = ()
@@ -106,18 +129,16 @@ class Kind:
     leaves: frozenset[View] = frozenset()
     why_not: str = ""
 
-    def learn(
-        self, place: Place, tensors: dict[str, Tensor], begin: Begin, outer: Mapping[str, Tensor]
-    ) -> None:
+    def learn(self, place: Place, begin: Begin, outer: Mapping[str, Tensor]) -> None:
         """What a run does that was not written down yet: another life than was expected, or a backward for
         other outer gradients. Where forward leaves too little for it, runs to come will leave more."""
         self.steps[place] = None
         with contextlib.suppress(Exception):  # as in `written`
-            listed = _traced(self.answer, self.way, place[0], tensors, begin, outer)[-1][1]
+            listed = _traced(self.answer, self.way, place[0], self.given, begin, outer)[-1][1]
             if self.leaves >= {*listed.state}:
-                self.steps[place] = _step(listed)
+                self.steps[place] = _step(listed, begin.host)
             elif place[0] in begin.lives and place[0] not in self.lives:
-                _write(self, tensors, begin, begin.lives)
+                _write(self, begin, begin.lives)
 
 
 def layout_of(tensors: Mapping[Any, Tensor]) -> Any:
@@ -130,21 +151,31 @@ def layout_of(tensors: Mapping[Any, Tensor]) -> Any:
     return where, tuple([(n, t.shape, t.stride(), t.dtype) for n, t in tensors.items()])
 
 
-def written(answer: Answer, tensors: dict[str, Tensor], begin: Begin) -> Kind:
+def written(
+    answer: Answer, tensors: Mapping[str, Tensor], shelves: Mapping[str, Shelf], begin: Begin
+) -> Kind:
     """All that runs like this one call."""
-    kind = Kind(answer, layout_of(tensors))
+    device = next(iter(tensors.values())).device
+    layout = layout_of({n: t for n, t in tensors.items() if n not in shelves})
     try:
-        _write(kind, tensors, begin, begin.lives[-1:])
+        with without_modes():
+            there = {n: s.without_data(META) for n, s in shelves.items()}
+            given = Given(stand_ins(tensors, META), there, device)
+    except NotListed as why:
+        return Kind(answer, Given({}, {}, device), layout, why_not=str(why))
+    kind = Kind(answer, given, layout)
+    try:
+        _write(kind, begin, begin.lives[-1:])
     except NotAlike:  # bands that others were to stand for
-        kind = Kind(answer, kind.layout, each)
-        _write(kind, tensors, begin, begin.lives[-1:])
+        kind = Kind(answer, given, layout, each)
+        _write(kind, begin, begin.lives[-1:])
     return kind
 
 
-def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin, lives: tuple[Life, ...]) -> None:
+def _write(kind: Kind, begin: Begin, lives: tuple[Life, ...]) -> None:
     """The sections of these lives. Most segments within a checkpoint have only the longest."""
     try:
-        runs = [_traced(kind.answer, kind.way, life, tensors, begin, None) for life in lives]
+        runs = [_traced(kind.answer, kind.way, life, kind.given, begin, None) for life in lives]
     except NotAlike:
         raise
     except Exception as why:  # an operator that does not run without data; on real tensors it may
@@ -154,7 +185,8 @@ def _write(kind: Kind, tensors: dict[str, Tensor], begin: Begin, lives: tuple[Li
     steps: dict[Place, Runnable | None] = {}
     for place, listed in (section for sections in runs for section in sections):
         if place not in steps:
-            steps[place] = _step(_leaving(listed, kept) if len(place[0]) == 1 else listed)
+            left = _leaving(listed, kept) if len(place[0]) == 1 else listed
+            steps[place] = _step(left, begin.host)
     kind.lives, kind.steps, kind.leaves = lives, steps, frozenset(kept)
 
 
@@ -171,7 +203,7 @@ def _traced(
     answer: Answer,
     way: Way,
     life: Life,
-    tensors: Mapping[str, Tensor],
+    given: Given,
     begin: Begin,
     outer: Mapping[str, Tensor] | None,
 ) -> list[tuple[Place, Listed]]:
@@ -181,7 +213,7 @@ def _traced(
         way: which steps of its schedule run.
         outer: the gradients that come in; None for those that are expected, of all outputs that have some.
     """
-    device = next(iter(tensors.values())).device
+    device = given.device
     # Autocast looks at devices: where it is on, stand-ins are fake tensors of this one.
     casts = device.type != "meta" and (begin.casts or torch.is_autocast_enabled(device.type))
     blank = device if casts else torch.device("meta")
@@ -195,15 +227,16 @@ def _traced(
         stack.enter_context(saved_tensors_hooks(_itself, _itself))  # a checkpoint around counts what is saved
         stack.enter_context(during(TRACING, tracer))
         stack.enter_context(uncollected())
-        given = _stand_ins(tensors, blank)
-        run = begin.run(given, True)
+        first, later = given.on(blank)
+        run = begin.run(first, True)
         outputs: dict[str, Tensor] = {}
         for at, name in enumerate(life):
             more = _beside(name, begin, outputs, outer, blank)
             layouts.append(layout_of(more) if name == "backward" else None)
+            here: Mapping[str, Tensor | Shelf] = later if at else first
             if at:
-                run.recall(given)
-            with tracer.section({**named("in", given), **named(name, more)}) as section:
+                run.recall(here)
+            with tracer.section({**read(here), **named(name, more)}) as section:
                 outputs, gradients = call(run, name, more, begin.scale)
             tracer.ask(section, {**named("out", outputs), **flat(gradients)})
             run.forget()
@@ -226,11 +259,11 @@ def _beside(
 ) -> dict[str, Tensor]:
     """Stand-ins for what a section is given beside the segment's tensors."""
     if name == "sweep" and isinstance(begin.scale, Tensor):
-        return _stand_ins({"scale": begin.scale}, blank)
+        return stand_ins({"scale": begin.scale}, blank)
     if name != "backward":
         return {}
     if outer is not None:
-        return _stand_ins(outer, blank)
+        return stand_ins(outer, blank)
     expected = {n: t for n, t in outputs.items() if n in begin.carried and t.is_floating_point()}
     return {n: torch.empty_like(t) for n, t in expected.items()}
 
@@ -251,12 +284,23 @@ def named(kind: str, tensors: Mapping[str, Tensor]) -> dict[Key, Tensor]:
     return {(kind, name): t for name, t in tensors.items()}
 
 
+def read(tensors: Mapping[str, Tensor | Shelf]) -> dict[Key, Any]:
+    """What a segment reads, with keys of its own for all that a shelf has."""
+    found: dict[Key, Any] = {}
+    for name, t in tensors.items():
+        if isinstance(t, Shelf):
+            found |= {(f"shelf {i}", name): part for i, part in enumerate(t.parts)}
+        else:
+            found["in", name] = t
+    return found
+
+
 def flat(gradients: Gradients) -> dict[Key, Tensor]:
     """Gradients by key."""
     return {**named("input", gradients.inputs), **named("weight", gradients.weights)}
 
 
-def _stand_ins(tensors: Mapping[str, Tensor], blank: torch.device) -> dict[str, Tensor]:
+def stand_ins(tensors: Mapping[str, Tensor], blank: torch.device) -> dict[str, Tensor]:
     """Tensors without data of the same layout, that share memory where these do."""
     memory: dict[int, Tensor] = {}
     found = {}

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from rowtune.runtime.blank import answers_for
 from rowtune.runtime.gradients import Gradients
-from rowtune.runtime.lists.kinds import Begin, Kind, Life, Traced, layout_of, named, written
+from rowtune.runtime.lists.kinds import Begin, Kind, Life, Traced, layout_of, named, read, written
 from rowtune.runtime.recording import View
+from rowtune.runtime.stores.shelf import Shelf
 from rowtune.torch_private import below_autograd
 
+NO_SHELVES: Mapping[str, Shelf] = {}
 MOST_KINDS = 8
 """Kinds of runs of one segment that are written down; the others are traced each time."""
 
@@ -33,16 +35,24 @@ class Lists:
         self.kinds: dict[Hashable, dict[Hashable, Kind]] = {}
         self._seen: Counter[Hashable] = Counter()
 
-    def run(self, segment: Hashable, key: Hashable, tensors: dict[str, Tensor], begin: Begin) -> Traced:
-        """A run of a segment; `key` is what its calls depend on beside its tensors."""
+    def run(
+        self,
+        segment: Hashable,
+        key: Hashable,
+        tensors: dict[str, Tensor],
+        begin: Begin,
+        shelves: Mapping[str, Shelf] = NO_SHELVES,
+    ) -> Traced:
+        """A run of a segment; `key` is what its calls depend on beside its tensors, of which some are on
+        `shelves` after forward."""
         devices = {t.device for t in tensors.values()}
         if len(devices) > 1 or not all(type(t) in (Tensor, nn.Parameter) for t in tensors.values()):
             return begin.run(tensors, True)
         (device,) = devices
         kinds = self.kinds.setdefault(segment, {})
-        key = (key, begin.lives, device, layout_of(tensors))
+        key = (key, begin.lives, *shelves, device, layout_of(tensors))
         if key not in kinds and len(kinds) < MOST_KINDS and self._often(hash((segment, key))):
-            kinds[key] = written(answers_for(device).call, tensors, begin)
+            kinds[key] = written(answers_for(device).call, tensors, shelves, begin)
         kind = kinds.get(key)
         return begin.run(tensors, True) if kind is None or kind.why_not else Run(kind, tensors, begin)
 
@@ -63,12 +73,12 @@ class Lists:
 class Run:
     """One run of what was written down; between its sections it keeps what they read of each other."""
 
-    def __init__(self, kind: Kind, tensors: dict[str, Tensor], begin: Begin) -> None:
+    def __init__(self, kind: Kind, tensors: Mapping[str, Tensor | Shelf], begin: Begin) -> None:
         self.kind, self.tensors, self.begin = kind, tensors, begin
         self.life: Life = ()
         self.state: dict[View, Tensor] = {}
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
+    def recall(self, tensors: Mapping[str, Tensor | Shelf]) -> None:
         self.tensors = tensors
 
     def forget(self) -> None:
@@ -91,7 +101,7 @@ class Run:
     def backward(self, grads: Mapping[str, Tensor]) -> Gradients:
         place = ((*self.life, "backward"), layout_of(grads))
         if place not in self.kind.steps:
-            self.kind.learn(place, self.tensors, self.begin, grads)
+            self.kind.learn(place, self.begin, grads)
         made = self._section("backward", grads)
         if made is None:  # traced, from the inputs on; no buffer changes a second time
             run = self.begin.run(self.tensors, False)
@@ -101,18 +111,18 @@ class Run:
 
     def _section(self, name: str, more: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:
         """The results by kind; None where this run cannot go on as it was written down."""
-        if self.life and layout_of(self.tensors) != self.kind.layout:
+        if self.life and layout_of(whole(self.tensors)) != self.kind.layout:
             return None
         life = self.life if name in self.life else (*self.life, name)
         step = self.kind.steps.get((life, layout_of(more) if name == "backward" else None))
         if step is None or not all(view in self.state for view in step.state):
             return None
         self.life = life
-        given = {**named("in", self.tensors), **named(name, more)}
+        given = {**read(self.tensors), **named(name, more)}
         tensors = [*(given[key] for key in step.given), *(self.state[view] for view in step.state)]
         del given
         if name == "backward":
-            self.state = {}  # what is left over from forward goes as it is used
+            self.state, self.tensors = {}, {}  # what is left over from forward goes as it is used
         for renew in step.renew:
             renew()
         made = _called(step.function, tensors)
@@ -121,6 +131,11 @@ class Run:
         for (kind, key), t in zip(step.results, made, strict=False):
             found[kind][key] = t
         return found
+
+
+def whole(tensors: Mapping[str, Tensor | Shelf]) -> dict[str, Tensor]:
+    """Those that are on no shelf."""
+    return {n: t for n, t in tensors.items() if isinstance(t, Tensor)}
 
 
 def _called(function: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:

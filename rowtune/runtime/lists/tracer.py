@@ -19,6 +19,7 @@ from rowtune.runtime.lists.listing import Listing, written
 from rowtune.runtime.lists.turns import Way as Steps
 from rowtune.runtime.lists.turns import each
 from rowtune.runtime.recording import Turn, View, Way
+from rowtune.runtime.stores.calls import NAMESPACE
 from rowtune.runtime.writer import Answer, Recorder
 from rowtune.torch_private import autograd_runs, storage_of
 
@@ -70,6 +71,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         super().__init__(lambda func, args, kwargs: answer(func, args, self._on_blank(kwargs)))
         self.device, self._blank, self._steps = device, blank, steps
         self.more: dict[int, int] = {}  # by loop: how often its last turn comes again
+        self._by_name = False
         self._turn: tuple[int, int, int] | None = None  # loop, turn, number of the first call
         self._loops: list[dict[int, Calls]] = []
         self._places, self._placed_calls = Places(), 0
@@ -115,7 +117,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         return {**kwargs, "device": self._blank} if kwargs.get("device") == self.device else kwargs
 
     def _allow(self, operator: str) -> None:
-        if operator in READS_VALUES or not operator.startswith(("aten::", "prims::")):
+        if operator in READS_VALUES or not operator.startswith(("aten::", "prims::", NAMESPACE)):
             raise NotListed(f"{operator} cannot be run from a list")
 
     def _given(self, argument: Any, reads: list[int]) -> Any:
@@ -153,6 +155,12 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
         self._turn = None
         self._loops[loop][turn] = dict(enumerate(self._calls[start:]))
 
+    @contextmanager
+    def rows_of_now(self) -> Iterator[None]:
+        before, self._by_name = self._by_name, True
+        yield
+        self._by_name = before
+
     def oldest(self, loop: int, turn: int) -> int | None:
         """How many turns later what a turn makes is still read; None if this one is not like those before."""
         self._places.add(self._calls[self._placed_calls :])
@@ -165,7 +173,7 @@ class Tracer(Recorder):  # type: ignore[no-untyped-call]
     def _placed(self) -> tuple[int, Way, Turn | None]:
         if len(self._calls) >= MOST_CALLS:
             raise NotListed(f"more than {MOST_CALLS} calls")
-        way: Way = "backward" if autograd_runs() else "forward"
+        way: Way = "backward" if autograd_runs() and not self._by_name else "forward"
         if self._turn is None:
             return 0, way, None
         loop, turn, start = self._turn

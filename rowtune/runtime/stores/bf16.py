@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rowtune.runtime.stores.store import Part, cut
+from rowtune.runtime.stores.store import Lay, Part, cut
 
 
 class Rounded(NamedTuple):
@@ -24,14 +24,14 @@ class BF16:
     def takes(self, t: Tensor) -> bool:
         return t.is_floating_point() and t.itemsize > 2
 
-    def put(self, t: Tensor) -> Rounded:
+    def put(self, t: Tensor, along: tuple[int, ...] = ()) -> Rounded:
         return Rounded(t.to(torch.bfloat16), t.dtype)
 
     def get(self, handle: Rounded) -> Tensor:
         return handle.tensor.to(handle.dtype)
 
-    def rows(self, handle: Rounded, part: Part, out: Tensor) -> None:
-        out.copy_(cut(handle.tensor, part))
+    def rows(self, handle: Rounded, part: Part, lay: Lay) -> Tensor:
+        return lay.blank(part).copy_(cut(handle.tensor, part))
 
     def bytes(self, handle: Rounded) -> int:
         return handle.tensor.numel() * handle.tensor.itemsize

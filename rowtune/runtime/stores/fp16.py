@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rowtune.runtime.stores.store import Part, cut
+from rowtune.runtime.stores.store import Lay, Part, cut
 
 LARGEST = 2.0**15
 
@@ -27,7 +27,7 @@ class FP16:
     def takes(self, t: Tensor) -> bool:
         return t.is_floating_point() and t.itemsize > 2 and t.numel() > 0
 
-    def put(self, t: Tensor) -> Scaled:
+    def put(self, t: Tensor, along: tuple[int, ...] = ()) -> Scaled:
         most = torch.maximum(t.amax(), -t.amin())
         exponent = torch.frexp(LARGEST / most.clamp_(min=1e-30))[1] - 1
         scale = torch.ldexp(torch.ones_like(most), exponent)
@@ -37,8 +37,8 @@ class FP16:
     def get(self, handle: Scaled) -> Tensor:
         return handle.tensor.to(handle.dtype).div_(handle.scale)
 
-    def rows(self, handle: Scaled, part: Part, out: Tensor) -> None:
-        out.copy_(cut(handle.tensor, part)).div_(handle.scale)
+    def rows(self, handle: Scaled, part: Part, lay: Lay) -> Tensor:
+        return lay.blank(part).copy_(cut(handle.tensor, part)).div_(handle.scale)
 
     def bytes(self, handle: Scaled) -> int:
         return handle.tensor.numel() * handle.tensor.itemsize + handle.scale.itemsize

@@ -1,12 +1,7 @@
 """Offload: kept in the host's memory, exactly.
 
-On a card tensors leave and come back on a stream of their own, in pinned memory that is used again (to pin
-it takes milliseconds). Events order the streams, and the host waits for nothing: what leaves is held until
-the next one leaves, and while one tensor is fetched, the one that was put before it is on its way. (The paths
-of a card were not run yet.)
-
-On the CPU there is one memory. The copies are real, but made where no meter and no recorder looks: they are
-host bytes, which the pool counts, and not the device's.
+On a card in pinned memory that is used again (to pin it takes milliseconds), with copies beside the card's
+work: see `rowtune/runtime/stores/lanes.py`.
 """
 
 from __future__ import annotations
@@ -18,159 +13,126 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rowtune.runtime.stores.store import Part, cut
+from rowtune.kernels.constants import STANDS_FOR, TRACING
+from rowtune.runtime.stores import calls
+from rowtune.runtime.stores.lanes import (
+    Ahead,
+    Blank,
+    Here,
+    Lane,
+    Place,
+    Prompt,
+    Side,
+    Stream,
+    Told,
+    Way,
+    ended,
+    nobody,
+)
+from rowtune.runtime.stores.store import Lay, Part
 from rowtune.torch_private import FakeTensor, without_modes
+
+META = torch.device("meta")
 
 
 class HostPool:
-    """Host memory of one module's steps. `bytes` are in use, `peak_bytes` were at most."""
+    """Host memory of one module's steps. `bytes` are in use, `peak_bytes` were at most.
 
-    def __init__(self) -> None:
+    Args:
+        told: of copies of tensors without data, where those of the device are not made beside its work.
+    """
+
+    def __init__(self, told: Told = nobody) -> None:
+        self.told = told
         self.bytes = self.peak_bytes = 0
-        self._free: defaultdict[tuple[int, bool], list[Tensor]] = defaultdict(list)
-        self._lanes: dict[torch.device, _Lane] = {}
+        self._free: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(list)
+        self._lanes: dict[tuple[torch.device, str], Lane] = {}
 
-    def take(self, size: int, device: torch.device) -> Tensor | None:
-        """Memory of `size` bytes, pinned for a card; none for tensors without data."""
+    def take(self, size: int, device: torch.device) -> Tensor:
+        """Memory of `size` bytes, pinned for a card; without data for tensors without data."""
         self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
-        if device.type == "meta":
-            return None
-        free = self._free[size, device.type == "cuda"]
-        return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        free = self._free[size, device.type]
+        if free:
+            return free.pop()
+        there = META if device.type == "meta" else torch.device("cpu")
+        return torch.empty(size, dtype=torch.uint8, device=there, pin_memory=device.type == "cuda")
 
-    def give_back(self, size: int, buffer: Tensor | None, device: torch.device) -> None:
-        self.bytes -= size
-        if buffer is not None:
-            self._free[size, device.type == "cuda"].append(buffer)
+    def give_back(self, buffer: Tensor, device: torch.device) -> None:
+        """Whoever takes it next writes to it in a later copy of the same stream."""
+        self.bytes -= buffer.numel()
+        self._free[buffer.numel(), device.type].append(buffer)
 
-    def lane(self, device: torch.device) -> _Lane:
+    def settle(self) -> None:
+        """A segment's forward is over: what leaves is not held beyond it, so that a segment takes by itself
+        what it takes among others."""
+        for lane in self._lanes.values():
+            lane.settle()
+
+    def lane(self, device: torch.device) -> Lane:
         """Copies to and from a device, in order: what a buffer is used for next waits for what it was."""
-        if device not in self._lanes:
-            self._lanes[device] = _CardLane(device) if device.type == "cuda" else _Lane()
-        return self._lanes[device]
+        key = device, STANDS_FOR.get() if device.type == "meta" else ""
+        if key not in self._lanes:
+            self._lanes[key] = _lane(device, key[1], self.told)
+        return self._lanes[key]
 
 
-class _Held:
-    """A tensor's place on the host, and what it was like. `before` is what was put before it."""
+def _lane(device: torch.device, stands_for: str, told: Told) -> Lane:
+    if device.type == "cuda":
+        return Ahead(Side(device))
+    if device.type == "meta":
+        return Ahead(Blank()) if stands_for.startswith("cuda") else Here(Blank(told))
+    return Here(Prompt())
 
-    def __init__(self, t: Tensor, device: torch.device, pool: HostPool, before: _Held | None) -> None:
-        like = torch.empty_like(torch.empty_strided(t.shape, t.stride(), device="meta"))  # dense
-        self.shape, self.stride, self.dtype, self.device = t.shape, like.stride(), t.dtype, t.device
-        size = t.numel() * t.itemsize
-        buffer = pool.take(size, device)
-        self.host = None if buffer is None else buffer.view(t.dtype).as_strided(self.shape, self.stride)
-        self.before = None if before is None else weakref.ref(before)
-        weakref.finalize(self, pool.give_back, size, buffer, device).atexit = False
 
-    def blank(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+class Away(NamedTuple):
+    """A tensor of this shape and these strides, and its place on the host: a tensor without data stands for
+    that where a list is written."""
+
+    place: Place | Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 class Host:
     def __init__(self, pool: HostPool) -> None:
         self.pool = pool
-        self._last: weakref.ref[_Held] | None = None
+        self._last: weakref.ref[Place] | None = None
 
     def takes(self, t: Tensor) -> bool:
         return t.numel() > 0
 
-    def put(self, t: Tensor) -> _Held:
+    def put(self, t: Tensor, along: tuple[int, ...] = ()) -> Away:
         with without_modes():
-            device = torch.device("meta") if isinstance(t, FakeTensor) else t.device
-            held = _Held(t, device, self.pool, self._last() if self._last else None)
-            if held.host is not None:
-                self.pool.lane(t.device).leave(t, held.host)
-        self._last = weakref.ref(held)
-        return held
+            like = torch.empty_like(torch.empty_strided(t.shape, t.stride(), device=META))  # dense
+        place = self.leave(t, along) if TRACING.get() is None else calls.leave(t, along)
+        return Away(place, tuple(t.shape), like.stride())
 
-    def get(self, handle: _Held) -> Tensor:
-        if handle.host is None:
-            return handle.blank()
-        return self.pool.lane(handle.device).fetch(handle)
+    def get(self, handle: Away) -> Tensor:
+        return calls.fetch(handle.place, [*handle.shape], [*handle.stride], ())
 
-    def rows(self, handle: _Held, part: Part, out: Tensor) -> None:
-        if handle.host is not None:
-            self.pool.lane(handle.device).fetch_rows(handle, part, out)
+    def rows(self, handle: Away, part: Part, lay: Lay) -> Tensor:
+        return calls.fetch(handle.place, *lay.cut(part), part)
 
-    def bytes(self, handle: _Held) -> int:
+    def bytes(self, handle: Away) -> int:
         return 0
 
-
-class _Lane:
-    """Copies that are done when they return."""
-
-    def leave(self, t: Tensor, host: Tensor) -> None:
-        host.copy_(t)
-
-    def fetch(self, held: _Held) -> Tensor:
-        found = held.blank()
-        assert held.host is not None
+    def leave(self, t: Tensor, along: tuple[int, ...]) -> Place:
+        """The place where the tensor goes."""
+        device = META if isinstance(t, FakeTensor) else t.device
+        lane = self.pool.lane(device)
         with without_modes():
-            found.copy_(held.host)
-        return found
-
-    def fetch_rows(self, held: _Held, part: Part, out: Tensor) -> None:
-        assert held.host is not None
-        with without_modes():
-            out.copy_(cut(held.host, part))
-
-
-class _Way(NamedTuple):
-    """A tensor whose copy is under way, and what marks its end."""
-
-    tensor: Tensor
-    done: torch.cuda.Event
+            buffer = self.pool.take(t.numel() * t.itemsize, device)
+            place = Place(t, along, buffer, lane, None if along else self._last)
+        weakref.finalize(place, _ended, place.coming, lane.stream, self.pool, buffer, device).atexit = False
+        lane.leave(t, place)
+        if not along:
+            self._last = weakref.ref(place)
+        return place
 
 
-class _CardLane(_Lane):
-    """Copies on a stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.leaving: _Way | None = None
-        self.coming: weakref.WeakKeyDictionary[_Held, _Way] = weakref.WeakKeyDictionary()
-
-    def leave(self, t: Tensor, host: Tensor) -> None:
-        """The tensor is held until the next one leaves: its memory is not used again before it is copied."""
-        current = torch.cuda.current_stream(t.device)
-        if self.leaving is not None:
-            current.wait_event(self.leaving.done)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            host.copy_(t, non_blocking=True)
-        self.leaving = _Way(t, self.stream.record_event())
-
-    def fetch(self, held: _Held) -> Tensor:
-        way = self._way(held)
-        self._start_before(held)
-        torch.cuda.current_stream(held.device).wait_event(way.done)
-        return way.tensor
-
-    def fetch_rows(self, held: _Held, part: Part, out: Tensor) -> None:
-        """By way of all that was put at once: some rows of it are in many places on the host, and copies from
-        there that are no single block would be made by the host, and waited for."""
-        way = self._way(held)
-        torch.cuda.current_stream(held.device).wait_event(way.done)
-        out.copy_(cut(way.tensor, part))
-
-    def _start_before(self, held: _Held) -> None:
-        """Backward mostly wants next what was put before."""
-        before = held.before() if held.before is not None else None
-        if before is not None and before.device == held.device and before not in self.coming:
-            self.coming[before] = self._start(before)
-
-    def _way(self, held: _Held) -> _Way:
-        if self.leaving is not None:  # forward is over, or waits for what it needs again
-            torch.cuda.current_stream(held.device).wait_event(self.leaving.done)
-            self.leaving = None
-        return self.coming.pop(held, None) or self._start(held)
-
-    def _start(self, held: _Held) -> _Way:
-        """The memory comes from the stream at work, whose earlier readers of it have to be done."""
-        found = held.blank()
-        assert held.host is not None
-        self.stream.wait_stream(torch.cuda.current_stream(held.device))
-        with torch.cuda.stream(self.stream), without_modes():
-            found.copy_(held.host, non_blocking=True)
-        return _Way(found, self.stream.record_event())
+def _ended(
+    coming: dict[Part, Way], stream: Stream, pool: HostPool, buffer: Tensor, device: torch.device
+) -> None:
+    ended(coming, stream)
+    pool.give_back(buffer, device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from rowtune.runtime.stores.shelf import Shelf
+from rowtune.runtime.stores.shelf import Cut, Shelf
 from rowtune.runtime.stores.store import Store
 from rowtune.torch_private import storage_of
 
@@ -47,9 +47,13 @@ class Keeping:
         known.kept.readers += 1
         return known.kept
 
-    def shelved(self, t: Tensor, dim: int, band: int) -> Shelf | None:
-        """The tensor in the store, to be got back some rows (along `dim`) at a time; None: it stays."""
-        return Shelf(self.store, t.detach(), dim, band) if self._stored(t) else None
+    def over(self, outside: Collection[int]) -> Keeping:
+        """For a run on other tensors, of which this is the memory that lives anyway."""
+        return Keeping(self.store, outside)
+
+    def shelved(self, t: Tensor, where: Cut) -> Shelf | None:
+        """The tensor in the store, to be got back a part at a time; None: it stays."""
+        return Shelf(self.store, t.detach(), *where) if self._stored(t) else None
 
     def unpack(self, kept: Tensor | Kept) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept.get()

@@ -18,6 +18,7 @@ from torch import Tensor
 from rowtune.graph.graph import Node, replace
 from rowtune.graph.regions import inside
 from rowtune.kernels.rounding import packed, unpacked
+from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import run_whole
 from rowtune.runtime.precision import as_it_was, autocast_key
 from rowtune.runtime.stores import keeping as limits
@@ -42,7 +43,7 @@ class Remaking:
     """
 
     def __init__(
-        self, names: frozenset[str], seed: int, keeping: Keeping | None = None, rounded: bool = False
+        self, names: frozenset[str], seed: Seed, keeping: Keeping | None = None, rounded: bool = False
     ) -> None:
         self.names, self.seed, self.keeping, self.autocast = names, seed, keeping, autocast_key()
         self.rounded = rounded

@@ -1,42 +1,52 @@
-"""A tensor in a store, put there and got back a band of rows at a time: never whole on the device again."""
+"""A tensor in a store, got back a band of rows at a time: never whole on the device again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rowtune.graph.graph import Graph
-from rowtune.kernels.rounding import order_of
 from rowtune.plan.program import Banded, Passes, SegmentProgram
 from rowtune.rows import Rows
 from rowtune.runtime.layout import differs
-from rowtune.runtime.stores.store import Part, Store
+from rowtune.runtime.stores.lanes import Place
+from rowtune.runtime.stores.store import Lay, Part, Store, lay_of
 
-MOST_CHUNKS = 64
-"""Bands that are put apart: of more, several are put at once."""
-
-
-class _Chunk(NamedTuple):
-    rows: Rows
-    handle: Any
+MOST_BANDS = 64
+"""Of more, several are taken at once where all of a tensor is gone through."""
 
 
 class Shelf:
-    """Stands in for the tensor `t`, whose rows lie along `dim`; about `band` of them are put at once.
+    """Stands in for the tensor `t`, whose rows lie along `dim`, and of which some images may be read; what is
+    done with all of it is done with about `band` rows at a time.
 
     `shape`, `dtype` and `device` are the tensor's own; `differs` says that its channels come last.
     """
 
-    def __init__(self, store: Store, t: Tensor, dim: int, band: int) -> None:
-        self.shape, self.dtype, self.device, self.differs = t.shape, t.dtype, t.device, differs(t)
-        self._store, self._dim, self._order = store, dim, order_of(t.stride())
-        height = int(t.shape[dim])
-        band = max(1, band, -(-height // MOST_CHUNKS))
+    def __init__(self, store: Store, t: Tensor, dim: int, band: int, image_dim: int | None = None) -> None:
+        self.lay = lay_of(t)
+        self.differs = differs(t)
+        self._store, self._dim = store, dim
+        self._band = max(1, band, -(-int(t.shape[dim]) // MOST_BANDS))
+        along = (dim,) if image_dim in (None, dim) else (image_dim, dim)
         with torch.no_grad():
-            self._chunks = [_Chunk(rows, store.put(_narrow(t, dim, rows))) for rows in _bands(height, band)]
+            self._handle = store.put(t, along)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.lay.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lay.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lay.device
 
     def stand_in(self, wanted: bool) -> Tensor:
         """For autograd: of the tensor's size, without its memory; with a gradient if that is wanted."""
@@ -46,42 +56,54 @@ class Shelf:
 
     def get(self, part: Part) -> Tensor:
         """A part of the tensor, in new memory, dense and in the tensor's order."""
-        sizes = {dim: size for dim, _, size in part}
-        shape = [sizes.get(d, int(size)) for d, size in enumerate(self.shape)]
-        wanted = next((Rows(a, a + n) for d, a, n in part if d == self._dim), Rows(0, shape[self._dim]))
-        across = tuple(one for one in part if one[0] != self._dim)
         with torch.no_grad():
-            found = self._blank(shape, self.dtype)
-            for rows, handle in self._chunks:
-                both = Rows(max(rows.lo, wanted.lo), min(rows.hi, wanted.hi))
-                if both.size > 0:
-                    here = (*across, (self._dim, both.lo - rows.lo, both.size))
-                    out = _narrow(found, self._dim, both.shifted(-wanted.lo))
-                    self._store.rows(handle, here, out)
-        return found
+            return self._store.rows(self._handle, part, self.lay)
 
     def bands(self) -> Iterator[Part]:
-        """All of the tensor, as it was put."""
-        for rows, _ in self._chunks:
-            yield ((self._dim, rows.lo, rows.size),)
-
-    def blank(self, dtype: torch.dtype) -> Tensor:
-        """New memory of the tensor's size and order."""
-        return self._blank([*self.shape], dtype)
+        """All of the tensor, some rows at a time."""
+        height = self.shape[self._dim]
+        for at in range(0, height, self._band):
+            yield ((self._dim, at, min(self._band, height - at)),)
 
     @property
     def bytes(self) -> int:
         """On the device."""
-        return sum(self._store.bytes(handle) for _, handle in self._chunks)
+        return self._store.bytes(self._handle)
 
-    def _blank(self, shape: list[int], dtype: torch.dtype) -> Tensor:
-        made = torch.empty([shape[d] for d in self._order], dtype=dtype, device=self.device)
-        return made.permute([self._order.index(d) for d in range(len(shape))])
+    # -- for lists -----------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What a list of calls is given: tensors, and places on the host."""
+        return tuple(field for field in self._handle if isinstance(field, Tensor | Place))
+
+    def without_data(self, device: torch.device) -> Shelf:
+        """A shelf like this on a device of tensors without data."""
+        made = copy(self)
+        made.lay = self.lay._replace(device=device)
+        made._handle = type(self._handle)(*(_blank(field, self.lay, device) for field in self._handle))
+        return made
 
 
-def banded_inputs(graph: Graph, segment: SegmentProgram) -> dict[str, tuple[int, int]]:
-    """The inputs that a rows segment reads band by band in backward: the dimension that rows lie along (or
-    images, if bands are of images alone), and about how many of them a band has."""
+def _blank(field: Any, lay: Lay, device: torch.device) -> Any:
+    if isinstance(field, Place):
+        return lay._replace(device=device).blank()
+    if isinstance(field, Tensor):
+        return torch.empty_strided(field.shape, field.stride(), dtype=field.dtype, device=device)
+    return field
+
+
+class Cut(NamedTuple):
+    """Rows lie along `dim` (or images, if bands are of images alone), and a band has about `band` of them;
+    images are read some at a time along `image_dim`, if that is not None."""
+
+    dim: int
+    band: int
+    image_dim: int | None
+
+
+def banded_inputs(graph: Graph, segment: SegmentProgram) -> dict[str, Cut]:
+    """The inputs that a rows segment reads band by band in backward."""
     ways = segment.how.forward if isinstance(segment.how, Passes) else (segment,)
     runs = [one.how for one in ways if isinstance(one.how, Banded)]
     whole = {n for run in runs for node in run.post for n in node.inputs}
@@ -94,7 +116,8 @@ def banded_inputs(graph: Graph, segment: SegmentProgram) -> dict[str, tuple[int,
         dim = bands.dims[name]
         if dim is not None and name not in whole:
             size = decision.band_rows if bands.axis else decision.images
-            found[name] = dim, -(-bands.full_height(graph.values[name]) * size // top)
+            image_dim = runs[0].images.dims[name] if decision.images else None
+            found[name] = Cut(dim, -(-bands.full_height(graph.values[name]) * size // top), image_dim)
     return found
 
 
@@ -112,12 +135,3 @@ class Shelves(NamedTuple):
         if at is not None and at != dim and self.images is not None:
             part = (*part, (at, self.images.lo, self.images.size))
         return self.shelves[name].get(part)
-
-
-def _bands(height: int, band: int) -> Iterator[Rows]:
-    for lo in range(0, height, band):
-        yield Rows(lo, min(lo + band, height))
-
-
-def _narrow(t: Tensor, dim: int, rows: Rows) -> Tensor:
-    return t.narrow(dim, rows.lo, rows.size)

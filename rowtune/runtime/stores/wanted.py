@@ -19,13 +19,13 @@ from rowtune.runtime.stores import keeping
 from rowtune.torch_private import FakeTensor, FakeTensorMode, pytree, storage_of, without_modes
 
 
-def not_kept(segment: SegmentProgram, env: Mapping[str, Any], seed: int) -> frozenset[str]:
+def not_kept(segment: SegmentProgram, env: Mapping[str, Any]) -> frozenset[str]:
     """The nodes whose outputs are made again in backward. Worked out once for tensors of a kind."""
     read = [n for n in (*segment.part.inputs, *segment.part.weights) if n in env]
     key = autocast_key(), *((n, _like(env[n])) for n in read)
     known: dict[Hashable, frozenset[str]] = segment.__dict__.setdefault("_not_kept", {})
     if key not in known:
-        known[key] = made_again(_blocks(segment, {n: env[n] for n in read}, seed))
+        known[key] = made_again(_blocks(segment, {n: env[n] for n in read}))
     return known[key]
 
 
@@ -35,7 +35,7 @@ def _like(value: Any) -> Any:
     return value.shape, value.stride(), value.dtype, value.requires_grad
 
 
-def _blocks(segment: SegmentProgram, env: Mapping[str, Any], seed: int) -> list[Block]:
+def _blocks(segment: SegmentProgram, env: Mapping[str, Any]) -> list[Block]:
     """The memory that the segment makes, and what of it autograd saves."""
     with without_modes(), torch.enable_grad():
         fake = autocast_key()[1] or any(isinstance(t, FakeTensor) for t in env.values())
@@ -43,7 +43,7 @@ def _blocks(segment: SegmentProgram, env: Mapping[str, Any], seed: int) -> list[
             run = _BlankRun(segment, {n: _blank(t, fake) for n, t in env.items()})
             with saved_tensors_hooks(run.pack, _never):
                 for node in segment.part.nodes:
-                    run.run(node, seed)
+                    run.run(node)
             return run.blocks()
 
 
@@ -81,8 +81,8 @@ class _BlankRun:
         self.saved.append(t)
         return t
 
-    def run(self, node: Node, seed: int) -> None:
-        out = self.env[node.name] = run_whole(node, self.env.__getitem__, seed)
+    def run(self, node: Node) -> None:
+        out = self.env[node.name] = run_whole(node, self.env.__getitem__, seed=0)
         outside = node.name in self.segment.part.outputs  # kept, as what comes behind most often wants it
         if isinstance(out, Tensor):
             self._new(out, node.name, 0 if outside else out.untyped_storage().nbytes(), node)

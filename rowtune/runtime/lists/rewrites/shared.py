@@ -10,6 +10,7 @@ import torch
 from rowtune.graph.graph import numel
 from rowtune.runtime.lists.listing import Listing, is_pure, renamed, written
 from rowtune.runtime.recording import At, Call
+from rowtune.runtime.stores.calls import NAMESPACE
 
 aten = torch.ops.aten
 
@@ -17,7 +18,8 @@ SMALL = 1 << 14
 """Bytes. What is shared lives longer."""
 
 ROWS = frozenset((aten.cat.default, aten.clone.default))
-"""Windows of rows are joined again in backward so as not to live till then, however small."""
+"""Windows of rows are joined again in backward so as not to live till then, however small; and so are those
+that come from the host."""
 
 
 def rewrite(listing: Listing) -> Listing:
@@ -60,7 +62,8 @@ def rewrite(listing: Listing) -> Listing:
 
 def _shareable(listing: Listing, call: Call, writes: Counter[int], outside: frozenset[int]) -> bool:
     told = _told(call)
-    if not call.makes or call.op in ROWS or not (is_pure(call.op) or told):
+    rows = call.op in ROWS or call.name.startswith(NAMESPACE)
+    if not call.makes or rows or not (is_pure(call.op) or told):
         return False
     read = {listing.buffer(v) for v in call.reads if v not in told}
     for view in call.makes:
