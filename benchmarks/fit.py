@@ -4,10 +4,12 @@
     python benchmarks/fit.py unet edsr --budget 8GB --save
 
 Plain, the best checkpointing (every combination of keep and checkpoint segments, recursive ones included:
-more than anybody writes by hand), save_on_cpu and rowtune are predicted, from recordings on tensors without
-data. torch.compile, whose buffers are not tensors, is measured at two small sizes, by the allocator's peak,
-for several activation_memory_budgets, and goes on in proportion to the pixels; the best one counts. What is
-predicted is then confirmed: with a budget that leaves room for a hundredth of the activations, the largest
+more than anybody writes by hand), save_on_cpu, rowtune on the device alone and rowtune with the host's memory
+are predicted, from recordings on tensors without data; save_on_cpu and the last have as much of the host's
+memory as they want. torch.compile, whose buffers are not tensors, is measured at two small sizes, by the
+allocator's peak, for several activation_memory_budgets, and goes on in proportion to the pixels; the best
+one counts. What is predicted is then confirmed: with a budget that leaves room for a hundredth of the
+activations, the largest
 sizes of plain, checkpointing and rowtune run a real step each.
 """
 
@@ -28,7 +30,7 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
-from rowtune.tune.fit import Fit, fit, resized
+from rowtune.tune.fit import WAYS, WITH_HOST, Fit, fit, fit_way, resized
 from rowtune.tune.measure import Bench
 from rowtune.tune.meter import allocator_peak
 from rowtune.tune.sizes import parse_size
@@ -44,6 +46,8 @@ NETWORKS: dict[str, tuple[str, str, list[str]]] = {
 """Inputs to begin with, what of them grows, and arguments of the factory."""
 COMPILED = (1.0, 0.5, 0.0)
 """torch.compile's activation_memory_budget."""
+HOST = 1 << 50
+"""Bytes of the host's memory: there is no end of it."""
 SHARE = 100
 """Of the activations' part of the budget, what the confirming steps have."""
 
@@ -143,27 +147,40 @@ def confirmed(work: Workload, over: str, fits: list[Fit], limit: int) -> dict[st
     return found
 
 
-def measure(name: str, limit: int, peers: bool, steps: bool) -> dict[str, Any]:
+def measure(
+    name: str, limit: int, peers: bool, steps: bool, seconds: float, ways: list[str], known: dict[str, Any]
+) -> dict[str, Any]:
+    """Other ways than these are taken from what is known of the network."""
     shape, over, args = NETWORKS[name]
     work = define(parse_source(f"zoo:{name}", args), [shape])
-    fits = fit(work, limit, over)
-    row: dict[str, Any] = {"network": name, "over": over, "limit": limit}
-    row |= {one.way: one.largest for one in fits}
+    row: dict[str, Any] = {"plans": {}} | known | {"network": name, "over": over, "limit": limit}
+    for way in ways:
+        print(f"    {way} ...", flush=True)
+        one = fit_way(work, limit, over, way, seconds=seconds, host_bytes=HOST, watch=print)
+        row[way] = one.largest
+        if one.there is not None and one.there.plan is not None and way in ("rowtune", WITH_HOST):
+            row["plans"][way] = one.there.plan.to_dict()
+            row[f"{way}, bytes"] = one.there.peak_bytes
+    for way, other in (("rowtune", "checkpointing"), (WITH_HOST, "rowtune")):  # plans of one are the next's
+        if way not in row or volume(row[way]) < volume(row.get(other)):
+            row[way] = row.get(other)
     row["save_on_cpu"] = saved_on_cpu(work, limit, over)
     if peers:
         row["torch.compile"], row["compiled"] = compiled(work, limit, over)
     others = [w for w in ("plain", "checkpointing", "save_on_cpu", "torch.compile") if w in row]
     best = max(others, key=lambda way: volume(row[way]))
     row |= {"best_peer": best, "times": volume(row["rowtune"]) / volume(row[best])}
-    print(
-        f"  {name:10}"
-        + "".join(f"{way} {'x'.join(map(str, row[way] or ()))}   " for way in (*others, "rowtune"))
-    )
-    print(f"  {name:10}{row['times']:.1f} times the best peer's ({best})", flush=True)
+    row["times_with_host"] = volume(row[WITH_HOST]) / volume(row[best])
+    ways = (*others, "rowtune", WITH_HOST)
+    print(f"  {name:10}" + "".join(f"{way} {'x'.join(map(str, row[way] or ()))}   " for way in ways))
+    both = f"{row['times']:.2f} times the best peer's ({best}), {row['times_with_host']:.2f} with the host"
+    print(f"  {name:10}{both}", flush=True)
     if steps:
         fixed = fixed_bytes(work.graph, work.optimizer)
         small = fixed + (limit - fixed) // SHARE
-        row["confirmed"] = confirmed(work, over, fit(work, small, over), small)
+        row["confirmed"] = confirmed(
+            work, over, fit(work, small, over, seconds=seconds, host_bytes=HOST), small
+        )
     return row
 
 
@@ -173,16 +190,23 @@ def main() -> None:
     )
     parser.add_argument("networks", nargs="*", default=[*NETWORKS])
     parser.add_argument("--budget", default="8GB")
+    parser.add_argument("--ways", nargs="*", default=[*WAYS, WITH_HOST], help="others as they were saved")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-steps", action="store_true")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of the processor, for each way")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    limit, rows = parse_size(given.budget), []
+    limit = parse_size(given.budget)
     out = Path(__file__).parent / "results" / f"{datetime.date.today()}-fit.json"
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    rows = {row["network"]: row for row in rows if row["limit"] == limit}
     for name in given.networks:
-        rows.append(measure(name, limit, not given.no_compile, not given.no_steps))
+        compiled, steps = not given.no_compile, not given.no_steps
+        known = rows.get(name, {})
+        rows[name] = measure(name, limit, compiled, steps, given.seconds, given.ways, known)
         if given.save:  # an hour's work is kept as it comes
-            out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+            text = json.dumps({"torch": torch.__version__, "rows": [*rows.values()]}, indent=1)
+            out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

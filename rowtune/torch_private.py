@@ -8,6 +8,7 @@ needed. Importing this imports torch.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, _guards
@@ -93,3 +94,23 @@ def inner_tensors(t: Tensor) -> list[Tensor]:
     names, _ = t.__tensor_flatten__()
     held = (getattr(t, name) for name in names)  # a DTensor's mesh is among them
     return [inner for each in held if isinstance(each, Tensor) for inner in inner_tensors(each)]
+
+
+def default_store() -> Any:
+    """The store that the default process group was made from."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def under(prefix: str, store: Any) -> Any:
+    """The same store, with names of its own."""
+    return torch.distributed.distributed_c10d.PrefixStore(prefix, store)
+
+
+def groups() -> list[Any]:
+    """All process groups there are, the default one among them."""
+    return list(torch.distributed.distributed_c10d._world.pg_map)
+
+
+def abort_groups() -> None:
+    """End all process groups without waiting for anything; others' calls in them fail, or wait for ever."""
+    torch.distributed.distributed_c10d._abort_process_group()

@@ -25,7 +25,7 @@ from rowtune.tune.step import Workload, define, plain_graph
 def quick(monkeypatch):
     """Little time for recording: these networks have little to record."""
     monkeypatch.setattr("rowtune.tune.fit.SECONDS", 2.0)
-    monkeypatch.setattr("rowtune.tune.fit.LATER", 0.8)
+    monkeypatch.setattr("rowtune.tune.fit.LOOK", 4.0)
 
 
 @cache

@@ -26,6 +26,10 @@ def command(
     loss: options.LossName = "",
     optimizer: options.OptimizerName = "",
     reserve: options.Reserve = "",
+    host_budget: options.HostBudget = "",
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, help="Of the processor, to look for the smallest plans.")
+    ] = 60.0,
     confirm: Annotated[
         bool, typer.Option("--confirm", help="Run a real step of rowtune's plan at its largest size.")
     ] = False,
@@ -38,7 +42,8 @@ def command(
 ) -> int:
     """Say whether training fits a budget, and how large image, volume or batch could be.
 
-    Predicted without running the model: for plain PyTorch, for the best checkpointing, and for rowtune.
+    Predicted without running the model: for plain PyTorch, for the best checkpointing, and for rowtune; with
+    --host-budget also for rowtune with so much of the host's memory.
     """
     from rowtune.importers.source import parse_source
     from rowtune.tune.device import resolve_device
@@ -51,6 +56,7 @@ def command(
     size = parse_budget(budget)
     kept = parse_size(reserve, "--reserve") if reserve else 0
     here = resolve_device(device)
+    host = parse_size(host_budget, "--host-budget") if host_budget else 0
     profile = chosen(device_profile) if device_profile else known(here)
     source = parse_source(model, model_arg or ())
     screen.opening(source)
@@ -59,7 +65,9 @@ def command(
 
     limit = (int(size * plain_peak(work)) if isinstance(size, float) else size) - kept
     with screen.err.status("predicting ...") as status:
-        found = fit(work, limit, over, profile, lambda text: status.update(f"predicting {text}"))
+        found = fit(
+            work, limit, over, profile, lambda text: status.update(f"predicting {text}"), seconds, host
+        )
     result = as_dict(found, limit, over, profile is not None)
     if confirm:
         result["confirmed"] = _confirmed(work, found[-1], limit, over)

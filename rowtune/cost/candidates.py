@@ -42,6 +42,13 @@ def heights(table: Table) -> list[int]:
     return [h for h in HEIGHTS if h < tallest]
 
 
+def levels(table: Table) -> list[int]:
+    """Cuts behind which the height of what is made changes, with the first and the last."""
+    bands, nodes, last = banding(table.graph, table.axis), table.graph.nodes, len(table.cuts) - 1
+    tall = [bands.height(table.graph.values[nodes[cut - 1].name]) for cut in table.cuts[1:]]
+    return [0, *(k for k in range(1, last) if tall[k - 1] != tall[k]), last]
+
+
 def batch(table: Table) -> int:
     """Images in a batch."""
     values, inputs = table.graph.values, table.graph.inputs
@@ -95,10 +102,7 @@ def offloaded(table: Table) -> Iterator[Key]:
 def shelved(table: Table) -> Iterator[Key]:
     """Rows segments whose inputs wait on the host, and come back a band at a time: stretches between places
     where the height changes, one or two, so that high ones with few weights stand apart from those below."""
-    bands, nodes, last = banding(table.graph, table.axis), table.graph.nodes, len(table.cuts) - 1
-    tall = [bands.height(table.graph.values[nodes[cut - 1].name]) for cut in table.cuts[1:]]
-    ends = [0, *(k for k in range(1, last) if tall[k - 1] != tall[k]), last]
-    fit = [h for h in COARSE if h in heights(table)]
+    ends, fit = levels(table), [h for h in COARSE if h in heights(table)]
     for many in (1, 2):
         for start, stop in zip(ends, ends[many:], strict=False):
             for height in fit[:2]:

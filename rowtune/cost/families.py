@@ -108,8 +108,14 @@ def _product(call: Signature, name: str) -> Sized:
     return Sized(family, size, 2.0 * size, _bytes(found))
 
 
+FEW = 20480
+"""Elements in the first four dimensions of one image, up to which torch convolves on a processor with kernels
+of its own (`use_mkldnn` in its Convolution.cpp), many times slower in three dimensions."""
+
+
 def _convolution(call: Signature, name: str) -> Sized:
-    """Over pixels of the input; the width stays a layer's own in all of its bands."""
+    """Over pixels of the input; the width stays a layer's own in all of its bands. Low bands may run another
+    kernel than high ones: a family of their own."""
     found = [*likes(call.args)]
     back = name != "convolution"
     x, weight = found[1 if back else 0], found[2 if back else 1]
@@ -117,10 +123,11 @@ def _convolution(call: Signature, name: str) -> Sized:
     stride, _, dilation, transposed, _, groups = rest[-7:-1] if back else rest[-6:]
     mask = f" for {rest[-1]}" if back else f" bias {len(found) > 2}"
     pixels = numel(x.shape) // max(x.shape[1], 1)
+    few = x.shape[0] == 1 and groups == 1 and max(weight.shape[-2:]) <= 3 and numel(x.shape[:4]) <= FEW
     per_pixel = numel(weight.shape) / (1 if transposed else math.prod(stride))
     family = (
         f"{name}: {_kind(x)} {layout(x)} width {x.shape[-1]} weight {[*weight.shape]} {layout(weight)} "
-        f"stride {stride} dilation {dilation} groups {groups}{' transposed' * transposed}{mask}"
+        f"stride {stride} dilation {dilation} groups {groups}{' transposed' * transposed}{' few' * few}{mask}"
     )
     operations = 2.0 * pixels * per_pixel * (2 if back else 1)
     return Sized(family, pixels, operations, _bytes(found))

@@ -80,7 +80,7 @@ class Leaving:
         held_bytes = sum(self._sizes[name] for name in held)
         most = np.maximum(*(_given(s, held_bytes, self.entering) for s in (self._forward, self._backward)))
         fresh = _column(sum(size for name, size in o.holds if name not in held) for o in self.options)
-        leads = [(o.stop, self._held(o, held)) for o in self.options]
+        leads = [(o.stop, self.held(o, held)) for o in self.options]
         order = sorted(range(len(leads)), key=lambda i: (leads[i][0], sorted(leads[i][1])))
         ways, at = [], 0
         for (cut, now), alike in groupby(leads[i] for i in order):
@@ -91,7 +91,7 @@ class Leaving:
         columns = most[index], (self._kept + fresh)[index], self._seconds[index], self._host[index]
         return After(index, *columns, tuple(ways), held_bytes)
 
-    def _held(self, option: Option, held: Held) -> Held:
+    def held(self, option: Option, held: Held) -> Held:
         """What is held on to behind an option: what passes by it, and what it holds itself."""
         leaving = self._crossers[option.stop]
         return (held & leaving) | {name for name, _ in option.holds if name in leaving}

@@ -112,6 +112,8 @@ def _join(team: Team) -> Any:
         torch.cuda.set_device(team.local)
     store, _, _ = next(rendezvous("env://"))
     kinds = "cpu:gloo,cuda:nccl" if mine else "gloo"
+    # Calls that fail are errors of this process, which may go on in another group, and not its end.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     dist.init_process_group(kinds, store=store, rank=team.rank, world_size=team.size)
     return store
 

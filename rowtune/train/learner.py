@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,19 @@ from rowtune.errors import (
     RowtuneError,
     UsageError,
 )
+from rowtune.importers.synced import shares
 from rowtune.plan.file import PlanFile, exact_one, figures, smaller
 from rowtune.plan.plan import Plan
 from rowtune.runtime.in_backward import check_training
 from rowtune.runtime.module import Engine, apply
 from rowtune.train import ranks, sharded
 from rowtune.train.gradient_error import Watch, refusal
+from rowtune.train.group import Group, OutOfMemory
 from rowtune.train.options import Changed, MadeExact, Options, SteppedDown, StepReport
 from rowtune.train.schedule import parse_schedule
 from rowtune.train.undo import Before, is_atomic
 from rowtune.tune.device import release, synchronize
-from rowtune.tune.measurement import first_line, out_of_memory
+from rowtune.tune.measurement import out_of_memory
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.optimizers import OptimizerSpec
 from rowtune.tune.step import Batch, Workload, gradients_of, scaler_for, use_gradients
@@ -56,6 +57,7 @@ class Learner:
         self.device = work.problem.device
         self.model = work.module.to(self.device)
         ranks.begin_alike(self.model)
+        self.group = Group(self.device, lasting=options.fsdp)
         self.average: AveragedModel | None = None
         self.take(file)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -105,6 +107,11 @@ class Learner:
         plan = self.file.plan
         one_by_one = plan.step_in_backward or plan.optimizer_state == "host"
         return one_by_one or not is_atomic(self.optimizer) or ranks.several()
+
+    @property
+    def waits(self) -> bool:
+        """Whether ranks wait for each other in the middle of a forward."""
+        return self.options.fsdp or shares(self.model)
 
     @property
     def saved(self) -> nn.Module:
@@ -159,7 +166,7 @@ class Learner:
     def _made(self, step: _Step) -> float:
         last = self.total is not None and self.done + 1 == self.total
         fresh = step.fresh
-        with guarded(self.model, self.device):
+        with self.group.guarded(self.waits):
             if fresh and last and not self.here:
                 outcome(self.model, self.runner, *step.first)  # lowers the plan: not the step's memory
             if fresh and self.options.verify_every and self.done % self.options.verify_every == 0:
@@ -178,7 +185,7 @@ class Learner:
         """Measure the error of gradients, if it is time to; take an exact plan where it is too large."""
         if self.watch is None or not step.fresh or self.done % self.options.check_error_every:
             return None
-        with guarded(self.model, self.device):
+        with self.group.guarded(self.waits):
             check = self.watch.check(self.model, step.first)
         at, allowed, self.error = self.done + 1, self.file.plan.allowed_error, check.max_relative_error
         if not ranks.any_of(not check.ok, self.device):
@@ -275,15 +282,17 @@ class _Step:
                     learner.model, learner.optimizer, learner.device,
                     gradients=self.count > 0, whole=learner.whole,
                 )  # fmt: skip
-            with guarded(learner.model, learner.device):
+            with learner.group.guarded(learner.waits):
                 loss = self._backward(self.batch)
             more = self._next()
             if more is None:
                 break
             self._count(loss)
             self.batch = more
-        ranks.average(learner.trained)  # scaled: what is infinite on one rank is so on all
-        with guarded(learner.model, learner.device):
+        if ranks.several():
+            with learner.group.guarded(waits=True):
+                ranks.average(learner.trained)  # scaled: what is infinite on one rank is so on all
+        with learner.group.guarded(waits=learner.options.fsdp):  # clipping adds up the parts
             if learner.scaler is not None:
                 learner.scaler.unscale_(learner.optimizer)
             self._use(self.count + 1)
@@ -328,31 +337,8 @@ class _Step:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, RowtuneError) or out_of_memory(error) or ranks.lost(error):
                 raise
+            if learner.group.given_up():
+                raise
             shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"step {learner.done + 1} on inputs {shapes} failed: {reason}") from error
-
-
-class OutOfMemory(Exception):
-    """What was tried took more memory than there is, here or on another rank."""
-
-
-@contextmanager
-def guarded(model: nn.Module, device: str) -> Iterator[None]:
-    """What runs out of memory inside is OutOfMemory, on every rank where it is on one.
-
-    Raises:
-        InfeasibleError: ranks wait for each other inside, so that they cannot agree on it.
-    """
-    reason = ""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, RowtuneError) or not out_of_memory(error):
-            raise
-        reason = first_line(error) or type(error).__name__
-    # Outside of the handler: the error holds the frames, and those the tensors, of what failed.
-    if reason and ranks.wait_inside(model):
-        raise ranks.give_up(reason)
-    if ranks.any_of(bool(reason), device):
-        raise OutOfMemory(reason or "on another rank")

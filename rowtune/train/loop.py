@@ -15,8 +15,9 @@ from rowtune.plan.file import PlanFile
 from rowtune.train import checkpoint, ranks, sharded
 from rowtune.train.data import guarded as read
 from rowtune.train.data import open_data
+from rowtune.train.group import OutOfMemory
 from rowtune.train.launch import launched
-from rowtune.train.learner import Learner, OutOfMemory, guarded
+from rowtune.train.learner import Learner
 from rowtune.train.log import Log
 from rowtune.train.options import Changed, Options, Report, Stopping, Trained, ValReport
 from rowtune.train.random_state import begin, capture, restore, seed_of
@@ -194,7 +195,7 @@ class _Run:
         learner.gradients.release()  # whose memory is not a validation's
         while True:
             try:
-                with guarded(learner.model, self.device):
+                with learner.group.guarded(waits=True):  # it asks for signals, in all ranks
                     return validator.run(
                         learner.averaged, learner.optimizer, learner.kept, learner.done, self.epoch + 1,
                         lambda: self._asked(stop),

@@ -15,8 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rowtune.errors import InfeasibleError
-from rowtune.importers.synced import shares
-from rowtune.tune.measurement import first_line, out_of_memory
 
 T = TypeVar("T")
 
@@ -82,24 +80,15 @@ def begin_alike(model: nn.Module) -> None:
 
 
 def average(parameters: Sequence[nn.Parameter]) -> None:
-    """Gradients become their mean over ranks.
-
-    Raises:
-        InfeasibleError: this rank ran out of memory in the middle of it.
-    """
-    try:
-        own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
-        for grads in _buckets(own) if several() else ():  # what is sharded was averaged in backward
-            together = grads[0] if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
-            dist.all_reduce(together)
-            together.div_(dist.get_world_size())
-            parts = torch.split(together.reshape(-1), [g.numel() for g in grads])
-            for grad, part in zip(grads, parts, strict=True) if len(grads) > 1 else ():
-                grad.copy_(part.view_as(grad))
-    except Exception as error:
-        if out_of_memory(error):
-            raise give_up(first_line(error)) from None
-        raise
+    """Gradients become their mean over ranks."""
+    own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+    for grads in _buckets(own) if several() else ():  # what is sharded was averaged in backward
+        together = grads[0] if len(grads) == 1 else torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(together)
+        together.div_(dist.get_world_size())
+        parts = torch.split(together.reshape(-1), [g.numel() for g in grads])
+        for grad, part in zip(grads, parts, strict=True) if len(grads) > 1 else ():
+            grad.copy_(part.view_as(grad))
 
 
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -124,12 +113,6 @@ def total(loss: Tensor) -> Tensor:
     return loss / dist.get_world_size()
 
 
-def wait_inside(model: nn.Module) -> bool:
-    """Whether ranks wait for each other in the middle of a forward."""
-    parts = any(hasattr(p, "full_tensor") for p in model.parameters())
-    return several() and (parts or shares(model))
-
-
 def lost(error: BaseException) -> bool:
     """Whether an exception says that another rank is not there any more."""
     said = str(error).lower()
@@ -142,8 +125,8 @@ def give_up(reason: str) -> InfeasibleError:
     rank = dist.get_rank()
     dist.destroy_process_group()
     return InfeasibleError(
-        f"rank {rank} ran out of memory ({reason}) where ranks wait for each other (synchronised norms, "
-        "sharded weights, the mean of gradients), so they cannot agree on a smaller plan: the process group "
-        "is given up; start all ranks again with a smaller budget (rowtune run --budget, or "
-        "rowtune.plan.file.at_budget), from the last checkpoint"
+        f"rank {rank} ran out of memory ({reason}) where ranks wait for each other, and they cannot form "
+        "another process group: weights sharded in this one (--fsdp), or other groups, hold on to it; start "
+        "all ranks again with a smaller budget (rowtune run --budget, or rowtune.plan.file.at_budget), from "
+        "the last checkpoint"
     )

@@ -18,6 +18,7 @@ from rowtune.errors import ModelError, RowtuneError, UsageError
 from rowtune.importers import source
 from rowtune.runtime.module import RowtuneModule
 from rowtune.torch_private import pytree
+from rowtune.train import ranks
 from rowtune.train.data import Feed, guarded
 from rowtune.train.metrics import Metric, metric_for
 from rowtune.train.options import ValReport
@@ -95,7 +96,7 @@ def _evaluate(runner: RowtuneModule, batch: Batch, metric: Metric | None) -> flo
             metric.add(pytree.tree_leaves(outputs)[0], target)
         return float(loss)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, RowtuneError) or out_of_memory(error):
+        if isinstance(error, RowtuneError) or out_of_memory(error) or ranks.lost(error):
             raise
         shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -257,6 +257,7 @@ def _task(
         may=lambda p: _may(request, space, p),
         shared=shared,
         tell=space.tell,
+        least=space.least,
     )
 
 

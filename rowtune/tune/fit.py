@@ -1,45 +1,59 @@
 """Will it fit, and how large could it be: predicted in seconds, on tensors without data.
 
 Three ways to train are compared: plain PyTorch, the best checkpointing there is (the exact programme over
-keep and checkpoint segments, recursive ones included), and every plan of rowtune's. Peaks grow nearly in
-proportion to the size, so a few sizes find the largest one.
+keep and checkpoint segments, recursive ones included), and every plan of rowtune's that uses the device
+alone; a fourth where the host's memory may be used. Peaks grow nearly in proportion to the size, so a few
+sizes find the largest one; what is found at one of them is where the search begins at the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from typing import NamedTuple
 
-from rowtune.cost.candidates import HEIGHTS, LATE, NARROW, ROWS, first
+from rowtune.cost.candidates import first, offloaded, shelved
+from rowtune.cost.lean import descend
 from rowtune.cost.predict import fixed_bytes, predict
 from rowtune.cost.profile import Profile
-from rowtune.cost.programme import Path, fastest, plan_of, smallest
+from rowtune.cost.programme import Path, fastest, plan_of
 from rowtune.cost.state import Stateful
-from rowtune.cost.table import Key, Option, Table, within
+from rowtune.cost.table import Key, Option, Table
 from rowtune.errors import ModelError, UsageError
-from rowtune.graph.places import has_barriers
 from rowtune.graph.training import with_loss
+from rowtune.plan.choices import Store
 from rowtune.plan.plan import Plan, Segment
 from rowtune.problem import TensorSpec
-from rowtune.tune.savers import of_segments
+from rowtune.tune.savers import ON_HOST, SAVERS, of_segments
 from rowtune.tune.step import Workload, plain_graph
 
 WAYS = ("plain", "checkpointing", "rowtune")
+WITH_HOST = "rowtune + host"
+"""The fourth way: what plans keep, and gradients that wait, may be in the host's memory."""
 AXES = {"N": 0, "H": -2, "W": -1, "D": -3, "L": -1}
 """Letters for the dimensions of an input: batch, height, width, depth, length."""
 GRAIN = 32
 """Spatial sizes are multiples of this many (of the size asked for, where that is none)."""
-SECONDS, LATER, PEEK, TRIES, LARGEST = 10.0, 4.0, 2.0, 6, 1 << 20
-"""Of recording plans at the size asked for, at another, and for peaks alone; sizes tried for one way; no size
-is larger than that many times."""
+SECONDS, LOOK, PEEK = 10.0, 60.0, 2.0
+"""Of the processor, a way: recording plans at the size asked for, and at all others; for peaks alone."""
+TRIES, LARGEST = 8, 1 << 20
+"""Sizes tried for one way; no size is larger than that many times."""
+SHARE, FAR, GLIMPSE = 0.5, 2.0, 0.125
+"""Of the seconds that are left, what is spent at one size; and at one that is so many times longer than any
+that was looked at, where the next guess will be elsewhere."""
 
 
 SHARED = 1 << 16
 """Bytes that lists of calls may take on top of what is predicted: small tensors that bands share."""
-CHECKPOINTING = frozenset({"checkpoint", "turns"})
-"""Savers of what is called checkpointing here."""
+MAY = {
+    "checkpointing": frozenset({"checkpoint", "turns"}),
+    "rowtune": frozenset(SAVERS) - ON_HOST,
+    WITH_HOST: frozenset(SAVERS),
+}
+"""The savers of each way."""
 
 
 class Found(NamedTuple):
@@ -69,6 +83,8 @@ def fit(
     over: str,
     profile: Profile | None = None,
     watch: Callable[[str], None] = lambda _: None,
+    seconds: float = LOOK,
+    host_bytes: int = 0,
 ) -> list[Fit]:
     """Each way at the workload's own size, and how large it could be.
 
@@ -76,36 +92,51 @@ def fit(
         limit: bytes that a step may take.
         over: dimensions that are scaled together, as in "H,W" or "N".
         profile: of the device that times are for.
+        seconds: of the processor that each way may be looked for at sizes other than its own, about.
+        host_bytes: that plans may keep on the host; if any, a fourth way does.
 
     Raises:
         UsageError: the inputs have no such dimensions.
     """
+    found: dict[str, Fit] = {}
+    for way in (*WAYS, *((WITH_HOST,) if host_bytes else ())):
+        found[way] = fit_way(work, limit, over, way, profile, watch, seconds, host_bytes)
+    for way, other in zip(list(found)[2:], list(found)[1:], strict=False):
+        found[way] = _at_least(found[way], found[other])
+    return list(found.values())
+
+
+def fit_way(
+    work: Workload,
+    limit: int,
+    over: str,
+    way: str,
+    profile: Profile | None = None,
+    watch: Callable[[str], None] = lambda _: None,
+    seconds: float = LOOK,
+    host_bytes: int = 0,
+) -> Fit:
+    """One way by itself; see `fit`."""
     sizes = _Sizes(work, over)
-    found = []
-    for way in WAYS:
-        watch(f"{way}: {sizes.text(sizes.own)}")
-        here = _at(work, sizes.own, sizes, way, limit, profile)
-        assert here is not None, "the size asked for was traced before"
-        largest = _largest(work, sizes, way, limit, here, profile, watch)
-        found.append(Fit(way, here, *(largest or (None, None))))
-    plain, checkpointing, ours = found
-    return [plain, checkpointing, _at_least(ours, checkpointing)]
+    search = _Search(work, sizes, way, limit, profile, host_bytes, seconds, watch)
+    here = search.at(sizes.own)
+    assert here is not None, "the size asked for was traced before"
+    return Fit(way, here, *(search.largest(here) or (None, None)))
 
 
-def _at_least(ours: Fit, checkpointing: Fit) -> Fit:
-    """Rowtune's plans may be checkpoints alone: where the time for recording was too short to find anything
-    smaller, they are those."""
-    here = min(ours.here, checkpointing.here, key=lambda found: found.peak_bytes)
-    better = max(ours, checkpointing, key=lambda one: math.prod(one.largest or (0,)))
+def _at_least(ours: Fit, other: Fit) -> Fit:
+    """Plans of one way are plans of the next as well (checkpoints of rowtune's, say): where the time for
+    recording was too short to find anything smaller, they are those."""
+    here = min(ours.here, other.here, key=lambda found: found.peak_bytes)
+    better = max(ours, other, key=lambda one: math.prod(one.largest or (0,)))
     return Fit(ours.way, here, better.largest, better.there)
 
 
 def least_peaks(work: Workload, seconds: float = PEEK) -> dict[str, int]:
     """The predicted peak of the smallest plan of each way, in bytes, at the workload's own size. `seconds`
-    are how long plans of one way are recorded, at most: with more of them a smaller one may be found."""
-    optimizer = work.optimizer
+    of the processor are how long plans of one way are recorded, about: in more a smaller one may be found."""
     plain, checkpointing, ours = (
-        _found(Table(work.graph), optimizer, way, 0, None, seconds).peak_bytes for way in WAYS
+        _found(Table(work.graph), work.optimizer, way, 0, None, seconds).peak_bytes for way in WAYS
     )
     return {"plain": plain, "checkpointing": checkpointing, "rowtune": min(ours, checkpointing)}
 
@@ -157,22 +188,65 @@ class _Sizes:
         return tuple(found)
 
 
-def _at(
-    work: Workload,
-    k: int,
-    sizes: _Sizes,
-    way: str,
-    limit: int,
-    profile: Profile | None,
-    begin: tuple[Key, ...] = (),
-) -> Found | None:
-    """None where the model does not take this size. The options `begin` are looked at first."""
-    try:
-        graph = work.graph if k == sizes.own else with_loss(plain_graph(work.module, sizes.at(k)), work.loss)
-    except ModelError:
-        return None
-    seconds = SECONDS if k == sizes.own else LATER
-    return _found(Table(graph), work.optimizer, way, limit, profile, seconds, begin)
+class _Search:
+    """For the largest size of one way: what is known of sizes, and the seconds that are left."""
+
+    def __init__(
+        self,
+        work: Workload,
+        sizes: _Sizes,
+        way: str,
+        limit: int,
+        profile: Profile | None,
+        host_bytes: int,
+        seconds: float,
+        watch: Callable[[str], None],
+    ) -> None:
+        self.work, self.sizes, self.way, self.limit = work, sizes, way, limit
+        self.profile, self.host_bytes, self.left, self.watch = profile, host_bytes, seconds, watch
+
+    def at(self, k: int, begin: tuple[Key, ...] = (), share: float = SHARE) -> Found | None:
+        """None where the model does not take this size. The options `begin` are looked at first, `share` is
+        how much of the time that is left is spent."""
+        work, sizes = self.work, self.sizes
+        self.watch(f"{self.way}: {sizes.text(k)}")
+        own = k == sizes.own
+        try:
+            graph = work.graph if own else with_loss(plain_graph(work.module, sizes.at(k)), work.loss)
+        except ModelError:
+            return None
+        table = Table(graph)
+        if self.way == WITH_HOST:
+            table = Table(graph, whole={"waiting_gradients": "host"}, host_bytes=self.host_bytes)
+        began = time.process_time()
+        seconds = SECONDS if own else share * self.left
+        found = _found(table, work.optimizer, self.way, self.limit, self.profile, seconds, begin)
+        if not own:
+            self.left = max(self.left - (time.process_time() - began), 0.0)
+        return found
+
+    def largest(self, here: Found) -> tuple[tuple[int, ...], Found] | None:
+        """By secants of the peak over the size's volume, then step by step where those do not meet the
+        limit."""
+        sizes, limit = self.sizes, self.limit
+        known: dict[int, Found | None] = {sizes.own: here}
+        low, high, k = 0, LARGEST, sizes.own
+        for _ in range(TRIES):
+            if k not in known:
+                least = {n: f.least for n, f in known.items() if f is not None}
+                near = min(least, key=lambda n: abs(math.log(n / k)))
+                known[k] = self.at(k, least[near], GLIMPSE if k > FAR * near else SHARE)
+            found = known[k]
+            if found is not None and found.peak_bytes <= limit:
+                low = max(low, k)
+            else:
+                high = min(high, k)
+            if high - low <= max(low // 32, 1):
+                break
+            peaks = {n: f.peak_bytes for n, f in known.items() if f is not None}
+            k = min(max(_guess(peaks, limit, len(sizes.axes)), low + 1), high - 1)
+        best = known.get(low)
+        return (sizes.lengths(low), best) if low and best is not None else None
 
 
 def _found(
@@ -184,87 +258,46 @@ def _found(
     seconds: float,
     begin: tuple[Key, ...] = (),
 ) -> Found:
-    graph = table.graph
+    """The plan that takes least, and the fastest within the limit: half the time for each, all of it for the
+    first where there are options to begin with."""
     if profile is not None:
         table.price(profile)
     if way == "plain":
-        last = len(table.cuts) - 1
-        plan = Plan((table.segment(0, table.cuts[last], "keep"),), table.axis)
-        cost = predict(graph, plan, optimizer, profile)
-        fits = cost.peak_bytes <= limit
-        return Found(cost.peak_bytes, plan if fits else None, cost.seconds if fits else None)
-    fixed = fixed_bytes(graph, optimizer)
+        return _plain(table, optimizer, limit, profile)
+    stores: tuple[Store, ...] = ("host", "device") if way == WITH_HOST else ("device",)
 
     def may(segments: Iterable[Segment]) -> bool:
-        return way == "rowtune" or of_segments(segments) <= CHECKPOINTING
+        return of_segments(segments) <= MAY[way]
 
     def allowed(option: Option) -> bool:
         return may(option.segments)
 
-    keys = (key for key in _options(table) if may(key[2]))
-    table.add([table.keep(k, k + 1) for k in range(len(table.cuts) - 1)], math.inf)
-    table.add(begin, math.inf)
-    table.add(keys, within(seconds))
-    least = smallest(table, allowed)
-    assert least is not None, "to keep everything is always an option"
-    leanest = fastest(table, least, allowed)
-    spare = SHARED if way == "rowtune" else 0
+    # The processor's, so that what is found does not hang on what else the machine does.
+    until = time.process_time() + seconds
+    leave = 0.0 if begin else seconds / 2
+    descend(table, lambda: until - leave - time.process_time(), may, begin, stores)
+    others = chain(offloaded(table), shelved(table)) if way == WITH_HOST else ()
+    for key in takewhile(lambda _: time.process_time() < until, chain(others, first(table))):
+        if may(key[2]):
+            table.add([key], math.inf)
+    leanest = descend(table, lambda: 0.0, may)
+    fixed = fixed_bytes(table.graph, optimizer)
+    spare = 0 if way == "checkpointing" else SHARED
     path: Path | None = fastest(table, limit - fixed - spare, allowed)
     return Found(
-        least + fixed,
+        leanest.peak + fixed,
         None if path is None else plan_of(table, path),
         None if path is None else path.seconds,
-        tuple((o.start, o.stop, o.segments) for o in leanest.options) if leanest else (),
+        tuple((o.start, o.stop, o.segments) for o in leanest.options),
     )
 
 
-def _options(table: Table) -> Iterator[Key]:
-    """What takes least first: it decides how large an input may be."""
+def _plain(table: Table, optimizer: Stateful, limit: int, profile: Profile | None) -> Found:
     last = len(table.cuts) - 1
-    for k in range(last):
-        yield table.checkpoint(k, k + 1)
-    barriers = has_barriers(table.graph, table.axis)
-    for height in HEIGHTS[2:4]:
-        for kind in (LATE, ROWS) if not barriers else (ROWS,):
-            if (key := table.rows(0, last, replace(kind, band_rows=height))) is not None:
-                yield key
-    for k in range(last if barriers else 0):
-        for length in (1, 2):
-            if k + length <= last:
-                key = table.rows(k, k + length, replace(NARROW, band_rows=16))
-                if key is not None:
-                    yield key
-    yield from first(table)
-
-
-def _largest(
-    work: Workload,
-    sizes: _Sizes,
-    way: str,
-    limit: int,
-    here: Found,
-    profile: Profile | None,
-    watch: Callable[[str], None],
-) -> tuple[tuple[int, ...], Found] | None:
-    """By secants of the peak over the size's volume, then step by step where those do not meet the limit."""
-    known: dict[int, Found | None] = {sizes.own: here}
-    low, high, k = 0, LARGEST, sizes.own
-    for _ in range(TRIES):
-        if k not in known:
-            watch(f"{way}: {sizes.text(k)}")
-            near = min((f for f in known.values() if f is not None), key=lambda f: f.peak_bytes)
-            known[k] = _at(work, k, sizes, way, limit, profile, near.least)
-        found = known[k]
-        if found is not None and found.peak_bytes <= limit:
-            low = max(low, k)
-        else:
-            high = min(high, k)
-        if high - low <= max(low // 32, 1):
-            break
-        peaks = {n: f.peak_bytes for n, f in known.items() if f is not None}
-        k = min(max(_guess(peaks, limit, len(sizes.axes)), low + 1), high - 1)
-    best = known.get(low)
-    return (sizes.lengths(low), best) if low and best is not None else None
+    plan = Plan((table.segment(0, table.cuts[last], "keep"),), table.axis)
+    cost = predict(table.graph, plan, optimizer, profile)
+    fits = cost.peak_bytes <= limit
+    return Found(cost.peak_bytes, plan if fits else None, cost.seconds if fits else None)
 
 
 def _guess(peaks: dict[int, int], limit: int, axes: int) -> int:

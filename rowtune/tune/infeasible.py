@@ -31,9 +31,15 @@ def infeasible(search: Search) -> RowtuneError:
     how = "measured" if record.ok else "predicted"
     where = f", set by {record.peak_at}" if record.peak_at else ""
     advised = round_up(max(size, task.limit) + task.reserve)
+    smallest = f"of {len(known)} plans the smallest needs {format_bytes(size)} ({how}{where})"
+    if search.left() <= 0:
+        return InfeasibleError(
+            f"no plan that was found in the time there was fits {format_bytes(task.limit)}: {smallest}, and "
+            f"--timeout {task.timeout:.0f} ended before smaller ones were looked for to the end; give more "
+            f"time, or --budget {advised}, or a smaller --shape"
+        )
     return InfeasibleError(
-        f"no plan fits {format_bytes(task.limit)}: of {len(known)} plans the smallest needs "
-        f"{format_bytes(size)} ({how}{where}); give --budget {advised} or a smaller --shape"
+        f"no plan fits {format_bytes(task.limit)}: {smallest}; give --budget {advised} or a smaller --shape"
     )
 
 

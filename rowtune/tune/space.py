@@ -11,22 +11,23 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
 from rowtune.cost.candidates import around, first, heights, offloaded, rounded, shelved
+from rowtune.cost.lean import descend
 from rowtune.cost.predict import Cost, composed, fixed_bytes, predict
 from rowtune.cost.profile import Clock, Profile
 from rowtune.cost.programme import Path, fastest, plan_of, smallest
 from rowtune.cost.state import Stateful, brought, state_bytes
-from rowtune.cost.table import UNBOUNDED, Key, Option, Table, within
+from rowtune.cost.table import UNBOUNDED, Option, Table, within
 from rowtune.errors import RowtuneError
 from rowtune.graph.graph import Graph
-from rowtune.plan.choices import LOSSY, Home
+from rowtune.plan.choices import LOSSY, Home, Store
 from rowtune.plan.plan import Plan
 from rowtune.runtime.blank import Signature
 from rowtune.tune.knobs import BANDS, ZONES, Values, guesses, knobs, usable
@@ -60,8 +61,6 @@ TRIES, CLOSE = 8, 0.01
 most that may be told of is close enough."""
 UNTRIED = 0.6
 """What a plan of another layout takes of its time, as long as none was measured: one is to be tried."""
-BATCH = 16
-"""Options that are recorded at a time while no plan fits."""
 PULL = 0.1
 """How much a factor of the time model is drawn to 1."""
 
@@ -140,7 +139,7 @@ class ProgrammeSpace:
             if high - low <= CLOSE * high:
                 break
             limit = (low + high) // 2 if low else limit - int(over) - 1
-        return best or plan_of(self.table, self.smallest())
+        return best or self.least()
 
     def predict(self, plan: Plan) -> Cost:
         """Bytes and seconds. Calls in another layout are not timed: a plan takes what it does in this one,
@@ -151,8 +150,12 @@ class ProgrammeSpace:
         like = predict(self.graph, replace(plan, layout="contiguous"), self.optimizer, self.profile)
         return replace(cost, seconds=like.seconds * self.layouts.get(plan.layout, UNTRIED))
 
+    def least(self) -> Plan:
+        """The plan with the least peak."""
+        return plan_of(self.table, self.smallest())
+
     def smallest(self) -> Path:
-        """The path with the least peak."""
+        """Its path."""
         found = fastest(self.table, smallest(self.table, self._may) or 1 << 60, self._may)
         assert found is not None, "to keep everything is always an option"
         return found
@@ -184,8 +187,7 @@ class ProgrammeSpace:
             chain(offloaded(self.table), shelved(self.table)) if "offload" in self.savers else (),
             rounded(self.table) if "rounding" in self.savers else (),
         )
-        coarse = chain(stores, first(self.table))
-        self.table.add(coarse, within(FIRST * box))
+        self.table.add(chain(stores, first(self.table)), within(FIRST * box))
         if self.calibrate is not None:
             self.profile = self.calibrate(self.table.work(), TIMES * box)
             self.table.price(self.profile)
@@ -194,7 +196,7 @@ class ProgrammeSpace:
             [k for k in around(self.table, self.paths()) if k not in self.table.known], until
         ):
             pass
-        self._until_one_fits(coarse, now)
+        self._until_one_fits(now)
         self.table.spent[wanted] = self.table.spent.get(wanted, 0.0) + time.monotonic() - begun
         if self.tables is not None:
             self.tables.remember(self.table)
@@ -213,21 +215,18 @@ class ProgrammeSpace:
             self.tables.remember(self.table)
         return added > 0
 
-    def _until_one_fits(self, coarse: Iterator[Key], now: Situation) -> None:
-        """Whether a plan fits should not hang on how busy this machine is: while none does, more of the first
-        options are recorded, then neighbours of the smallest plan as long as that shrinks."""
-        limit, until = self._room(), within(min(MOST, 0.1 * now.left))
-        more = (key for key in coarse if of_segments(key[2]) <= self.savers)
-        least, before = self.smallest(), math.inf
-        while least.peak > limit and time.monotonic() < until:
-            found = self.table.add(islice(more, BATCH), until)
-            if not found and least.peak > 0.99 * before:
-                return
-            if not found:
-                before = least.peak
-                near = (key for key in around(self.table, [least]) if key not in self.table.known)
-                self.table.add(islice(near, 2 * BATCH), until)
-            least = self.smallest()
+    def _until_one_fits(self, now: Situation) -> None:
+        """Whether a plan fits should not hang on how busy this machine is: while none does, options are
+        recorded that may take less where the smallest plan takes most."""
+        until = within(min(MOST, 0.1 * now.left))
+        stores: tuple[Store, ...] = ("host", "device") if "offload" in self.savers else ("device",)
+        descend(
+            self.table,
+            lambda: until - time.monotonic(),
+            lambda segments: of_segments(segments) <= self.savers,
+            stores=stores,
+            enough=self._room(),
+        )
 
     def _room(self) -> int:
         """Bytes that the memory there is leaves for what plans decide on."""

@@ -55,6 +55,7 @@ def search(task: Task) -> SearchResult:
         run.plain()
         task.started()
         run.explore()
+        run.last_chance()
         task.ended()
         finals(run)
     except KeyboardInterrupt:
@@ -282,9 +283,23 @@ class Search:
                 self.remember(record)
                 self.say(record)
 
-    def _try(self, plan: Plan, values: dict[str, Any]) -> Record | None:
+    def last_chance(self) -> None:
+        """Before it is said that nothing fits, the plan that is predicted to take least is tried, though time
+        may be up: it says most about what does."""
+        if self.task.least is None or self.best() is not None:
+            return
+        plan = self.task.least()
+        seen = self.task.records.latest().get(digest(plan))
+        if seen is not None and self._current(seen):
+            return
+        record = self._try(plan, {}, self.trial_timeout())
+        if record is not None and record.digest == digest(plan):
+            self.remember(record)
+            self.say(record)
+
+    def _try(self, plan: Plan, values: dict[str, Any], box: float = 0.0) -> Record | None:
         """The record of a plan not seen before, or of one whose program runs alike; None where time ran out
-        in the middle of it."""
+        in the middle of it, that of the search, or `box` where that is more."""
         record = Record(
             digest(plan), "rejected", values=values, decisions=plan.to_dict(), limit=self.task.limit
         )
@@ -308,22 +323,22 @@ class Search:
             return replace(record, reason=why_not)
         self._pace.begin(self.measured())
         self.say(None, expected(cost.peak_bytes, cost.seconds), plan, why(values, self.task.space.knobs))
-        return self._measure(plan, record, "quick")
+        return self._measure(plan, record, "quick", box)
 
     def _twin(self, program: str) -> Record | None:
         """What was measured of the same program under another plan."""
         seen = self.task.records.latest().values()
         return next((r for r in seen if r.program == program != "" and self._current(r)), None)
 
-    def _measure(self, plan: Plan | None, record: Record, effort: Effort) -> Record | None:
+    def _measure(self, plan: Plan | None, record: Record, effort: Effort, box: float = 0.0) -> Record | None:
         start = time.monotonic()
-        allowed = min(self.trial_timeout(), self.left())
+        allowed = min(self.trial_timeout(), max(self.left(), box))
         if allowed <= 0:  # predicting took the rest of the time
             return None
         best = self.best()
         worth = HOPELESS * (best.step_seconds or math.inf) if best and plan else math.inf
         result = self.task.measure(plan, effort, allowed, worth)
-        if result.status == "timeout" and self.left() <= 0:
+        if result.status == "timeout" and self.left() <= 0 and not box:
             return None  # the search's own end is no verdict on the plan
         return replace(record, **result.to_dict(), effort=effort, seconds=round(time.monotonic() - start, 3))
 

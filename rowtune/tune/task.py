@@ -76,7 +76,8 @@ class Task:
     `shared` is where other processes work on the same study; `started` is called when they may begin, `ended`
     when there is nothing left for them to do.
     `tell` is told how far the search is before the first plan is asked for and after each measurement, and
-    says whether settings may stand for other plans now."""
+    says whether settings may stand for other plans now. `least` is the plan that is predicted to take least:
+    it is tried before a search says that none fits."""
 
     space: Space
     predict: Callable[[Plan], Costs]
@@ -97,6 +98,7 @@ class Task:
     started: Callable[[], None] = lambda: None
     ended: Callable[[], None] = lambda: None
     tell: Callable[[Situation], bool] = field(default=lambda _: False)
+    least: Callable[[], Plan] | None = None
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
 
