@@ -168,6 +168,8 @@ def test_steps_are_exact_beside_late_copies(way, engine, late):
     plan = stored(in_two(made.training, how), "host")
     assert made.error(plan, engine, steps=3) < TOLERANCE
     assert any(stream.done for stream in late)
+    if way not in ("keep", "sweep"):
+        return
     plan = replace(stored(uniform(made.training, way), "host"), waiting_gradients="host")
     assert made.error(plan, engine, steps=3) < TOLERANCE
 
