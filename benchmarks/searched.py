@@ -20,6 +20,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,10 @@ def cases(wanted: list[str]) -> list[tuple[str, frontier.Case]]:
     return found
 
 
-def measure(key: str, case: frontier.Case, trials: int, rounds: int) -> list[dict[str, Any]]:
+def measure(key: str, case: frontier.Case, trials: int, rounds: int) -> Iterator[dict[str, Any]]:
     shape, args = SHAPES[key]
     work = define(parse_source(f"zoo:{case.network}", args), [shape], loss=case.loss)
     bench = Bench(work.problem, work=work)
-    found = []
     for name, build in case.plans.items():
         hand = build(work.graph)
         peak = bench.measure(hand)
@@ -82,21 +82,18 @@ def measure(key: str, case: frontier.Case, trials: int, rounds: int) -> list[dic
         ours = Plan.from_dict(dict(best.decisions or {}))
         timings = bench.race([Contender(None), Contender(hand), Contender(ours)], rounds)
         plain, by_hand, searched = (t.seconds if t else float("nan") for t in timings)
-        found.append(
-            {
-                "case": key, "shape": shape, "hand": name, "budget": budget,
-                "found_peak": best.peak_bytes, "trials": made.result.measured, "search_seconds": seconds,
-                "plain_seconds": plain, "hand_seconds": by_hand, "found_seconds": searched,
-                "found_over_hand": searched / by_hand, "decisions": best.decisions,
-            }
-        )  # fmt: skip
+        yield {
+            "case": key, "shape": shape, "hand": name, "budget": budget,
+            "found_peak": best.peak_bytes, "trials": made.result.measured, "search_seconds": seconds,
+            "plain_seconds": plain, "hand_seconds": by_hand, "found_seconds": searched,
+            "found_over_hand": searched / by_hand, "decisions": best.decisions,
+        }  # fmt: skip
         print(
             f"{key:16}{name:44}{(peak.peak_bytes or 0) / 1e6:8.1f} MB {made.result.measured:3} trials "
             f"{seconds:5.0f} s   hand {by_hand / plain:5.2f}x  found {searched / plain:5.2f}x  "
             f"found/hand {searched / by_hand:5.2f}",
             flush=True,
         )
-    return found
 
 
 def main() -> None:
@@ -111,9 +108,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     out = Path(__file__).parent / "results" / f"{datetime.date.today()}-searched.json"
     for key, case in cases(given.networks):
-        rows += measure(key, case, given.trials, given.rounds)
-        if given.save:  # an hour's work is kept as it comes
-            out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        for row in measure(key, case, given.trials, given.rounds):
+            rows.append(row)
+            if given.save:  # an hour's work is kept as it comes
+                out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     ratios = [row["found_over_hand"] for row in rows]
     if ratios:
         print(f"median found/hand {statistics.median(ratios):.2f}, worst {max(ratios):.2f}")
