@@ -114,8 +114,7 @@ class BandedRun:
         self._begin({}, collect=True)
         for images in self.program.image_ranges:
             self._images(images)
-            self._steps(self.program.backward)
-            self.arriving.images_done(self.dims, self._part)
+            self._backward_of_images()
         self._complete()
         return self._finish(), self.gradients
 
@@ -137,19 +136,22 @@ class BandedRun:
             if self.stashes:
                 self.stash = self.stashes[i]
                 self.stashes[i] = {}
-            self._steps(self.program.backward)
-            self.arriving.images_done(self.dims, self._part)
+            self._backward_of_images()
         self._complete(beyond)
         return self.gradients
 
     def _complete(self, beyond: Mapping[str, Tensor] | None = None) -> None:
         """All tapes have run."""
-        self.summing.flush()
         self.arriving.finish(self.dims)
         alone = apart(beyond or {}, (*self.outer.values(), *self.sums.gradients.values()))
         for name, g in alone.items():
             add(self.gradients.weights if name in self.whole else self.gradients.inputs, name, g)
         finish(self.graph, self.segment, self.tensors, self.gradients, self.wanted)
+
+    def _backward_of_images(self) -> None:
+        self._steps(self.program.backward)
+        self.summing.flush()
+        self.arriving.images_done(self.dims, self._part)
 
     # -- steps ---------------------------------------------------------------------------------------------
 

@@ -62,12 +62,12 @@ class Lives(TorchDispatchMode):
         known = self._known.get(key)
         if known is not None:
             return known.number
-        number = len(self._buffers)
-        life = self._known[key] = _Life(storage, self._gone)
-        life.key, life.number = key, number
-        size = storage.nbytes()
+        number, size = len(self._buffers), storage.nbytes()
         self._buffers.append(Buffer(name, size, role, self.calls - 1, None))
         self.live += size
+        life = _Life(storage, self._gone)  # which may be called as soon as it is known, by an interrupt
+        life.key, life.number = key, number
+        self._known[key] = life
         return number
 
     def tag(self, tensor: Tensor, name: str, role: Role) -> int:
@@ -112,7 +112,7 @@ class Lives(TorchDispatchMode):
             self._buffers.append(Buffer(f"{func._opname}'s copies", size, "temporary", now, None))
 
     def _gone(self, life: _Life) -> None:
-        del self._known[life.key]
+        self._known.pop(life.key, None)
         self.live -= self._buffers[life.number].bytes
         self._died[life.number] = self.calls - 1
 
