@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from exactness import run_step
 from test_exact_zoo import NETS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,7 +37,7 @@ from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import target_dtype, target_shape, with_loss
 from rowtune.plan.plan import Plan, Segment
 from rowtune.problem import TensorSpec
-from rowtune.tune.step import Plain, plain_graph
+from rowtune.tune.step import Plain, plain_graph, steps_of
 from rowtune.zoo import build
 
 NAMED = "fake"
@@ -255,7 +254,7 @@ def measured(
             if plan is not None:
                 runner._programs = _Always(rowtune.lower(training, plan))
             watches = Watch(device, known), Watch(device, known)
-            yield warm(network, name, watches, lambda r=runner: run_step(r, optimizer, (x,), target))
+            yield warm(network, name, watches, lambda r=runner: steps_of(r, optimizer)((x,), target))
 
 
 class _Always(dict[Any, Any]):

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rowtune.tune.step import steps_of
-
 TOLERANCE = 1e-10
 
 
@@ -38,17 +36,6 @@ def step(model: nn.Module, run: Callable[[], Tensor], inputs: dict[str, Tensor])
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     gradients |= {n: t.grad.clone() for n, t in inputs.items() if t.grad is not None}
     return Step(out.detach().clone(), gradients, {n: b.clone() for n, b in model.named_buffers()})
-
-
-def run_step(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    inputs: tuple[Tensor, ...],
-    target: Tensor,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Tensor:
-    """One training step; its loss."""
-    return steps_of(module, optimizer, scaler)(inputs, target)
 
 
 def error(ours: Step, plain: Step) -> float:

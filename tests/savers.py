@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from exactness import Step, error, run_step, step
+from exactness import Step, error, step
 from hypothesis import strategies as st
 from test_exact_cuts import segments
 from torch import nn
@@ -20,7 +20,7 @@ from rowtune.plan.choices import Precision, Store
 from rowtune.plan.plan import Plan, Segment
 from rowtune.runtime.precision import autocast
 from rowtune.tune.meter import measure_memory
-from rowtune.tune.step import Plain
+from rowtune.tune.step import Plain, steps_of
 from rowtune.zoo import build
 
 NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -81,7 +81,7 @@ class Case:
         optimizer = torch.optim.SGD(self.net.parameters(), lr=0.0, momentum=0.9, fused=True)
 
         def one() -> None:
-            run_step(module, optimizer, (self.x,), self.target)
+            steps_of(module, optimizer)((self.x,), self.target)
 
         module.lists.after = 0
         one()

@@ -22,13 +22,12 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
-from rowtune.runtime.captured import Backward, Captured, capture, cuda_graph
-from rowtune.runtime.module import RowtuneModule
+from rowtune.runtime.captured import Captured, backward_of, capture, cuda_graph
 from rowtune.train.loop import train
 from rowtune.train.options import Options
 from rowtune.tune import step as step_module
 from rowtune.tune.find import Request, find
-from rowtune.tune.savers import NOT_IN_GRAPHS, check_capture, last_resort
+from rowtune.tune.savers import NOT_IN_GRAPHS, check_capture, last_resort, used
 from rowtune.tune.savers import parse as savers
 from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.step import define, steps_of
@@ -84,15 +83,6 @@ class Case:
         other.model = copy.deepcopy(self.model)
         other.module = rowtune.apply(other.model, self.plan, self.module.loss)
         return other
-
-
-def backward_of(module: RowtuneModule) -> Backward:
-    def backward(inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        loss: Tensor = module(*inputs, targets=targets)
-        loss.backward()
-        return loss.detach()
-
-    return backward
 
 
 def trained(
@@ -262,6 +252,8 @@ def test_a_search_for_a_card_asks_for_it(tmp_path: Path) -> None:
     space = ProgrammeSpace(work.graph, work.optimizer, savers=savers("+capture"))
     assert space.table.plan([space.table.segment(0, len(work.graph.nodes), "keep")]).capture == "on"
     assert not last_resort("+capture") & NOT_IN_GRAPHS
+    by_name = {"step_in_backward", "offload_gradients", "offload"}
+    assert by_name == NOT_IN_GRAPHS  # those that plans are refused for: see above
     with pytest.raises(UsageError, match="does not go with offload"):
         check_capture(savers("+capture,+offload"), "cuda:0")
 
@@ -282,6 +274,7 @@ def test_what_no_graph_can_hold_is_refused(change: Callable[[Plan], Plan], why: 
     case = Case("unet", lambda g: change(uniform_plan(g, "keep")))
     with pytest.raises(UsageError, match=why):
         captured(case)
+    assert used(case.plan) - {"capture"} <= NOT_IN_GRAPHS  # a search knows it by its savers' names
 
 
 def test_a_generator_that_the_host_seeds_is_refused() -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exactness import run_step
 from training import plan_file
 
 from rowtune.cost.predict import predict
@@ -21,7 +20,7 @@ from rowtune.train.loop import train
 from rowtune.train.options import Options
 from rowtune.tune.meter import measure_memory
 from rowtune.tune.optimizers import parse_optimizer, without_warnings
-from rowtune.tune.step import Workload, define
+from rowtune.tune.step import Workload, define, steps_of
 
 NAMES = ["adamw8bit", "adamw4bit"]
 
@@ -45,7 +44,7 @@ def test_their_state_is_predicted_byte_by_byte(name: str, inside: bool) -> None:
     inputs, target = work.batch()
 
     def step() -> None:
-        run_step(module, optimizer, inputs, target)
+        steps_of(module, optimizer)(inputs, target)
 
     step()
     kept = sum(t.nbytes for t in state_on_device(optimizer) if t.numel() > 1)

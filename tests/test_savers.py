@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import TOLERANCE, run_step
+from exactness import TOLERANCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from savers import NETS, Case, case, plans
@@ -39,7 +39,7 @@ from rowtune.train.loop import train
 from rowtune.train.options import Options
 from rowtune.tune.measure import Bench
 from rowtune.tune.reference import Place
-from rowtune.tune.step import Plain, scaler_for
+from rowtune.tune.step import Plain, scaler_for, steps_of
 from rowtune.tune.verify import Verifier
 
 WAYS = {
@@ -166,7 +166,7 @@ def test_fp16_is_trained_with_a_scaled_loss():
         before = [p.detach().clone() for p in made.net.parameters()]
         optimizer = torch.optim.SGD(made.net.parameters(), lr=0.1)
         for _ in range(2):
-            run_step(runner, optimizer, (made.x,), made.target, scaler)
+            steps_of(runner, optimizer, scaler)((made.x,), made.target)
         finals.append([p.detach() - b for p, b in zip(made.net.parameters(), before, strict=True)])
         with torch.no_grad():
             for p, b in zip(made.net.parameters(), before, strict=True):
@@ -323,7 +323,7 @@ def trained(made: Case, module: nn.Module, optimizer: torch.optim.Optimizer) -> 
     before = [p.detach().clone() for p in made.net.parameters()]
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     for _ in range(3):
-        run_step(module, optimizer, (made.x,), made.target)
+        steps_of(module, optimizer)((made.x,), made.target)
         schedule.step()
     after = [p.detach().clone() for p in made.net.parameters()]
     with torch.no_grad():
@@ -423,11 +423,11 @@ def test_training_with_the_state_on_the_host(kind, inside):
         modules = [made.apply(p) for p in three]
         before = {k: v.clone() for k, v in made.net.state_dict().items()}
         for module in modules:
-            run_step(module, optimizer, (made.x,), made.target)
+            steps_of(module, optimizer)((made.x,), made.target)
             again = OPTIMIZERS[kind](made.net.parameters())
             again.load_state_dict(optimizer.state_dict())
             optimizer = again
-        run_step(modules[-1], optimizer, (made.x,), made.target)
+        steps_of(modules[-1], optimizer)((made.x,), made.target)
         here = sum(t.nbytes for t in state_on_device(optimizer))
         assert here < 1000 if three[-1] is away else here > 10000
         found.append([p.detach().clone() for p in made.net.parameters()])

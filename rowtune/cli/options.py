@@ -68,7 +68,7 @@ Savers = Annotated[
         metavar="NAMES",
         help="What plans may use: rows, checkpoint, turns, images, recompute, channels_last (these by "
         "default), offload, offload_gradients, offload_state, step_in_backward (these where nothing fits "
-        "without), bf16; or changes to the default, as in +offload,-turns.",
+        "without), bf16, capture (CUDA graphs); or changes to the default, as in +offload,-turns.",
     ),
 ]
 MaxGradError = Annotated[

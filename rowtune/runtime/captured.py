@@ -21,9 +21,6 @@ from rowtune.runtime.module import RowtuneModule
 from rowtune.runtime.precision import autocast_key
 from rowtune.torch_private import storage_of
 
-Batch = tuple[tuple[Tensor, ...], Tensor]
-"""Inputs and targets."""
-
 Backward = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """Forward and backward of a batch, which leave gradients at the parameters; returns the loss, detached."""
 
@@ -71,13 +68,18 @@ def capture(module: RowtuneModule) -> Captured:
     record = recorder_for(next(module.parameters()).device)
     if record is None:
         raise UsageError("a CUDA graph is of a CUDA device, and the module's parameters lie on none")
+    return Captured(module, backward_of(module), record)
+
+
+def backward_of(module: RowtuneModule) -> Backward:
+    """Forward and backward as one's own loop has them."""
 
     def backward(inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         loss: Tensor = module(*inputs, targets=targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    return Captured(module, backward, record)
+    return backward
 
 
 # -- what cannot be captured -----------------------------------------------------------------------------
@@ -97,9 +99,8 @@ NOT_CAPTURED: tuple[Callable[[RowtuneModule], str], ...] = (_by_plan, _lies_in_p
 
 
 class _Step(NamedTuple):
-    """A captured step: what it is for, where it reads and what it makes, and what makes it again."""
+    """A captured step: where it reads and what it makes, and what makes it again."""
 
-    kind: Any
     addresses: tuple[int, ...]
     inputs: tuple[Tensor, ...]
     targets: Tensor
@@ -140,7 +141,7 @@ class Captured:
             return self._plainly(inputs, targets)
         if self._step is None or self._step.addresses != self._addresses():
             self.release()
-            self._step = self._captured(kind, inputs, targets)
+            self._step = self._captured(inputs, targets)
         return self._replayed(self._step, inputs, targets)
 
     def release(self) -> None:
@@ -156,7 +157,7 @@ class Captured:
         self.module.lists.after = 0  # lists are written now: to write them is no work of a device
         return self.backward(inputs, targets)
 
-    def _captured(self, kind: Any, inputs: tuple[Tensor, ...], targets: Tensor) -> _Step:
+    def _captured(self, inputs: tuple[Tensor, ...], targets: Tensor) -> _Step:
         self._check_random(inputs)
         parameters = tuple(self.module.parameters())
         before = [p.grad for p in parameters]
@@ -172,7 +173,7 @@ class Captured:
             self.module.seed = None
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
-        return _Step(kind, self._addresses(), *own, seed, loss, made, replay)
+        return _Step(self._addresses(), *own, seed, loss, made, replay)
 
     def _replayed(self, step: _Step, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         parameters = tuple(self.module.parameters())

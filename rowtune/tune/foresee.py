@@ -13,6 +13,7 @@ from rowtune.tune.front import joined, predicted_points
 from rowtune.tune.host import on_host
 from rowtune.tune.infeasible import round_up
 from rowtune.tune.output import check_replaceable, keep
+from rowtune.tune.savers import check_capture
 from rowtune.tune.sizes import format_bytes
 from rowtune.tune.space import ProgrammeSpace
 from rowtune.tune.tables import CachedTables
@@ -41,6 +42,7 @@ def _foreseen(request: Request, profile: Profile) -> tuple[PlanFile, str]:
     work = replace(work, graph=replace(work.graph, device=profile.kind.partition(":")[0]))
     limit = budget - request.reserve
     check_replaceable(request.out, work.graph.fingerprint, request.force)
+    check_capture(request.savers, work.graph.device)
     check_state(work, limit, request.savers)
     space = ProgrammeSpace(
         work.graph,
