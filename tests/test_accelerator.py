@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 
 import rowtune
 from rowtune.kernels.constants import Copies, Tables, zero
-from rowtune.kernels.moments import by_deviations, by_one_kernel
+from rowtune.kernels.moments import by_deviations, by_one_kernel, statistics_of
 from rowtune.problem import TensorSpec
 from rowtune.tune.step import plain_graph
 from rowtune.zoo import build
@@ -116,10 +116,10 @@ def test_statistics_by_one_kernel_are_those_by_deviations(shape):
     x = torch.randn(shape, dtype=torch.float64) * 3 + 100
     dims = (0, *range(2, len(shape)))
     count = x.numel() // shape[1]
-    one, other = by_one_kernel(x, dims, count), by_deviations(x, dims, count)
+    one, other = (statistics_of(by(x, dims)[None], (count,)) for by in (by_one_kernel, by_deviations))
     assert one.dtype == other.dtype == torch.float64
     assert torch.allclose(one, other, rtol=1e-12)
-    assert torch.allclose(by_one_kernel(x.float(), dims, count), other, rtol=1e-4)
+    assert torch.allclose(statistics_of(by_one_kernel(x.float(), dims)[None], (count,)), other, rtol=1e-4)
 
 
 def test_constants_are_made_once_and_never_for_a_tracer():
