@@ -40,7 +40,7 @@ def test_another_width_is_like_the_one_that_was_timed() -> None:
     clock = Clock(Profile(curves=timed))
     for call in calls(128):
         assert sized(call).family not in timed and any_width(sized(call).family) in map(any_width, timed)
-        assert clock.bare(((call, 3),), 0) == pytest.approx(3 * 2.0)  # twice the pixels
+        assert clock.bare("rows", ((call, 3),), 0) == pytest.approx(3 * 2.0)  # twice the pixels
     assert any_width("add: float32 dense") == "add: float32 dense"
 
 
