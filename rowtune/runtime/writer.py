@@ -96,8 +96,8 @@ class Lives(TorchDispatchMode):
 
     def finished(self) -> tuple[Buffer, ...]:
         """All buffers; what is alive now is never freed."""
-        died = self._died
-        return tuple(replace(b, died=died[n]) if n in died else b for n, b in enumerate(self._buffers))
+        died = self._died.get
+        return tuple([Buffer(b.name, b.bytes, b.role, b.born, died(n)) for n, b in enumerate(self._buffers)])
 
     def recording(self) -> Recording:
         """What was recorded."""
