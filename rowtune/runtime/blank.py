@@ -63,7 +63,7 @@ MOST_KNOWN = 1 << 17
 class Answers:
     """Runs operators on meta tensors, or in a FakeTensorMode on fake ones; those that make new memory, or
     write to their first argument or to `out`, from memory where the same was asked before. `asked` is the
-    signature of the last call (None: it has none).
+    signature of the last call (None: it has none): one object for all calls that are answered from memory.
 
     Args:
         device: that the tensors stand for.
@@ -71,7 +71,7 @@ class Answers:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.known: dict[Signature, tuple[Made | None, ...] | Made] = {}
+        self.known: dict[Signature, tuple[Signature, tuple[Made | None, ...] | Made]] = {}
         self.asked: Signature | None = None
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,19 +88,20 @@ class Answers:
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
             return func(*args, **kwargs)
+        device = self.device if fake else META
+        if found is not None and how is not None:
+            self.asked, made = found
+            return how(made, args, kwargs, device)
         self.asked = key
         if how is None:
             return func(*args, **kwargs)
-        device = self.device if fake else META
-        if found is not None:
-            return how(found, args, kwargs, device)
         made = self._laid_out(func, args, kwargs)
         if made is not None:
-            self.known[key] = made
+            self.known[key] = key, made
             return how(made, args, kwargs, device)
         out = func(*args, **kwargs)
         if how is not _out or _key(tuple(kwargs.items()), fake) == named:  # else `out` was resized
-            self.known[key] = _described(out)
+            self.known[key] = key, _described(out)
         return out
 
     def _laid_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,14 +134,24 @@ class _Data(Exception):
 META = torch.device("meta")
 
 
-def _key(argument: Any, fake: bool) -> Any:
-    if isinstance(argument, Tensor):
-        if not (isinstance(argument, FakeTensor) if fake else argument.is_meta):
-            raise _Data
-        return Like(argument.shape, argument.stride(), argument.dtype)
-    if isinstance(argument, (tuple, list)):
-        return tuple([_key(a, fake) for a in argument])
-    return argument.__class__, argument  # 1 is not 1.0, nor True
+def _key(arguments: tuple[Any, ...] | list[Any], fake: bool) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for a in arguments:
+        kind = a.__class__
+        if kind in PLAIN:
+            found.append((kind, a))  # 1 is not 1.0, nor True
+        elif isinstance(a, Tensor):
+            if not (isinstance(a, FakeTensor) if fake else a.is_meta):
+                raise _Data
+            found.append(Like(a.shape, a.stride(), a.dtype))
+        elif isinstance(a, (tuple, list)):
+            found.append(_key(a, fake))
+        else:
+            found.append((kind, a))
+    return tuple(found)
+
+
+PLAIN = frozenset({int, float, bool, str, type(None)})
 
 
 def _described(out: Any) -> tuple[Made | None, ...] | Made:
