@@ -241,7 +241,7 @@ class _Search:
             else:
                 k = self._beside(last, known[last].peak_bytes)
             k = min(max(k, low + 1), high - 1)
-            if k - low < max(low // 32, 1) or (low and not self.left):
+            if k - low < max(low // 32, 1) or (low == last and not self.left):
                 break
             near = min(known, key=lambda n: abs(math.log(n / k)))
             glimpse = k > FAR * near
@@ -255,12 +255,12 @@ class _Search:
         return (sizes.lengths(low), known[low]) if low else None
 
     def _beside(self, k: int, peak: int) -> int:
-        """Where a line through the peak at one size and what is there at any size (parameters, their
-        gradients, the optimizer's state) meets the limit. Rows that bands share are less of larger images."""
+        """Where a line through the peak at one size and what is there at any size (parameters and the
+        optimizer's state) meets the limit. Upwards it lies above the peaks: rows that bands share are less of
+        larger images, and gradients of parameters do not grow."""
         graph, axes = self.work.graph, len(self.sizes.axes)
         batch = sum(v.bytes for v in graph.values.values() if v.kind in GIVEN)
-        gradients = sum(v.bytes for v in graph.parameters() if v.requires_grad)
-        always = fixed_bytes(graph, self.work.optimizer) - batch + gradients
+        always = fixed_bytes(graph, self.work.optimizer) - batch
         share = max(self.limit - always, 0) / max(peak - always, 1)
         return max(1, int(k * share ** (1 / axes)))
 
