@@ -36,6 +36,7 @@ import rowtune
 from rowtune.graph.losses import Loss, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan, Segment
+from rowtune.tune.device import keep_freed_memory
 from rowtune.tune.meter import LiveMeter, allocator_peak
 
 Step = Callable[[], object]
@@ -480,6 +481,7 @@ def main() -> None:
         "--only", nargs="*", default=[], help="contenders whose name starts so; and plain eager"
     )
     given = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(given.threads)
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)

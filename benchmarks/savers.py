@@ -33,6 +33,7 @@ from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
 from rowtune.tune.calibrate import calibrated
+from rowtune.tune.device import keep_freed_memory
 from rowtune.tune.measure import Bench
 from rowtune.tune.measurement import Contender
 from rowtune.tune.savers import DEFAULT
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
+    keep_freed_memory()
     for network in given.networks or NETWORKS:
         for rows in measure(network, given.at, given.rounds):
             if given.save:

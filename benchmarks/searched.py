@@ -30,6 +30,7 @@ import torch
 from rowtune.errors import InfeasibleError
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
+from rowtune.tune.device import keep_freed_memory
 from rowtune.tune.find import Request, find
 from rowtune.tune.measure import Bench
 from rowtune.tune.measurement import Contender
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     out = Path(__file__).parent / "results" / f"{datetime.date.today()}-searched.json"
     for key, case in cases(given.networks):

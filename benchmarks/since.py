@@ -37,7 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 WORKER = """
-import json, sys, time
+import ctypes, json, sys, time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 import frontier, rowtune
@@ -46,6 +46,8 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.tune.meter import LiveMeter
 
 torch.set_num_threads(1)
+for parameter, value in ((-1, -1), (-4, 0)):  # keep_freed_memory, which not every commit has
+    ctypes.CDLL(None).mallopt(parameter, value)
 
 class Count(TorchDispatchMode):
     calls = 0

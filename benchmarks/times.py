@@ -44,7 +44,7 @@ from rowtune.graph.losses import Loss, default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan
 from rowtune.tune.calibrate import calibrated
-from rowtune.tune.device import device_name
+from rowtune.tune.device import device_name, keep_freed_memory
 from rowtune.tune.profiles import chosen
 from rowtune.zoo import build
 
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--profile", default="", help="predict with it, time no calls (see profiles/)")
     given = parser.parse_args()
+    keep_freed_memory()
     profile = chosen(given.profile) if given.profile else None
     print(f"{'network':20}{'plans':>6}{'timing':>9}{'error':>8}{'corrected':>11}{'rank':>7}{'spread':>9}")
     found = []

@@ -21,7 +21,7 @@ from rowtune.errors import PlanError
 from rowtune.graph.cuts import barrier_parts, opaque_nodes
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target
-from rowtune.kernels.moments import merge, moments, normalise
+from rowtune.kernels.moments import measure, moments, normalise, statistics_of
 from rowtune.plan.narrow import divided
 from rowtune.plan.plan import Plan, Segment
 from rowtune.zoo import build
@@ -390,10 +390,9 @@ def test_large_means_lose_nothing(groups):
     exact = x.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(native(exact), exact, grad.double())
     (plain,) = torch.autograd.grad(native(x), x, grad)
-    parts = [moments(t, groups) for t in x.detach().split(64, 2)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = merge(total, part)
+    bands = x.detach().split(64, 2)
+    count = x.numel() // moments(x, groups)[0].numel()
+    total = statistics_of(torch.stack([measure(t, groups) for t in bands]), (count // 64,) * 64)
     spread = exact.detach().view(2, groups, -1) if groups else exact.detach().transpose(0, 1).reshape(4, -1)
     var = spread.var(-1, correction=0)
     assert ((total[2] / total[0] - var).abs() / var).max() < 1e-6
@@ -402,11 +401,14 @@ def test_large_means_lose_nothing(groups):
     assert (ours - want).abs().max() <= 1.5 * (plain - want).abs().max()
 
 
-def test_merging_does_not_depend_on_the_order():
-    parts = [moments(torch.randn(1, 3, n, 5, dtype=torch.float64) + n) for n in (1, 4, 2)]
-    one = merge(merge(parts[0], parts[1]), parts[2])
-    other = merge(parts[2], merge(parts[1], parts[0]))
-    assert torch.allclose(one, other, rtol=1e-12)
+@pytest.mark.parametrize("centred", [True, False])
+def test_shares_in_any_order_are_statistics_of_the_whole(centred):
+    bands = [torch.randn(1, 3, n, 5, dtype=torch.float64) + n for n in (1, 4, 2)]
+    shares = [measure(band, centred=centred) for band in bands]
+    one = statistics_of(torch.stack(shares), (5, 20, 10))
+    other = statistics_of(torch.stack(shares[::-1]), (10, 20, 5))
+    whole = moments(torch.cat(bands, 2), centred=centred)
+    assert torch.allclose(one, other, rtol=1e-12) and torch.allclose(one, whole, rtol=1e-12)
 
 
 TRAINED = (

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch import nn
 
@@ -123,3 +128,23 @@ def test_the_allocator_sees_kernel_temporaries() -> None:
     tensors = live.peaks().peak_bytes - 240_000
     assert tensors == 240_000 * (1 + 1 + 2)  # the copy, values, int64 indices
     assert tensors < allocator_peak(step) < 1.1 * tensors
+
+
+FRESH_PAGES = """
+import resource, torch
+from rowtune.tune.device import keep_freed_memory
+keep_freed_memory()
+for _ in range(8):
+    torch.zeros(1 << 24).add_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.zeros(1 << 24).add_(1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_let_go_of_is_kept():
+    """64 MB four times: 16 thousand fresh pages each time, or none."""
+    done = subprocess.run([sys.executable, "-c", FRESH_PAGES], check=True, capture_output=True)
+    assert int(done.stdout) < 1 << 23

@@ -1,21 +1,20 @@
-"""Statistics of train-mode norms as a reduction: count, mean and M2, merged band by band.
+"""Statistics of train-mode norms as a reduction: count, mean and M2, from shares of bands.
 
-Merging follows Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-variances" (1979): deviations are taken from each band's own mean, so that a large mean does no harm, as it
-does to sums of squares. Statistics are float64 and of shape (3, channels), or (3, images, groups).
+Deviations are taken from each band's own mean, so that a large mean does no harm, as it does to sums of
+squares (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+1979). What a band measures is laid beside what others did, and made statistics of at the end, in a few calls
+for all bands. Statistics are float64 and of shape (3, channels), or (3, images, groups).
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowtune.kernels.constants import device_of
+from rowtune.kernels.constants import Tables, device_of
 
 CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 24
 """Elements whose deviations are in memory at a time. On a CPU they stay in cache; another device has work
@@ -68,14 +67,45 @@ def _shares(
     yield from zip(*(torch.split(t, _channels(spread), 1) for t in all_of), strict=True)
 
 
-def merge(a: Tensor, b: Tensor) -> Tensor:
-    """Statistics of two sets of rows together (Chan's formula)."""
-    made = a + b  # counts and M2
-    delta = b[1] - a[1]
-    shift = delta * (b[0] / made[0])
-    torch.add(a[1], shift, out=made[1])
-    made[2].addcmul_(delta.mul_(a[0]), shift)
+def measure(x: Tensor, groups: int = 0, centred: bool = True) -> Tensor:
+    """What some rows add to the statistics of each channel, or of each group of channels of each image: the
+    mean and the variance, or a centre, the sum of deviations from it, and the sum of their squares."""
+    spread, dims = _spread(x, groups)
+    by_kernel = by_deviations if device_of(x).type == "cpu" else by_one_kernel
+    measured = by_kernel if centred else _squares
+    parts = torch.split(spread, _channels(spread), 1)
+    found = [measured(part.to(_wide(part)), dims) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def statistics_of(shares: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """(count, mean, M2) from what was measured of so many elements each, along the first dimension."""
+    count = sum(counts)
+    made = shares.new_full((3, *shares.shape[2:]), count, dtype=torch.float64)
+    _, mean, m2 = made.unbind()
+    n: Tensor | int = counts[0]
+    if len({*counts}) > 1:
+        n = TABLES.column(counts, mean.unsqueeze(0), 0)
+    means, variances = _means(shares, n) if shares.shape[1] == 3 else shares.unbind(1)
+    if len(counts) == 1:
+        mean.copy_(means[0])
+        torch.mul(variances[0], count, out=m2)
+        return made
+    torch.sum(means * n, 0, out=mean)
+    mean.div_(count)
+    apart = means - mean
+    torch.sum(torch.addcmul(variances.double(), apart, apart).mul_(n), 0, out=m2)
     return made
+
+
+def _means(shares: Tensor, n: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Means and variances of shares around centres: rounding left something of the means."""
+    centres, rest, squares = shares.double().unbind(1)
+    off = rest / n
+    return centres + off, (squares / n).addcmul_(off, off, value=-1)
+
+
+TABLES = Tables()
 
 
 def merge_processes(stats: Tensor) -> Tensor:
@@ -84,7 +114,11 @@ def merge_processes(stats: Tensor) -> Tensor:
         return stats
     found = [torch.empty_like(stats) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(found, stats.contiguous())
-    return functools.reduce(merge, found)
+    n, means, m2 = torch.stack(found, 1).unbind()
+    count = n.sum(0)
+    mean = (means * n).sum(0) / count
+    apart = means - mean
+    return torch.stack((count, mean, m2.addcmul(apart * n, apart).sum(0)))
 
 
 def add_processes(grad: Tensor) -> Tensor:
@@ -143,6 +177,12 @@ def spread_of(
     return (found if power == 1.0 else found.sqrt()).reshape(shape).to(dtype)
 
 
+def _statistics(x: Tensor, groups: int, centred: bool) -> Tensor:
+    """Of all rows at once."""
+    share = measure(x, groups, centred)
+    return statistics_of(share.unsqueeze(0), (x.numel() // share[0].numel(),))
+
+
 def _spread(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
     """(x, the dimensions that share a statistic)."""
     if not groups:
@@ -164,47 +204,31 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _measure(x: Tensor, groups: int, centred: bool) -> Tensor:
-    spread, dims = _spread(x, groups)
-    count = math.prod(spread.shape[d] for d in dims)
-    centred_measure = by_deviations if device_of(x).type == "cpu" else by_one_kernel
-    measure = centred_measure if centred else _squares
-    parts = torch.split(spread, _channels(spread), 1)
-    found = [measure(part.to(_wide(part)), dims, count) for part in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-
 def _channels(spread: Tensor) -> int:
     """How many channels, or groups of them, make a chunk."""
     chunk = CHUNK if device_of(spread).type == "cpu" else DEVICE_CHUNK
     return max(1, chunk * spread.shape[1] // max(spread.numel(), 1))
 
 
-def _squares(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
-    """Not centred: the sum of squares in the place of M2."""
-    total = wide.square().sum(dims).double()
-    counts = torch.full(total.shape, count, dtype=total.dtype, device=total.device)
-    return torch.stack((counts, torch.zeros_like(total), total))
+def _squares(wide: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Not centred: deviations from zero, whose sum nobody asks for."""
+    squares = wide.square().mean(dims)
+    return torch.stack((torch.zeros_like(squares), squares))
 
 
-def by_one_kernel(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+def by_one_kernel(wide: Tensor, dims: tuple[int, ...]) -> Tensor:
     """What takes a device least launches (on a CPU it is slow)."""
     var, mean = torch.var_mean(wide, dims, correction=0)
-    made = mean.new_full((3, *mean.shape), count, dtype=torch.float64)
-    made[1].copy_(mean)
-    torch.mul(var, count, out=made[2])
-    return made
+    return torch.stack((mean, var))
 
 
-def by_deviations(wide: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+def by_deviations(wide: Tensor, dims: tuple[int, ...]) -> Tensor:
     """What a CPU does fast."""
-    near = wide.mean(dims, keepdim=True)
-    deviations = wide - near
-    rest = deviations.sum(dims).double()  # what rounding left of the mean
-    squares = deviations.square_().sum(dims).double()
-    mean = near.reshape(rest.shape).double() + rest / count
-    counts = torch.full(mean.shape, count, dtype=mean.dtype, device=mean.device)
-    return torch.stack((counts, mean, squares - rest * rest / count))
+    centre = wide.mean(dims, keepdim=True)
+    deviations = wide - centre
+    rest = deviations.sum(dims)
+    squares = deviations.square_().sum(dims)
+    return torch.stack((centre.view(rest.shape), rest, squares))
 
 
 class _Moments(torch.autograd.Function):
@@ -213,7 +237,7 @@ class _Moments(torch.autograd.Function):
         ctx: Any, x: Tensor, total: Tensor | None, groups: int, centred: bool, shared: bool
     ) -> Tensor:
         ctx.groups, ctx.centred, ctx.shared = groups, centred, shared
-        made = _measure(x, groups, centred) if total is None else torch.zeros_like(total)
+        made = _statistics(x, groups, centred) if total is None else torch.zeros_like(total)
         made = merge_processes(made) if shared else made
         ctx.save_for_backward(x, made if total is None else total)
         return made
@@ -256,11 +280,10 @@ class _Normalise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             n, _, m2 = stats.unbind()
             spread = torch.add(m2, n, alpha=ctx.eps)  # n (var + eps)
-            slope, by_scaled = (n / spread).sqrt(), by_weight
-            if weight is not None:
-                slope, by_scaled = slope * weight, by_weight * weight
+            slope, scale = (n / spread).sqrt(), spread.reciprocal() if weight is None else weight / spread
+            slope = slope if weight is None else slope * weight
             by_stats = torch.zeros_like(stats)
             by_stats[1].addcmul_(by_bias, slope, value=-1)
-            by_stats[2].addcdiv_(by_scaled, spread, value=-0.5)
+            by_stats[2].addcmul_(by_weight, scale, value=-0.5)
         _, _, scaled, shifted, _ = ctx.needs_input_grad
         return by_x, by_stats, by_weight if scaled else None, by_bias if shifted else None, None

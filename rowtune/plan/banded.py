@@ -8,13 +8,15 @@ from dataclasses import replace
 from rowtune.errors import PlanError
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch, reduces
-from rowtune.graph.graph import Graph, Node
+from rowtune.graph.graph import Graph, Node, numel
 from rowtune.graph.rules import Opaque
 from rowtune.plan.plan import Segment
-from rowtune.plan.program import Banded
+from rowtune.plan.program import Banded, Run, Shares
 from rowtune.plan.schedules import SCHEDULES
 from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.rows import Rows
+
+NOTHING = Rows(0, 0)
 
 Scheduler = Callable[[str, Request], Schedule]
 
@@ -46,6 +48,7 @@ def banded(
     halo = decision.halo if decision.policy == "rows" else "recompute"
     band = decision.band_rows if axis else decision.images
     made = scheduler(halo, Request(graph, bands, banded_part, outputs, decision, band))
+    ranges = _image_ranges(graph, part, images, decision.images if axis else 0)
     return Banded(
         made.groups[0].bands,
         images,
@@ -53,13 +56,39 @@ def banded(
         tuple(made.pieces),
         post,
         sums,
+        {
+            name: _shares(graph, made, name, images, ranges)
+            for name in sums
+            if (how := bands.rule(name).reduces) is not None and how.total is not None
+        },
         tuple(made.forward),
         tuple(made.backward),
-        _image_ranges(graph, part, images, decision.images if axis else 0),
+        ranges,
         halo == "sweep" and _single(graph, part, post),
         made.sketch,
         made.repeat,
     )
+
+
+def _shares(graph: Graph, made: Schedule, name: str, images: Banding, ranges: tuple[Rows, ...]) -> Shares:
+    """Of a reduction over bands; a single sweep has none but a loss's."""
+    bands = made.groups[0].bands
+    source = next(iter(bands.rule(name).reads))
+    x, dim = graph.values[source], bands.dims[source]
+    assert dim is not None
+    runs = dict.fromkeys(step.piece for step in made.forward if type(step) is Run)
+    makers = [p for p in runs if made.pieces[p].ranges.get(name, NOTHING).size]
+    rows = [made.pieces[p].ranges[name].size for p in makers]
+    if made.repeat is not None:
+        again = [r for p, r in zip(makers, rows, strict=True) if p in made.repeat.pieces]
+        rows += made.repeat.more * again
+    each = numel(x.shape) // x.shape[dim] // (numel(graph.values[name].shape) // 3)
+    if images.dims[name] is not None or len(ranges) == 1:
+        some = [(1, 1)]
+    else:
+        some = [(r.size, ranges[-1].hi) for r in ranges]
+    counts = tuple(each * r * here // of_all for here, of_all in some for r in rows)
+    return Shares({p: i for i, p in enumerate(makers)}, len(rows), counts)
 
 
 def _not_split(bands: Banding, images: Banding, part: Stretch) -> str:

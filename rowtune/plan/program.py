@@ -5,7 +5,7 @@ The runtime executes it; what it does then is recorded, and predictions are made
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -77,6 +77,16 @@ class Repeat(NamedTuple):
     stashes: tuple[int, int] | None
 
 
+class Shares(NamedTuple):
+    """Of a reduction whose shares lie side by side until all are in: the place that a piece's share has among
+    the `bands` of its images, and the elements that each share is of. Bands of images come one after another
+    where statistics are of all of them; bands of rows that a prediction leaves out come last."""
+
+    places: Mapping[int, int]
+    bands: int
+    counts: tuple[int, ...]
+
+
 class Finish(NamedTuple):
     """Once a segment's backward knows the gradient of the reduction `total`, it adds to that of `source` what
     comes of it, by `reduction.add_gradient`."""
@@ -101,6 +111,7 @@ class Banded:
     pieces: tuple[Piece, ...]
     post: tuple[Node, ...]
     sums: tuple[str, ...]
+    shares: Mapping[str, Shares]
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
     image_ranges: tuple[Rows, ...]

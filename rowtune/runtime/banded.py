@@ -240,12 +240,12 @@ class BandedRun:
                 )
         for name, rows in piece.outputs:
             if name in outputs:
-                self._deliver(name, rows, outputs[name])
+                self._deliver(step.piece, name, rows, outputs[name])
 
-    def _deliver(self, name: str, rows: Rows, tensor: Tensor) -> None:
+    def _deliver(self, piece: int, name: str, rows: Rows, tensor: Tensor) -> None:
         if name in self.sums.names:
             if self.collect:
-                self.sums.add(name, tensor, self.images)
+                self.sums.add(name, tensor, self.images, piece)
             return
         if self.collect and name in self.segment.part.outputs:
             self._write(name, rows, tensor.detach())

@@ -11,7 +11,7 @@ from torch import Tensor
 from rowtune.graph.cuts import Stretch
 from rowtune.graph.graph import Graph, Node
 from rowtune.kernels.moments import add_processes, merge_processes
-from rowtune.plan.program import Banded
+from rowtune.plan.program import Banded, Shares
 from rowtune.rows import Rows
 from rowtune.runtime.dropout import Seed
 from rowtune.runtime.evaluate import ALL_IMAGES, grad_dtype, run_whole
@@ -40,8 +40,9 @@ class Sums:
         self.shares: dict[str, dict[int, Tensor]] = {}
         self.gradients: dict[str, Tensor] = {}
 
-    def add(self, name: str, share: Tensor, images: Rows) -> None:
-        """Merge the share of some rows of these images."""
+    def add(self, name: str, share: Tensor, images: Rows, piece: int) -> None:
+        """The share of the rows that a piece made of these images: it is merged with those before, or waits
+        beside them."""
         rule = self.program.bands.rule(name).reduces
         assert rule is not None
         by_images = self.shares.setdefault(name, {})
@@ -49,17 +50,38 @@ class Sums:
         share = share.detach()
         if share.is_floating_point():
             share = share.to(grad_dtype(share.dtype))
-        by_images[at] = rule.merge(by_images[at], share) if at in by_images else share
+        if rule.total is not None:
+            self._lay(self.program.shares[name], by_images, at, share, images, piece)
+        else:
+            by_images[at] = rule.merge(by_images[at], share) if at in by_images else share
+
+    def _lay(
+        self, among: Shares, by_images: dict[int, Tensor], at: int, share: Tensor, images: Rows, piece: int
+    ) -> None:
+        """A share beside the others."""
+        if len(among.counts) == 1:
+            by_images[at] = share.unsqueeze(0)
+            return
+        if at not in by_images:
+            by_images[at] = share.new_empty((len(among.counts), *share.shape))
+        several = len(among.counts) > among.bands
+        before = self.program.image_ranges.index(images) if several else 0
+        by_images[at][before * among.bands + among.places[piece]].copy_(share)
 
     def finish(self) -> None:
         """All shares are in."""
         for name, parts in self.shares.items():
-            found = [parts[at] for at in sorted(parts)]
+            found = [self._total(name, parts[at]) for at in sorted(parts)]
             dim = self.program.images.dims[name]
             total = found[0] if len(found) == 1 or dim is None else torch.cat(found, dim)
             total = merge_processes(total) if self._shared(name) else total
             self.totals[name] = total.to(self.graph.values[name].dtype)
         self.shares = {}
+
+    def _total(self, name: str, share: Tensor) -> Tensor:
+        rule = self.program.bands.rule(name).reduces
+        assert rule is not None
+        return share if rule.total is None else rule.total(share, self.program.shares[name].counts)
 
     def gradient(self, name: str, images: Rows) -> Tensor | None:
         """Of a finished reduction, for these images."""

@@ -25,7 +25,7 @@ from rowtune.train.setup import check, check_host, feed_of, open_checkpoints, se
 from rowtune.train.stop import Stop
 from rowtune.train.validate import Validator
 from rowtune.train.weights import writer_for
-from rowtune.tune.device import cap_memory, warm_up
+from rowtune.tune.device import cap_memory, keep_freed_memory, warm_up
 from rowtune.tune.optimizers import OptimizerSpec, parse_optimizer
 from rowtune.tune.output import ROOM, check_writable, keep
 from rowtune.tune.step import Workload
@@ -67,6 +67,8 @@ def train(
     begin(seed_of(work.problem.seed, ranks.rank()) if ranks.rank() else work.problem.seed)
     limit = file.budget_bytes - file.reserve_bytes
     warm_up(device)
+    if device == "cpu":
+        keep_freed_memory()
     cap_memory(device, limit)
     run = _Run(file, work, options, spec, found)
     with Stop(lambda: watch(Stopping(run.learner.done + 1)), patient=ranks.several()) as stop:

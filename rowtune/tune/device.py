@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import platform
@@ -97,6 +98,22 @@ def guard_host() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (used + int(0.9 * free_bytes("cpu")), hard))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the host's memory that it lets go of, where the C library is glibc.
+
+    Of itself glibc hands large blocks back to the system, and they come again as fresh pages: a fault each,
+    and zeros to write. Feature maps come and go all the time, so that is a tenth of a training step on a CPU,
+    or half of one (benchmarks/LOG.md, 2026-11-28)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(MMAP_MAX, 0)
+
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""From malloc.h: free bytes from which on they are handed back, and how many blocks may be mapped alone."""
 
 
 def _data_bytes() -> int:

@@ -44,7 +44,7 @@ def _listen(stream: IO[str], requests: queue.SimpleQueue[dict[str, Any]]) -> Non
 def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None:
     """One reply line a request."""
     from rowtune.problem import Problem
-    from rowtune.tune.device import guard_host
+    from rowtune.tune.device import guard_host, keep_freed_memory
     from rowtune.tune.measure import Bench
     from rowtune.tune.measurement import Measurement, failure
 
@@ -58,6 +58,7 @@ def serve(requests: queue.SimpleQueue[dict[str, Any]], replies: IO[str]) -> None
                 problem = Problem.from_dict(request["problem"])
                 if problem.device == "cpu":  # a card's driver reserves more addresses than there is memory
                     guard_host()
+                    keep_freed_memory()
                 bench = Bench(problem, request["budget"])
                 answer = bench.overhead_bytes
             elif request["do"] == "calibrate":

@@ -20,8 +20,7 @@ from rowtune.kernels.extremes import (
     merge_extremes,
     merge_largest,
 )
-from rowtune.kernels.moments import add_gradient, merge, moments_again
-from rowtune.kernels.moments import moments as all_moments
+from rowtune.kernels.moments import add_gradient, measure, moments_again, statistics_of
 from rowtune.kernels.moments import spread_of as moments_spread
 from rowtune.rows import Rows
 from rowtune.rows import pointwise as same_rows
@@ -30,7 +29,7 @@ SUM = Reduction()
 
 
 def moments(q: Question) -> RowRule | Opaque:
-    """Count, mean and M2 of train-mode norms, merged by Chan's formula. Statistics of single images are
+    """Count, mean and M2 of train-mode norms, from what each band measures. Statistics of single images are
     banded over the batch."""
     x, groups = q.node.args[0].name, int(q.node.args[1])
     dim = q.dims[x]
@@ -41,13 +40,14 @@ def moments(q: Question) -> RowRule | Opaque:
     if dim == 1 and groups != 1:
         return Opaque("statistics of single channels, banded over channels")
     shared = bool(q.node.args[3])
-    return RowRule(None, reads, _own_moments, Reduction(merge, _moments_again, shared, _add_gradient))
+    how = Reduction(total=statistics_of, again=_moments_again, shared=shared, add_gradient=_add_gradient)
+    return RowRule(None, reads, _measure, how)
 
 
-def _own_moments(slab: Slab) -> Tensor:
+def _measure(slab: Slab) -> Tensor:
     """Of this process; those of others join the finished ones."""
     x, groups, centred, _ = slab.node.args
-    return all_moments(slab.tensors[x.name], groups, centred)
+    return measure(slab.tensors[x.name], groups, centred)
 
 
 def _moments_again(slab: Slab, total: Tensor) -> Tensor:
