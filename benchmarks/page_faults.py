@@ -74,7 +74,9 @@ def main() -> None:
     if given.inside:
         print(json.dumps(measure(given.networks[0], given.rounds, given.inside == "kept")))
         return
-    print(f"{'network':20}{'glibc':>7}{'plain s':>9}{'faults':>10}{'bands s':>9}{'faults':>10}{'bands/plain':>13}")
+    print(
+        f"{'network':20}{'glibc':>7}{'plain s':>9}{'faults':>10}{'bands s':>9}{'faults':>10}{'bands/plain':>13}"
+    )
     for name in given.networks:
         for inside in ("left", "kept"):
             command = [sys.executable, __file__, name, "--rounds", str(given.rounds), "--inside", inside]
