@@ -45,6 +45,8 @@ TRIES, LARGEST = 8, 1 << 20
 FAR, GLIMPSE = 2.0, 0.125
 """At a size so many times longer than any that was looked at, which share of the seconds that are left is
 spent: halos were more of a band, and the next guess will be elsewhere."""
+WORTH = 1.1
+"""To know that a plan takes a size so many times longer it is recorded once more, even if time is up."""
 SHARED = 1 << 16
 """Bytes that lists of calls may take on top of what is predicted: small tensors that bands share."""
 MAY = {
@@ -241,7 +243,8 @@ class _Search:
             else:
                 k = self._beside(last, known[last].peak_bytes)
             k = min(max(k, low + 1), high - 1)
-            if k - low < max(low // 32, 1) or (low == last and not self.left):
+            late = low == last and not self.left and k < WORTH * low
+            if late or k - low < max(low // 32, 1):
                 break
             near = min(known, key=lambda n: abs(math.log(n / k)))
             glimpse = k > FAR * near
