@@ -30,7 +30,7 @@ from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.importers.source import parse_source
 from rowtune.plan.plan import Plan
 from rowtune.plan.uniform import uniform_plan
-from rowtune.tune.fit import WAYS, WITH_HOST, Fit, fit, fit_way, resized
+from rowtune.tune.fit import LOOK, WAYS, WITH_HOST, Fit, fit, fit_way, resized
 from rowtune.tune.measure import Bench
 from rowtune.tune.meter import allocator_peak
 from rowtune.tune.sizes import parse_size
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=[*WAYS, WITH_HOST], help="others as they were saved")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-steps", action="store_true")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of the processor, for each way")
+    parser.add_argument("--seconds", type=float, default=LOOK, help="of the processor, for each way")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
     limit = parse_size(given.budget)

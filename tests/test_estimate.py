@@ -191,6 +191,30 @@ def test_work_does_not_grow_with_the_image(name, band, halo, tapes):
     assert pieces(8192) <= 1.1 * pieces(1024)
 
 
+class Shortcut(nn.Module):
+    """Between barriers, two convolutions whose inputs have nothing to do with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.short = nn.Conv2d(3, 8, 1, stride=2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.norms[0](self.first(x)).relu())
+        return (self.norms[1](y) + self.norms[2](self.short(x))).relu()
+
+
+@pytest.mark.parametrize("rows, barriers", [(128, "store"), (96, "passes"), (125, "store")])
+def test_what_hangs_together_with_nothing_else_repeats_too(rows, barriers):
+    """125 rows are halved to 63: not the same share of all."""
+    graph = training_graph(Shortcut(), 1, 3, rows, 16)
+    plan = rowtune.uniform_plan(graph, "rows", 4, "sweep", barriers=barriers)
+    runs = [s.how for s in lower(graph, plan, repeat.shortened).segments]
+    assert rows % 2 or all(run.repeat for run in runs if isinstance(run, Banded))
+    assert_same(graph, plan)
+
+
 class Patches(nn.Module):
     """Rows of patches, read through two windows: patches by their place, and rows of the image by patch."""
 

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
-from rowtune.cost.predict import predict
+from rowtune.cost.predict import fixed_bytes, predict
 from rowtune.cost.profile import Profile, load
 from rowtune.errors import UsageError
 from rowtune.graph.training import with_loss
 from rowtune.importers.source import parse_source
 from rowtune.plan.uniform import uniform_plan
-from rowtune.tune.fit import WAYS, Fit, fit, resized
+from rowtune.tune.fit import GLIMPSE, WAYS, Fit, Found, _Search, _Sizes, fit, resized
 from rowtune.tune.reference import plain_peak
 from rowtune.tune.step import Workload, define, plain_graph
 
@@ -60,6 +60,29 @@ def test_the_largest_size_is_the_largest():
     largest = found(0.6, "H,W")["plain"].largest
     assert largest is not None and largest[0] == 2 * largest[1] and largest[1] % 32 == 0
     assert peak(largest, "H,W") <= limit < peak((largest[0] + 64, largest[1] + 32), "H,W")
+
+
+def test_most_of_the_time_goes_to_a_size_near_the_answer(monkeypatch):
+    """Twelve bytes a pixel are found by looking long at a large image, thirty in a moment, and a size that
+    was too large for that is tried again. (Of a square: k times 32 pixels a side, and its halos.)"""
+    own, looks = 4, list[tuple[int, int, float]]()
+
+    def at(self, k, begin=(), share=1.0):
+        looks.append((k, len(begin), share))
+        good = share == 1.0 or begin
+        peak = always + (12 if good and k > own else 30) * (32 * k) ** 2 + 4000 * k
+        self.left *= 1 - share / 2
+        return Found(peak, None, None, (((0, 1, ()),) if share == 1.0 and k > own else ()))
+
+    square = work("1x3x128x128")
+    always = fixed_bytes(square.graph, square.optimizer)
+    limit = always + 12 * (32 * 100) ** 2 + 4000 * 100
+    search = _Search(square, _Sizes(square, "H,W"), "rowtune", limit, None, 0, 64.0, lambda _: None)
+    monkeypatch.setattr(_Search, "at", at)
+    lengths, there = search.largest(search.at(own)) or ((), None)
+    assert 97 * 32 <= lengths[0] <= 100 * 32 and there is not None and there.peak_bytes <= limit
+    assert [share for k, _, share in looks if share < 1.0] == [GLIMPSE] and len(looks) <= 6
+    assert all(begin for k, begin, _ in looks[3:]), "what was found begins the next"
 
 
 def test_a_batch_grows_by_single_images():

@@ -22,6 +22,7 @@ from rowtune.graph.graph import Graph
 from rowtune.graph.losses import parse
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan, Segment
+from rowtune.runtime.blank import Answers
 from rowtune.runtime.recorder import record
 from rowtune.runtime.recording import Recording, check
 from rowtune.runtime.segment_recorder import SegmentRun
@@ -264,3 +265,13 @@ def test_what_a_segment_recording_says() -> None:
     assert {*found.weight_gradients} == {n for n in found.weights if graph.values[n].requires_grad}
     assert all(buffers[b].role == "gradient" for b in found.weight_gradients.values())
     assert found.inputs[value.name] in found.kept, "a convolution's weight gradient reads its input"
+
+
+def test_a_given_output_is_answered_from_memory_unless_it_was_resized() -> None:
+    answers, div = Answers(), torch.ops.aten.div.out
+    a, fits, small = (torch.empty(n, device="meta") for n in (6, 6, 0))
+    for _ in range(2):
+        assert answers.call(div, (a, 2.0), {"out": fits}) is fits
+    assert len(answers.known) == 1 and answers.asked is not None
+    answers.call(div, (a, 2.0), {"out": small})
+    assert small.shape == (6,) and len(answers.known) == 1

@@ -29,7 +29,7 @@ def command(
     host_budget: options.HostBudget = "",
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Of the processor, to look for the smallest plans.")
-    ] = 60.0,
+    ] = 120.0,
     confirm: Annotated[
         bool, typer.Option("--confirm", help="Run a real step of rowtune's plan at its largest size.")
     ] = False,

@@ -29,7 +29,7 @@ def at_last_use(made: SegmentRecording) -> SegmentRecording:
             return b
         if number not in last:
             return replace(b, bytes=0)  # of a call that is left out
-        return replace(b, died=max(b.born, last[number]))
+        return Buffer(b.name, b.bytes, b.role, b.born, max(b.born, last[number]))
 
     recording = replace(made.recording, buffers=tuple(shortened(n, b) for n, b in enumerate(buffers)))
     uses = tuple(use for i, use in enumerate(made.uses) if i not in dead)

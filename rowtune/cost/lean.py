@@ -43,6 +43,7 @@ def descend(
     begin: Iterable[Key] = (),
     stores: tuple[Store, ...] = ("device",),
     enough: int = 0,
+    again: int = 0,
 ) -> Path:
     """The path with the least peak after looking for it.
 
@@ -52,12 +53,18 @@ def descend(
         begin: options to begin with, whatever time is left.
         stores: where what segments keep may be.
         enough: bytes; a path that takes no more is good enough.
+        again: how often the path is recorded afterwards, in the same time: of a larger image, say.
     """
     table.add([table.keep(k, k + 1) for k in range(len(table.cuts) - 1)], math.inf)
-    table.add(begin, math.inf)
-    search = _Descent(table, left, may, stores)
+    search = _Descent(table, left, may, stores, again)
+    for key in begin:
+        search.timed(key)
     path, first = search.path(), iter(search.first())
-    while path.peak > enough and left() > 0 and (search.record(first) or search.look(path)):
+    while (
+        path.peak > enough
+        and left() > again * search.took(path)
+        and (search.record(first) or search.look(path))
+    ):
         path = search.path()
     return path
 
@@ -77,12 +84,15 @@ def peaks(table: Table, path: Path) -> list[int]:
 
 
 class _Descent:
-    def __init__(self, table: Table, left: Callable[[], float], may: May, stores: tuple[Store, ...]) -> None:
-        self.table, self.left, self.may, self.stores = table, left, may, stores
+    def __init__(
+        self, table: Table, left: Callable[[], float], may: May, stores: tuple[Store, ...], again: int
+    ) -> None:
+        self.table, self.left, self.may, self.stores, self.again = table, left, may, stores, again
         self.last = len(table.cuts) - 1
         self.barriers = has_barriers(table.graph, table.axis)
         self.most, self.rate = 0, 0.0
         """The most work that was recorded at once, and the seconds that it took of each."""
+        self.seconds: dict[Key, float] = {}
 
     def path(self) -> Path:
         def allowed(option: Option) -> bool:
@@ -94,13 +104,23 @@ class _Descent:
 
     def add(self, key: Key) -> bool:
         """Record an option that may be used, if there is time for it; whether it was recorded."""
-        work, left = self._work(key), self.left()
-        if key in self.table.known or not self.may(key[2]) or left < SAFE * self.rate * work or left <= 0:
+        left = self.left() - SAFE * (1 + self.again) * self.rate * self._work(key)
+        if key in self.table.known or not self.may(key[2]) or left <= 0:
             return False
-        self.table.add([key], math.inf)
-        if work > self.most and self.table.known[key] is not None:
-            self.most, self.rate = work, (left - self.left()) / work
+        self.timed(key)
         return True
+
+    def timed(self, key: Key) -> None:
+        """Record an option, and how long that takes."""
+        left, work = self.left(), self._work(key)
+        self.table.add([key], math.inf)
+        self.seconds[key] = left - self.left()
+        if work > self.most and self.table.known[key] is not None:
+            self.most, self.rate = work, self.seconds[key] / work
+
+    def took(self, path: Path) -> float:
+        """Seconds that recording a path took."""
+        return sum(self.seconds.get((o.start, o.stop, o.segments), 0.0) for o in path.options)
 
     def record(self, keys: Iterable[Key]) -> int:
         """Some of these, those first that come first; how many there were."""
@@ -142,7 +162,10 @@ class _Descent:
     # -- what may take less ----------------------------------------------------------------------------------
 
     def _around(self, options: tuple[Option, ...], tight: list[int]) -> Iterator[Key]:
-        """Options at and beside those that set the peak; then longer ones before them, which keep less."""
+        """Options at and beside those that set the peak; then longer ones before them, which keep less. Lower
+        bands come first, but where barriers are passed: there they are the longest to record."""
+        for at in tight:
+            yield from () if options[at].main.barriers == "passes" else self._lower(options[at])
         for at in tight:
             yield from self._instead(options[at])
         for at in tight:

@@ -13,7 +13,7 @@ from rowtune.cost.footprint import Footprint, footprint
 from rowtune.cost.last_use import at_last_use
 from rowtune.graph.graph import Graph, Value
 from rowtune.plan.banded import by_policy
-from rowtune.plan.lower import Lowered, lower
+from rowtune.plan.lower import Lowered, lower, uncollected
 from rowtune.plan.plan import Plan, Segment
 from rowtune.plan.program import Banded, Passes, Program, SegmentProgram, steps_of
 from rowtune.plan.repeat import shortened
@@ -118,12 +118,13 @@ class Seen:
 
     def step(self, graph: Graph, plan: Plan, brought: Brought = ()) -> RecordedStep:
         """`brought` is what the optimizer brings to the device to use a gradient in backward."""
-        while True:
-            program = lower(graph, plan, self._schedule, self.lowered)
-            try:
-                return _Linker(self, program, brought).step()
-            except _Unlike as error:
-                self._in_full(error.segment)
+        with uncollected():  # what is noted of a recording are many small things as well
+            while True:
+                program = lower(graph, plan, self._schedule, self.lowered)
+                try:
+                    return _Linker(self, program, brought).step()
+                except _Unlike as error:
+                    self._in_full(error.segment)
 
     # -- lowering ------------------------------------------------------------------------------------------
 

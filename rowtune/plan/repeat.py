@@ -18,7 +18,7 @@ def shortened(halo: str, ask: Request) -> Schedule:
     """Schedules a segment on as few bands as show all that happens."""
     whole = make_group(ask.graph, ask.bands, ask.part.nodes, ask.outputs)
     top = max(ask.outputs, key=lambda o: whole.heights[o])
-    found = ratios(ask.bands, ask.part, top)
+    found = ratios(ask.bands, ask.part, {o: whole.heights[o] for o in (top, *ask.outputs)}, top)
     if found is not None and _proportional(whole, ask.outputs, found, top):
         period = period_of(found, ask.band_rows)
         rows = _first_guess(whole, found, top, period, ask, halo)

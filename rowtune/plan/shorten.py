@@ -27,10 +27,21 @@ LONGEST_PERIOD = 64
 SLIPS = 2
 
 
-def ratios(bands: Banding, part: Stretch, start: str) -> Ratios | None:
+def ratios(bands: Banding, part: Stretch, heights: Mapping[str, int], start: str) -> Ratios | None:
     """Rows of every banded value for one row of `start`, as far from the borders; None where some operator
-    reads its rows at no fixed rate, or two paths disagree."""
+    reads its rows at no fixed rate, or two paths disagree. What hangs together with none of those before (a
+    shortcut's convolution, whose input comes from elsewhere) goes by its output: outputs advance by the same
+    share of their `heights`."""
     found: Ratios = {start: Fraction(1)}
+    for name, height in heights.items():
+        found.setdefault(name, Fraction(height, heights[start]))
+        if not _spread(bands, part, found):
+            return None
+    return found
+
+
+def _spread(bands: Banding, part: Stretch, found: Ratios) -> bool:
+    """Find the rates of all that hangs together with what is found; False where that is not possible."""
     changed = True
     while changed:
         changed = False
@@ -39,14 +50,14 @@ def ratios(bands: Banding, part: Stretch, start: str) -> Ratios | None:
                 assert read.window is not None
                 rate = _rate(read.window)
                 if rate is None:
-                    return None
+                    return False
                 if node.name in found and name not in found:
                     found[name], changed = found[node.name] * rate, True
                 elif name in found and node.name not in found:
                     found[node.name], changed = found[name] / rate, True
                 elif name in found and found[name] != found[node.name] * rate:
-                    return None
-    return found
+                    return False
+    return True
 
 
 def banded_reads(bands: Banding, node: str) -> list[tuple[str, Read]]:

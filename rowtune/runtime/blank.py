@@ -64,8 +64,8 @@ MOST_KNOWN = 1 << 17
 
 class Answers:
     """Runs operators on meta tensors, or in a FakeTensorMode on fake ones; those that make new memory, or
-    write to their first argument, from memory where the same was asked before. `asked` is the
-    signature of the last call (None: it has none).
+    write to their first argument or to `out`, from memory where the same was asked before. `asked` is the
+    signature of the last call (None: it has none): one object for all calls that are answered from memory.
 
     Args:
         device: that the tensors stand for.
@@ -73,7 +73,7 @@ class Answers:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.known: dict[Signature, tuple[Made | None, ...] | Made] = {}
+        self.known: dict[Signature, tuple[Signature, tuple[Made | None, ...] | Made]] = {}
         self.asked: Signature | None = None
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,18 +90,20 @@ class Answers:
             found = self.known.get(key)
         except (_Data, TypeError):  # real tensors among them, or something without a hash
             return func(*args, **kwargs)
+        device = self.device if fake else META
+        if found is not None and how is not None:
+            self.asked, made = found
+            return how(made, args, kwargs, device)
         self.asked = key
         if how is None:
             return func(*args, **kwargs)
-        device = self.device if fake else META
-        if found is not None:
-            return how(found, args, device)
         made = self._laid_out(func, args, kwargs)
         if made is not None:
-            self.known[key] = made
-            return how(made, args, device)
+            self.known[key] = key, made
+            return how(made, args, kwargs, device)
         out = func(*args, **kwargs)
-        self.known[key] = _described(out)
+        if how is not _out or _key(tuple(kwargs.items()), fake) == named:  # else `out` was resized
+            self.known[key] = key, _described(out)
         return out
 
     def _laid_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,14 +136,24 @@ class _Data(Exception):
 META = torch.device("meta")
 
 
-def _key(argument: Any, fake: bool) -> Any:
-    if isinstance(argument, Tensor):
-        if not (isinstance(argument, FakeTensor) if fake else argument.is_meta):
-            raise _Data
-        return Like(argument.shape, argument.stride(), argument.dtype)
-    if isinstance(argument, (tuple, list)):
-        return tuple([_key(a, fake) for a in argument])
-    return argument.__class__, argument  # 1 is not 1.0, nor True
+def _key(arguments: tuple[Any, ...] | list[Any], fake: bool) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for a in arguments:
+        kind = a.__class__
+        if kind in PLAIN:
+            found.append((kind, a))  # 1 is not 1.0, nor True
+        elif isinstance(a, Tensor):
+            if not (isinstance(a, FakeTensor) if fake else a.is_meta):
+                raise _Data
+            found.append(Like(a.shape, a.stride(), a.dtype))
+        elif isinstance(a, (tuple, list)):
+            found.append(_key(a, fake))
+        else:
+            found.append((kind, a))
+    return tuple(found)
+
+
+PLAIN = frozenset({int, float, bool, str, type(None)})
 
 
 def _described(out: Any) -> tuple[Made | None, ...] | Made:
@@ -155,20 +167,28 @@ def _blank(made: Made, device: torch.device) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-def _one(found: Any, args: tuple[Any, ...], device: torch.device) -> Tensor:
+Given = tuple[Any, ...]
+Named = dict[str, Any]
+
+
+def _one(found: Any, args: Given, kwargs: Named, device: torch.device) -> Tensor:
     return _blank(found, device)
 
 
-def _several(found: Any, args: tuple[Any, ...], device: torch.device) -> tuple[Tensor | None, ...]:
+def _several(found: Any, args: Given, kwargs: Named, device: torch.device) -> tuple[Tensor | None, ...]:
     return tuple(None if made is None else _blank(made, device) for made in found)
 
 
-def _first(found: Any, args: tuple[Any, ...], device: torch.device) -> Any:
+def _first(found: Any, args: Given, kwargs: Named, device: torch.device) -> Any:
     return args[0]
 
 
+def _out(found: Any, args: Given, kwargs: Named, device: torch.device) -> Any:
+    return kwargs["out"]
+
+
 @cache
-def _kind(func: Any) -> Callable[[Any, tuple[Any, ...], torch.device], Any] | None:
+def _kind(func: Any) -> Callable[[Any, Given, Named, torch.device], Any] | None:
     """How an operator's answer is made from memory: by its schema; None where it is a view, say."""
     if func is torch.ops.aten._unsafe_view.default:  # a view, though its schema denies it
         return None
@@ -179,5 +199,8 @@ def _kind(func: Any) -> Callable[[Any, tuple[Any, ...], torch.device], Any] | No
         if any(kind not in ("Tensor", "Optional[Tensor]") for kind in returned) or not returned:
             return None
         return _one if len(returned) == 1 else _several
-    writes = len(aliased) == 1 and aliased[0] is schema.arguments[0] and aliased[0].alias_info.is_write
-    return _first if writes and returned == ["Tensor"] and func._schema.name.endswith("_") else None
+    if len(aliased) != 1 or not aliased[0].alias_info.is_write or returned != ["Tensor"]:
+        return None
+    if aliased[0].is_out and aliased[0].name == "out":
+        return _out
+    return _first if aliased[0] is schema.arguments[0] and schema.name.endswith("_") else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -96,8 +96,8 @@ class Lives(TorchDispatchMode):
 
     def finished(self) -> tuple[Buffer, ...]:
         """All buffers; what is alive now is never freed."""
-        died = self._died
-        return tuple(replace(b, died=died[n]) if n in died else b for n, b in enumerate(self._buffers))
+        died = self._died.get
+        return tuple([Buffer(b.name, b.bytes, b.role, b.born, died(n)) for n, b in enumerate(self._buffers)])
 
     def recording(self) -> Recording:
         """What was recorded."""
@@ -120,13 +120,15 @@ class Lives(TorchDispatchMode):
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
         self._note_temporary(func, args)
-        if isinstance(out, Tensor):
-            self.buffer_of(out, func._opname, "activation")
-        elif isinstance(out, (list, tuple)):
-            for t in out:
-                if isinstance(t, Tensor):
-                    self.buffer_of(t, func._opname, "activation")
+        self._note_made(func, out)
         return out
+
+    def _note_made(self, func: Any, out: Any) -> tuple[int, ...]:
+        """The buffers that what a call returns lies in."""
+        if isinstance(out, Tensor):
+            return (self.buffer_of(out, func._opname, "activation"),)
+        made = out if isinstance(out, (list, tuple)) else ()
+        return tuple([self.buffer_of(t, func._opname, "activation") for t in made if isinstance(t, Tensor)])
 
 
 class _Life(weakref.ref[torch.UntypedStorage]):
@@ -147,24 +149,27 @@ class Counted(Lives):  # type: ignore[no-untyped-call]
         self.uses: list[Use] = []
         self.host = 0
 
-    def _numbers(self, tensors: Iterable[Any]) -> Iterator[int]:
-        """The buffers of what a call is given or returns."""
-        known = self._known
-        for a in tensors:
+    def _numbers(self, given: Iterable[Any]) -> list[int]:
+        """The buffers of what a call is given."""
+        known, found = self._known, []
+        for a in given:
             if isinstance(a, Tensor):
                 life = known.get(key_of(a.untyped_storage()))
                 if life is not None:
-                    yield life.number
+                    found.append(life.number)
             elif isinstance(a, (list, tuple)):
-                yield from self._numbers(a)
+                found += self._numbers(a)
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = self._answer(func, args, kwargs or {})
+        self.calls += 1
+        self._note_temporary(func, args)
+        made = self._note_made(func, out)
         self.host += self.times
         asked = self.answers.asked
         if not func.is_view or asked is not None:
             reads = tuple(self._numbers((*args, *kwargs.values()) if kwargs else args))
-            made = tuple(self._numbers((out,)))
             writes = bool(written_arguments(func))
             self.uses.append(Use(self.calls - 1, reads, made, writes, asked, self.times))
         return out

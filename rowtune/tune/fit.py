@@ -20,6 +20,7 @@ from rowtune.cost.lean import descend
 from rowtune.cost.predict import fixed_bytes, predict
 from rowtune.cost.profile import Profile
 from rowtune.cost.programme import Path, fastest, plan_of
+from rowtune.cost.seen import GIVEN
 from rowtune.cost.state import Stateful
 from rowtune.cost.table import Key, Option, Table
 from rowtune.errors import ModelError, UsageError
@@ -37,15 +38,15 @@ AXES = {"N": 0, "H": -2, "W": -1, "D": -3, "L": -1}
 """Letters for the dimensions of an input: batch, height, width, depth, length."""
 GRAIN = 32
 """Spatial sizes are multiples of this many (of the size asked for, where that is none)."""
-SECONDS, LOOK, PEEK = 10.0, 60.0, 2.0
+SECONDS, LOOK, PEEK = 10.0, 120.0, 2.0
 """Of the processor, a way: recording plans at the size asked for, and at all others; for peaks alone."""
 TRIES, LARGEST = 8, 1 << 20
 """Sizes tried for one way; no size is larger than that many times."""
-SHARE, FAR, GLIMPSE = 0.5, 2.0, 0.125
-"""Of the seconds that are left, what is spent at one size; and at one that is so many times longer than any
-that was looked at, where the next guess will be elsewhere."""
-
-
+FAR, GLIMPSE = 2.0, 0.125
+"""At a size so many times longer than any that was looked at, which share of the seconds that are left is
+spent: halos were more of a band, and the next guess will be elsewhere."""
+WORTH = 1.1
+"""To know that a plan takes a size so many times longer it is recorded once more, even if time is up."""
 SHARED = 1 << 16
 """Bytes that lists of calls may take on top of what is predicted: small tensors that bands share."""
 MAY = {
@@ -205,9 +206,10 @@ class _Search:
         self.work, self.sizes, self.way, self.limit = work, sizes, way, limit
         self.profile, self.host_bytes, self.left, self.watch = profile, host_bytes, seconds, watch
 
-    def at(self, k: int, begin: tuple[Key, ...] = (), share: float = SHARE) -> Found | None:
+    def at(self, k: int, begin: tuple[Key, ...] = (), share: float = 1.0) -> Found | None:
         """None where the model does not take this size. The options `begin` are looked at first, `share` is
-        how much of the time that is left is spent."""
+        how much of the time that is left is spent, but for what it takes to record the plan that is found at
+        one more size."""
         work, sizes = self.work, self.sizes
         self.watch(f"{self.way}: {sizes.text(k)}")
         own = k == sizes.own
@@ -226,27 +228,50 @@ class _Search:
         return found
 
     def largest(self, here: Found) -> tuple[tuple[int, ...], Found] | None:
-        """By secants of the peak over the size's volume, then step by step where those do not meet the
-        limit."""
+        """Up by what takes least for its size, as far as that is known; between a size that is within the
+        limit and one that is not by secants; until those meet, or time is up."""
         sizes, limit = self.sizes, self.limit
-        known: dict[int, Found | None] = {sizes.own: here}
-        low, high, k = 0, LARGEST, sizes.own
+        known, refused = {sizes.own: here}, LARGEST
+        last, glimpsed = sizes.own, set[int]()
         for _ in range(TRIES):
-            if k not in known:
-                least = {n: f.least for n, f in known.items() if f is not None}
-                near = min(least, key=lambda n: abs(math.log(n / k)))
-                known[k] = self.at(k, least[near], GLIMPSE if k > FAR * near else SHARE)
-            found = known[k]
-            if found is not None and found.peak_bytes <= limit:
-                low = max(low, k)
+            within = {k: f.peak_bytes for k, f in known.items() if f.peak_bytes <= limit}
+            # What was looked at for a moment may well be within the limit after all.
+            beyond = {k: f.peak_bytes for k, f in known.items() if k not in {*within, *glimpsed}}
+            low, high = max(within, default=0), min(refused, *beyond, LARGEST)
+            if within and beyond:
+                k = self._between((low, within[low]), (high, beyond.get(high, limit)))
             else:
-                high = min(high, k)
-            if high - low <= max(low // 32, 1):
+                k = self._beside(last, known[last].peak_bytes)
+            k = min(max(k, low + 1), high - 1)
+            late = low == last and not self.left and k < WORTH * low
+            if late or k - low < max(low // 32, 1):
                 break
-            peaks = {n: f.peak_bytes for n, f in known.items() if f is not None}
-            k = min(max(_guess(peaks, limit, len(sizes.axes)), low + 1), high - 1)
-        best = known.get(low)
-        return (sizes.lengths(low), best) if low and best is not None else None
+            near = min(known, key=lambda n: abs(math.log(n / k)))
+            glimpse = k > FAR * near
+            made = self.at(k, known[near].least, GLIMPSE if glimpse else 1.0)
+            (glimpsed.add if glimpse else glimpsed.discard)(k)
+            if made is None:
+                refused = min(refused, k)
+            else:
+                known[k], last = made, k
+        low = max((k for k, f in known.items() if f.peak_bytes <= limit), default=0)
+        return (sizes.lengths(low), known[low]) if low else None
+
+    def _beside(self, k: int, peak: int) -> int:
+        """Where a line through the peak at one size and what is there at any size (parameters and the
+        optimizer's state) meets the limit. Upwards it lies above the peaks: rows that bands share are less of
+        larger images, and gradients of parameters do not grow."""
+        graph, axes = self.work.graph, len(self.sizes.axes)
+        batch = sum(v.bytes for v in graph.values.values() if v.kind in GIVEN)
+        always = fixed_bytes(graph, self.work.optimizer) - batch
+        share = max(self.limit - always, 0) / max(peak - always, 1)
+        return max(1, int(k * share ** (1 / axes)))
+
+    def _between(self, low: tuple[int, int], high: tuple[int, int]) -> int:
+        """Where a line through the peaks at two sizes meets the limit."""
+        axes, ((a, least), (b, most)) = len(self.sizes.axes), (low, high)
+        share = (self.limit - least) / max(most - least, 1)
+        return max(1, int((a**axes + share * (b**axes - a**axes)) ** (1 / axes)))
 
 
 def _found(
@@ -275,9 +300,10 @@ def _found(
     # The processor's, so that what is found does not hang on what else the machine does.
     until = time.process_time() + seconds
     leave = 0.0 if begin else seconds / 2
-    descend(table, lambda: until - leave - time.process_time(), may, begin, stores)
+    descend(table, lambda: until - leave - time.process_time(), may, begin, stores, again=1 if begin else 0)
     others = chain(offloaded(table), shelved(table)) if way == WITH_HOST else ()
-    for key in takewhile(lambda _: time.process_time() < until, chain(others, first(table))):
+    coarse = first(table) if not begin or way == "checkpointing" else ()
+    for key in takewhile(lambda _: time.process_time() < until, chain(others, coarse)):
         if may(key[2]):
             table.add([key], math.inf)
     leanest = descend(table, lambda: 0.0, may)
@@ -298,17 +324,3 @@ def _plain(table: Table, optimizer: Stateful, limit: int, profile: Profile | Non
     cost = predict(table.graph, plan, optimizer, profile)
     fits = cost.peak_bytes <= limit
     return Found(cost.peak_bytes, plan if fits else None, cost.seconds if fits else None)
-
-
-def _guess(peaks: dict[int, int], limit: int, axes: int) -> int:
-    """Where a line through the two peaks next to the limit, over k to the power of `axes`, meets it."""
-    nearest = sorted(peaks, key=lambda n: abs(math.log(peaks[n] / limit)))[:2]
-    if len(nearest) == 1:
-        k = nearest[0]
-        return max(1, int(k * (limit / peaks[k]) ** (1 / axes)))
-    (a, b) = nearest
-    rise = (peaks[b] - peaks[a]) / (b**axes - a**axes)
-    if rise <= 0:
-        return max(a, b) * 2
-    volume = a**axes + (limit - peaks[a]) / rise
-    return max(1, int(max(volume, 1.0) ** (1 / axes)))
