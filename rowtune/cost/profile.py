@@ -56,9 +56,9 @@ class Profile:
         return self.rough(at) if curve is None else self.along(curve, at)
 
     def curve(self, family: str) -> Curve | None:
-        """What was measured of a family; of a device that does not tell, whatever is in its caches."""
-        found = self.curves.get(family)
-        return self.curves.get(family.removesuffix(COLD)) if found is None else found
+        """What was measured of a family; else of the same calls in a cache, or not in one."""
+        other = family.removesuffix(COLD) if family.endswith(COLD) else family + COLD
+        return self.curves.get(family) or self.curves.get(other)
 
     def along(self, curve: Curve, at: Sized) -> float:
         """A call of this size by its family's curve. Beyond sizes of which the host takes longer than the
@@ -114,9 +114,10 @@ def along(curve: Curve, size: int) -> float:
     return float(t * (size / n) ** slope)
 
 
-def in_caches(policy: str, work: Work) -> Iterable[tuple[Signature, float]]:
-    """Calls as they find a processor's caches: bands of rows are still there, whole feature maps are not."""
-    return work if policy == "rows" else ((call._replace(cold=True), often) for call, often in work)
+def is_cold(policy: str) -> bool:
+    """Whether calls find nothing of their tensors in a processor's caches: bands of rows are still there,
+    whole feature maps are not."""
+    return policy != "rows"
 
 
 class Clock:
@@ -125,7 +126,7 @@ class Clock:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._known: dict[Signature, float] = {}
+        self._known: dict[bool, dict[Signature, float]] = {False: {}, True: {}}
         self._kin: dict[str, Curve] | None = None
 
     def seconds(self, policy: str, work: Work, host: int) -> float:
@@ -134,11 +135,12 @@ class Clock:
 
     def bare(self, policy: str, work: Work, host: int) -> float:
         """The same without corrections."""
-        known, profile, total = self._known, self.profile, 0.0
-        for call, often in in_caches(policy, work):
+        cold, profile, total = is_cold(policy), self.profile, 0.0
+        known = self._known[cold]
+        for call, often in work:
             taken = known.get(call)
             if taken is None:
-                taken = known[call] = self._seconds(call)
+                taken = known[call] = self._seconds(call._replace(cold=cold))
             total += often * taken
         return total + host * profile.call_seconds
 
