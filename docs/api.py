@@ -23,7 +23,12 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "Find a plan, train by it": (rowtune.search, rowtune.load, rowtune.apply, RowtuneModule.forward),
     "Step by step": (rowtune.trace, rowtune.uniform_plan, rowtune.predict, Cost, rowtune.lower),
     "Plans": (rowtune.Plan, rowtune.Segment, rowtune.PlanFile),
-    "While training": (rowtune.capture, rowtune.step_in_backward, rowtune.step_from_host),
+    "While training": (
+        rowtune.capture,
+        rowtune.keep_freed_memory,
+        rowtune.step_in_backward,
+        rowtune.step_from_host,
+    ),
 }
 INTRODUCTION = """\
 # The Python API

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rowtune.runtime.in_backward import step_in_backward as step_in_backward
     from rowtune.runtime.module import apply as apply
     from rowtune.runtime.optimizer_state import step_from_host as step_from_host
+    from rowtune.tune.device import keep_freed_memory as keep_freed_memory
     from rowtune.tune.own import load as load
     from rowtune.tune.own import search as search
 
@@ -43,6 +44,7 @@ _HOMES = {
     "Segment": "rowtune.plan.plan",
     "apply": "rowtune.runtime.module",
     "capture": "rowtune.runtime.captured",
+    "keep_freed_memory": "rowtune.tune.device",
     "load": "rowtune.tune.own",
     "lower": "rowtune.plan.lower",
     "predict": "rowtune.cost.predict",
@@ -54,8 +56,8 @@ _HOMES = {
 }
 
 __all__ = [
-    *("Plan", "PlanFile", "Segment", "__version__", "apply", "capture", "load", "lower", "predict", "search"),
-    *("step_from_host", "step_in_backward", "trace", "uniform_plan", "zoo"),
+    *("Plan", "PlanFile", "Segment", "__version__", "apply", "capture", "keep_freed_memory", "load", "lower"),
+    *("predict", "search", "step_from_host", "step_in_backward", "trace", "uniform_plan", "zoo"),
 ]
 
 

@@ -105,7 +105,8 @@ def keep_freed_memory() -> None:
 
     Of itself glibc hands large blocks back to the system, and they come again as fresh pages: a fault each,
     and zeros to write. Feature maps come and go all the time, so that is a tenth of a training step on a CPU,
-    or half of one (benchmarks/LOG.md, 2026-11-28)."""
+    or half of one (`python benchmarks/page_faults.py` prints how much). Freed memory then serves this process
+    alone. Other C libraries: nothing happens."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(TRIM_THRESHOLD, -1)  # never
