@@ -345,7 +345,7 @@ def contenders(
         return step
 
     found = [Contender("plain eager", training(lambda: loss(model(x), target)))]
-    last_format = torch.channels_last
+    last_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     found.append(
         Contender(
             "plain channels_last", training(lambda: loss(model(x.to(memory_format=last_format)), target))

@@ -34,6 +34,8 @@ SHAPES = {
     "resnet50": (2, 3, 224, 224),
 }
 BAND = 32
+HEADS = ("glibc", "plain s", "faults", "bands s", "faults", "bands/plain")
+WIDTHS = (7, 9, 10, 9, 10, 13)
 
 
 def measure(name: str, rounds: int, kept: bool) -> dict[str, tuple[float, int]]:
@@ -74,9 +76,8 @@ def main() -> None:
     if given.inside:
         print(json.dumps(measure(given.networks[0], given.rounds, given.inside == "kept")))
         return
-    print(
-        f"{'network':20}{'glibc':>7}{'plain s':>9}{'faults':>10}{'bands s':>9}{'faults':>10}{'bands/plain':>13}"
-    )
+    heads = "".join(f"{head:>{width}}" for head, width in zip(HEADS, WIDTHS, strict=True))
+    print(f"{'network':20}{heads}")
     for name in given.networks:
         for inside in ("left", "kept"):
             command = [sys.executable, __file__, name, "--rounds", str(given.rounds), "--inside", inside]

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 import rowtune
 from rowtune.cli.app import app
-from rowtune.cost.families import Sized, any_width, sized
+from rowtune.cost.families import COLD, Sized, any_width, sized
 from rowtune.cost.profile import Clock, Profile, load
 from rowtune.cost.table import Table
 from rowtune.graph.losses import parse
 from rowtune.graph.training import with_loss
 from rowtune.runtime.blank import Signature
-from rowtune.tune.calibrate import RATED, rated
+from rowtune.tune.calibrate import RATED, calibrated, packed, rated, unpacked
 from rowtune.tune.profiles import shipped
 from rowtune.zoo import build
 
@@ -40,8 +40,27 @@ def test_another_width_is_like_the_one_that_was_timed() -> None:
     clock = Clock(Profile(curves=timed))
     for call in calls(128):
         assert sized(call).family not in timed and any_width(sized(call).family) in map(any_width, timed)
-        assert clock.bare(((call, 3),), 0) == pytest.approx(3 * 2.0)  # twice the pixels
+        assert clock.bare("keep", ((call, 3),), 0) == pytest.approx(3 * 2.0)  # twice the pixels
     assert any_width("add: float32 dense") == "add: float32 dense"
+
+
+def test_whole_feature_maps_are_not_in_caches_and_bands_are() -> None:
+    (call, *_) = calls(64)
+    at = sized(call)
+    assert call.cold and at.family.endswith(COLD)
+    hot = at.family.removesuffix(COLD)
+    both = Clock(Profile(curves={at.family: ((at.size, 2.0),), hot: ((at.size, 1.0),)}))
+    one = Clock(Profile(curves={hot: ((at.size, 1.0),)}))
+    for policy, want in (("keep", 2.0), ("checkpoint", 2.0), ("rows", 1.0)):
+        assert both.bare(policy, ((call, 1),), 0) == want
+        assert one.bare(policy, ((call, 1),), 0) == 1.0  # nobody told
+
+
+def test_calls_are_timed_as_they_find_caches() -> None:
+    (call, *_) = calls(64)
+    profile = calibrated(None, {call: 1.0, call._replace(cold=False): 1.0}, "cpu", 10.0)
+    assert {family.endswith(COLD) for family in profile.curves} == {True, False}
+    assert unpacked(packed({call: 1.0})) == {call: 1.0}
 
 
 def test_rates_are_medians_of_what_was_timed() -> None:

@@ -16,6 +16,9 @@ import torch
 from rowtune.graph.graph import numel
 from rowtune.runtime.blank import Like, Signature
 
+COLD = ", cold"
+"""Ends a family of calls whose tensors are in no cache."""
+
 
 class Sized(NamedTuple):
     """A call's family, its size along the family's curve, and for calls that nothing was measured of their
@@ -31,7 +34,8 @@ class Sized(NamedTuple):
 def sized(call: Signature) -> Sized:
     """Where a call stands."""
     name = call.op._schema.name.removeprefix("aten::")
-    return _BY_NAME.get(name, _elementwise)(call, name)
+    found = _BY_NAME.get(name, _elementwise)(call, name)
+    return found._replace(family=found.family + COLD) if call.cold else found
 
 
 def likes(arguments: Any) -> Iterator[Like]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rowtune.cost.families import FREE, Sized, any_width, sized
+from rowtune.cost.families import COLD, FREE, Sized, any_width, sized
 from rowtune.errors import PlanError
 from rowtune.runtime.blank import Signature
 from rowtune.runtime.segment_recording import Work
@@ -52,8 +52,13 @@ class Profile:
         at = sized(call)
         if not at.size:
             return 0.0
-        curve = self.curves.get(at.family)
+        curve = self.curve(at.family)
         return self.rough(at) if curve is None else self.along(curve, at)
+
+    def curve(self, family: str) -> Curve | None:
+        """What was measured of a family; else of the same calls in a cache, or not in one."""
+        other = family.removesuffix(COLD) if family.endswith(COLD) else family + COLD
+        return self.curves.get(family) or self.curves.get(other)
 
     def along(self, curve: Curve, at: Sized) -> float:
         """A call of this size by its family's curve. Beyond sizes of which the host takes longer than the
@@ -109,32 +114,39 @@ def along(curve: Curve, size: int) -> float:
     return float(t * (size / n) ** slope)
 
 
+def is_cold(policy: str) -> bool:
+    """Whether calls find nothing of their tensors in a processor's caches: bands of rows are still there,
+    whole feature maps are not."""
+    return policy != "rows"
+
+
 class Clock:
     """Times of segments by one profile; each call's time is looked up once. What was timed on images of other
     widths alone is taken from there."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._known: dict[Signature, float] = {}
+        self._known: dict[bool, dict[Signature, float]] = {False: {}, True: {}}
         self._kin: dict[str, Curve] | None = None
 
     def seconds(self, policy: str, work: Work, host: int) -> float:
         """All of a segment's calls, one after another."""
-        return self.bare(work, host) * self.profile.factors.get(policy, 1.0)
+        return self.bare(policy, work, host) * self.profile.factors.get(policy, 1.0)
 
-    def bare(self, work: Work, host: int) -> float:
+    def bare(self, policy: str, work: Work, host: int) -> float:
         """The same without corrections."""
-        known, profile, total = self._known, self.profile, 0.0
+        cold, profile, total = is_cold(policy), self.profile, 0.0
+        known = self._known[cold]
         for call, often in work:
             taken = known.get(call)
             if taken is None:
-                taken = known[call] = self._seconds(call)
+                taken = known[call] = self._seconds(call._replace(cold=cold))
             total += often * taken
         return total + host * profile.call_seconds
 
     def _seconds(self, call: Signature) -> float:
         at = sized(call)
-        if call.op in FREE or at.family in self.profile.curves:
+        if call.op in FREE or self.profile.curve(at.family) is not None:
             return self.profile.seconds(call)
         if self._kin is None:
             found: dict[str, dict[int, float]] = {}

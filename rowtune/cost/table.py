@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rowtune.cost.leaving import Leaving
 from rowtune.cost.predict import alive, composed, seen
-from rowtune.cost.profile import Clock, Profile
+from rowtune.cost.profile import Clock, Profile, is_cold
 from rowtune.cost.seen import RecordedStep
 from rowtune.errors import RowtuneError
 from rowtune.graph.cuts import is_local, legal_cut
@@ -167,6 +167,7 @@ class Table:
         for option in self.options:
             for part in option.parts:
                 for call, often in part.work:
+                    call = call._replace(cold=is_cold(part.policy))
                     found[call] = found.get(call, 0.0) + often
         return found
 

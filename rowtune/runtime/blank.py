@@ -37,11 +37,13 @@ class Like(NamedTuple):
 class Signature(NamedTuple):
     """A call but for what is in its tensors: an operator and its arguments, a `Like` for each tensor, (type,
     value) for what is neither tensor nor tuple; keyword arguments as pairs. Two calls with one signature do
-    the same work."""
+    the same work; `cold` where a processor's caches have nothing of their tensors any more, as that of whole
+    feature maps."""
 
     op: OpOverload
     args: tuple[Any, ...]
     kwargs: tuple[Any, ...]
+    cold: bool = False
 
 
 aten = torch.ops.aten

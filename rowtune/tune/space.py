@@ -256,7 +256,9 @@ class ProgrammeSpace:
         for plan, seconds in seen:
             spent = dict.fromkeys(names, 0.0)
             for linked in composed(self.graph, plan)[0].segments if plan.layout == "contiguous" else ():
-                spent[linked.policy] += clock.bare(linked.footprint.work, linked.footprint.host)
+                spent[linked.policy] += clock.bare(
+                    linked.policy, linked.footprint.work, linked.footprint.host
+                )
             rows.append([spent[name] / seconds for name in names])
         shares = np.array([row for row in rows if any(row)])
         if not len(shares):
