@@ -101,7 +101,7 @@ def test_fit_on_the_command_line():
     size = int(0.6 * plain_peak(work()))
     model = ["zoo:unet", "--model-arg", "base=4", "--model-arg", "depth=2", "--shape", "1x3x128x64"]
     done = CliRunner().invoke(
-        app, ["fit", *model, "--budget", f"{size}B", "--over", "W", "--confirm", "--json"]
+        app, ["fit", *model, "--budget", f"{size}B", "--over", "W", "--confirm", "--seconds", "4", "--json"]
     )
     assert done.exit_code == 0, done.output
     made = json.loads(done.stdout.splitlines()[-1])
