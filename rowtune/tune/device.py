@@ -153,6 +153,9 @@ def release(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # one plan's memory is in pieces of which the next may make no use
 
 
 def synchronize(device: str) -> None:
