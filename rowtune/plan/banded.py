@@ -17,6 +17,8 @@ from rowtune.plan.schedules.schedule import Request, Schedule
 from rowtune.rows import Rows
 
 NOTHING = Rows(0, 0)
+MOST_SHARES = 1 << 14
+"""Shares of bands that a prediction counts, at most: a damaged file may ask for any number of rows."""
 
 Scheduler = Callable[[str, Request], Schedule]
 
@@ -81,7 +83,7 @@ def _shares(graph: Graph, made: Schedule, name: str, images: Banding, ranges: tu
     rows = [made.pieces[p].ranges[name].size for p in makers]
     if made.repeat is not None:
         again = [r for p, r in zip(makers, rows, strict=True) if p in made.repeat.pieces]
-        rows += made.repeat.more * again
+        rows += min(made.repeat.more, MOST_SHARES // max(len(again), 1)) * again
     each = numel(x.shape) // x.shape[dim] // (numel(graph.values[name].shape) // 3)
     if images.dims[name] is not None or len(ranges) == 1:
         some = [(1, 1)]
