@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rowtune.kernels.moments import moments, normalise
+from rowtune.tune.device import keep_freed_memory
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -25,6 +26,7 @@ def apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def main() -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     for shape in ((1, 64, 16, 512), (1, 64, 64, 512), (1, 64, 512, 512), (1, 256, 32, 128)):
         x = torch.randn(shape, requires_grad=True)

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rowtune
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target, with_loss
+from rowtune.tune.device import keep_freed_memory
 from rowtune.zoo import build
 
 
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=[*CASES])
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(1)
     print(
         f"{'network':12}{'engine':8}{'calls':>8}{'views':>8}{'first s':>9}{'host ms':>9}{'ratio':>7}{'MB':>8}"

@@ -36,7 +36,7 @@ from rowtune.graph.places import has_barriers
 from rowtune.graph.training import synthetic_target, with_loss
 from rowtune.plan.plan import Plan, Segment
 from rowtune.tune.calibrate import calibrated
-from rowtune.tune.device import device_name
+from rowtune.tune.device import device_name, keep_freed_memory
 from rowtune.zoo import build
 
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=[*CASES])
     parser.add_argument("--predict", action="store_true", help="keep real times, predict anew")
     given = parser.parse_args()
+    keep_freed_memory()
     for name in given.networks:
         known = json.loads((GRIDS / f"{name}.json").read_text()) if given.predict else None
         grid = record(name, known)

@@ -116,10 +116,23 @@ def test_statistics_by_one_kernel_are_those_by_deviations(shape):
     x = torch.randn(shape, dtype=torch.float64) * 3 + 100
     dims = (0, *range(2, len(shape)))
     count = x.numel() // shape[1]
-    one, other = (statistics_of(by(x, dims)[None], (count,)) for by in (by_one_kernel, by_deviations))
+    one, other = (
+        statistics_of(by(x, dims)[None], (count,), Tables()) for by in (by_one_kernel, by_deviations)
+    )
     assert one.dtype == other.dtype == torch.float64
     assert torch.allclose(one, other, rtol=1e-12)
-    assert torch.allclose(statistics_of(by_one_kernel(x.float(), dims)[None], (count,)), other, rtol=1e-4)
+    assert torch.allclose(
+        statistics_of(by_one_kernel(x.float(), dims)[None], (count,), Tables()), other, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("counts", [(50, 50, 50), (60, 60, 30)])
+def test_statistics_are_put_together_in_float64(counts):
+    """What bands measured in float32, around a large mean."""
+    shares = torch.stack([by_one_kernel(torch.randn(2, 3, n // 2, 1) + 1e4, (0, 2, 3)) for n in counts])
+    assert shares.dtype == torch.float32
+    found = statistics_of(shares, counts, Tables())
+    assert torch.allclose(found, statistics_of(shares.double(), counts, Tables()), rtol=1e-14)
 
 
 def test_constants_are_made_once_and_never_for_a_tracer():

@@ -21,6 +21,7 @@ from rowtune.errors import PlanError
 from rowtune.graph.cuts import barrier_parts, opaque_nodes
 from rowtune.graph.losses import default_name, parse
 from rowtune.graph.training import synthetic_target
+from rowtune.kernels.constants import Tables
 from rowtune.kernels.moments import measure, moments, normalise, statistics_of
 from rowtune.plan.narrow import divided
 from rowtune.plan.plan import Plan, Segment
@@ -392,7 +393,7 @@ def test_large_means_lose_nothing(groups):
     (plain,) = torch.autograd.grad(native(x), x, grad)
     bands = x.detach().split(64, 2)
     count = x.numel() // moments(x, groups)[0].numel()
-    total = statistics_of(torch.stack([measure(t, groups) for t in bands]), (count // 64,) * 64)
+    total = statistics_of(torch.stack([measure(t, groups) for t in bands]), (count // 64,) * 64, Tables())
     spread = exact.detach().view(2, groups, -1) if groups else exact.detach().transpose(0, 1).reshape(4, -1)
     var = spread.var(-1, correction=0)
     assert ((total[2] / total[0] - var).abs() / var).max() < 1e-6
@@ -405,8 +406,8 @@ def test_large_means_lose_nothing(groups):
 def test_shares_in_any_order_are_statistics_of_the_whole(centred):
     bands = [torch.randn(1, 3, n, 5, dtype=torch.float64) + n for n in (1, 4, 2)]
     shares = [measure(band, centred=centred) for band in bands]
-    one = statistics_of(torch.stack(shares), (5, 20, 10))
-    other = statistics_of(torch.stack(shares[::-1]), (10, 20, 5))
+    one = statistics_of(torch.stack(shares), (5, 20, 10), Tables())
+    other = statistics_of(torch.stack(shares[::-1]), (10, 20, 5), Tables())
     whole = moments(torch.cat(bands, 2), centred=centred)
     assert torch.allclose(one, other, rtol=1e-12) and torch.allclose(one, whole, rtol=1e-12)
 

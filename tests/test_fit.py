@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rowtune.cli.app import app
+from rowtune.cli.fit import command
 from rowtune.cost.predict import fixed_bytes, predict
 from rowtune.cost.profile import Profile, load
 from rowtune.errors import UsageError
@@ -139,3 +141,9 @@ def test_a_device_is_timed_on_the_command_line(tmp_path, monkeypatch):
     assert again.exit_code == 2 and "--force" in again.output
     fitted = CliRunner().invoke(app, ["fit", *model, "--budget", "1GB", "--over", "N", "--json"])
     assert json.loads(fitted.stdout.splitlines()[-1])["plain"]["seconds"] > 0, "from the cache"
+
+
+def test_the_command_looks_as_long_as_the_function():
+    """The command line names the seconds itself: it imports nothing of what it calls."""
+    (option,) = (p for p in inspect.signature(command).parameters.values() if p.name == "seconds")
+    assert option.default == inspect.signature(fit).parameters["seconds"].default

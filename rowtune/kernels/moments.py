@@ -78,34 +78,34 @@ def measure(x: Tensor, groups: int = 0, centred: bool = True) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def statistics_of(shares: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(count, mean, M2) from what was measured of so many elements each, along the first dimension."""
-    count = sum(counts)
+def statistics_of(shares: Tensor, counts: tuple[int, ...], tables: Tables) -> Tensor:
+    """(count, mean, M2) from what was measured of so many elements each, along the first dimension; float64
+    from there on. `tables` keep counts that differ."""
+    count, several = sum(counts), len(counts) > 1
     made = shares.new_full((3, *shares.shape[2:]), count, dtype=torch.float64)
     _, mean, m2 = made.unbind()
     n: Tensor | int = counts[0]
     if len({*counts}) > 1:
-        n = TABLES.column(counts, mean.unsqueeze(0), 0)
-    means, variances = _means(shares, n) if shares.shape[1] == 3 else shares.unbind(1)
-    if len(counts) == 1:
+        n = tables.column(counts, mean.unsqueeze(0), 0)
+    around = shares.shape[1] == 3  # centres
+    wide = shares.double() if several or around else shares
+    means, variances = _means(wide, n) if around else wide.unbind(1)
+    if not several:
         mean.copy_(means[0])
         torch.mul(variances[0], count, out=m2)
         return made
     torch.sum(means * n, 0, out=mean)
     mean.div_(count)
     apart = means - mean
-    torch.sum(torch.addcmul(variances.double(), apart, apart).mul_(n), 0, out=m2)
+    torch.sum(torch.addcmul(variances, apart, apart).mul_(n), 0, out=m2)
     return made
 
 
 def _means(shares: Tensor, n: Tensor | int) -> tuple[Tensor, Tensor]:
     """Means and variances of shares around centres: rounding left something of the means."""
-    centres, rest, squares = shares.double().unbind(1)
+    centres, rest, squares = shares.unbind(1)
     off = rest / n
     return centres + off, (squares / n).addcmul_(off, off, value=-1)
-
-
-TABLES = Tables()
 
 
 def merge_processes(stats: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def spread_of(
 def _statistics(x: Tensor, groups: int, centred: bool) -> Tensor:
     """Of all rows at once."""
     share = measure(x, groups, centred)
-    return statistics_of(share.unsqueeze(0), (x.numel() // share[0].numel(),))
+    return statistics_of(share.unsqueeze(0), (x.numel() // share[0].numel(),), Tables())
 
 
 def _spread(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from rowtune.errors import PlanError
 from rowtune.graph.bands import Banding
 from rowtune.graph.cuts import Stretch, reduces
-from rowtune.graph.graph import Graph, Node, numel
+from rowtune.graph.graph import Graph, Node
 from rowtune.graph.rules import Opaque
 from rowtune.plan.plan import Segment
 from rowtune.plan.program import Banded, Run, Shares
@@ -58,11 +58,7 @@ def banded(
         tuple(made.pieces),
         post,
         sums,
-        {
-            name: _shares(graph, made, name, images, ranges)
-            for name in sums
-            if (how := bands.rule(name).reduces) is not None and how.total is not None
-        },
+        {n: s for n in sums if (s := _shares(graph, made, n, images, ranges)) is not None},
         tuple(made.forward),
         tuple(made.backward),
         ranges,
@@ -72,11 +68,16 @@ def banded(
     )
 
 
-def _shares(graph: Graph, made: Schedule, name: str, images: Banding, ranges: tuple[Rows, ...]) -> Shares:
-    """Of a reduction over bands; a single sweep has none but a loss's."""
+def _shares(
+    graph: Graph, made: Schedule, name: str, images: Banding, ranges: tuple[Rows, ...]
+) -> Shares | None:
+    """Of a reduction whose shares wait for all others; a single sweep has none."""
     bands = made.groups[0].bands
-    source = next(iter(bands.rule(name).reads))
-    x, dim = graph.values[source], bands.dims[source]
+    rule = bands.rule(name)
+    if rule.reduces is None or rule.reduces.total is None:
+        return None
+    source = next(iter(rule.reads))
+    dim = bands.dims[source]
     assert dim is not None
     runs = dict.fromkeys(step.piece for step in made.forward if type(step) is Run)
     makers = [p for p in runs if made.pieces[p].ranges.get(name, NOTHING).size]
@@ -84,12 +85,9 @@ def _shares(graph: Graph, made: Schedule, name: str, images: Banding, ranges: tu
     if made.repeat is not None:
         again = [r for p, r in zip(makers, rows, strict=True) if p in made.repeat.pieces]
         rows += min(made.repeat.more, MOST_SHARES // max(len(again), 1)) * again
-    each = numel(x.shape) // x.shape[dim] // (numel(graph.values[name].shape) // 3)
-    if images.dims[name] is not None or len(ranges) == 1:
-        some = [(1, 1)]
-    else:
-        some = [(r.size, ranges[-1].hi) for r in ranges]
-    counts = tuple(each * r * here // of_all for here, of_all in some for r in rows)
+    every = ranges if images.dims[name] is None else ranges[-1:]
+    of_all = graph.values[source].shape[dim] * (sum(r.size for r in every))
+    counts = tuple(rule.reduces.count * r * some.size // of_all for some in every for r in rows)
     return Shares({p: i for i, p in enumerate(makers)}, len(rows), counts)
 
 

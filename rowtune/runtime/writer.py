@@ -117,18 +117,18 @@ class Lives(TorchDispatchMode):
         self._died[life.number] = self.calls - 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._answered(func, args, kwargs)[0]
+
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[int, ...]]:
+        """What a call returns, and the buffers that it lies in."""
         out = self._answer(func, args, kwargs or {})
         self.calls += 1
         self._note_temporary(func, args)
-        self._note_made(func, out)
-        return out
-
-    def _note_made(self, func: Any, out: Any) -> tuple[int, ...]:
-        """The buffers that what a call returns lies in."""
         if isinstance(out, Tensor):
-            return (self.buffer_of(out, func._opname, "activation"),)
-        made = out if isinstance(out, (list, tuple)) else ()
-        return tuple([self.buffer_of(t, func._opname, "activation") for t in made if isinstance(t, Tensor)])
+            return out, (self.buffer_of(out, func._opname, "activation"),)
+        several = out if isinstance(out, (list, tuple)) else ()
+        made = [self.buffer_of(t, func._opname, "activation") for t in several if isinstance(t, Tensor)]
+        return out, tuple(made)
 
 
 class _Life(weakref.ref[torch.UntypedStorage]):
@@ -162,10 +162,7 @@ class Counted(Lives):  # type: ignore[no-untyped-call]
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._answer(func, args, kwargs or {})
-        self.calls += 1
-        self._note_temporary(func, args)
-        made = self._note_made(func, out)
+        out, made = self._answered(func, args, kwargs)
         self.host += self.times
         asked = self.answers.asked
         if not func.is_view or asked is not None:

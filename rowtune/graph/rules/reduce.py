@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,13 @@ def moments(q: Question) -> RowRule | Opaque:
     if dim == 1 and groups != 1:
         return Opaque("statistics of single channels, banded over channels")
     shared = bool(q.node.args[3])
-    how = Reduction(total=statistics_of, again=_moments_again, shared=shared, add_gradient=_add_gradient)
+    how = Reduction(
+        again=_moments_again,
+        shared=shared,
+        add_gradient=_add_gradient,
+        total=partial(statistics_of, tables=Tables()),
+        count=math.prod(q.shape(x)) // math.prod(q.out[1:]),
+    )
     return RowRule(None, reads, _measure, how)
 
 

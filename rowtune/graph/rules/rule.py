@@ -60,9 +60,10 @@ def cut(full: Tensor, dim: int, start: int, rows: int) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """How the shares of bands become one value: `merge` two of them; or `total`, where it is given, makes it
-    of all, side by side along a new first dimension, and of the elements that each is of. Where a band's
-    gradient depends on the finished total, `again(slab, total)` stands in for its share in backward; its
-    value is not read. `shared`: the finished statistics are those of all processes.
+    of all, side by side along a new first dimension, and of the elements that each is of (`count` of all
+    rows and images that go into one). Where a band's gradient depends on the finished total,
+    `again(slab, total)` stands in for its share in backward; its value is not read. `shared`: the finished
+    statistics are those of all processes.
 
     `add_gradient(node, x, total, grad, into)` adds to `into`, the gradient of the whole x, what comes of the
     gradient of the total: whoever reads x and the total can do so, and spare the maker of both that work.
@@ -73,6 +74,7 @@ class Reduction:
     shared: bool = False
     add_gradient: Callable[[Node, Tensor, Tensor, Tensor, Tensor], None] | None = None
     total: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
